@@ -1,0 +1,251 @@
+"""Every setting of every script: frozen dataclasses, and presets over them. tyro turns them into command lines."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal, TypeVar
+
+import tyro
+
+Grid = Literal["logsnr", "nonuniform", "uniform", "full"]
+Solver = Literal["dpm++2m", "ddim"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the slices are and how they are read: shared by every script that looks at data."""
+
+    data: str = field(default_factory=lambda: os.environ.get("ADNI_ROOT", "data"))
+    """Folder with train/CLASS/*.png (and val/ or test/); `phantom` draws synthetic slices, `rangpur` is the course's
+    copy of ADNI. Default: the environment variable ADNI_ROOT, else `data`."""
+    cache: str = "cache"
+    """Folder for decoded slices, so that images are decoded once and not every epoch."""
+    subject_regex: str = r"^(.*)_"
+    """How a person is read off a file's name: the first group, matched on the stem (default: up to the last `_`)."""
+    val_fraction: float = 0.1
+    """Share of the training people set aside for validation when the data has no val/ folder."""
+    skip_bad_files: bool = False
+    """Go on without unreadable, empty, all-black or wrongly sized files instead of stopping before the run."""
+    seed: int = 0
+    """Seed of everything random."""
+
+
+@dataclass(frozen=True)
+class MachineConfig:
+    """Where it runs and in which precision."""
+
+    run: str = "adni"
+    """Name of the run: its files live in CHECKPOINTS/RUN/. Presets bring their own name."""
+    checkpoints: str = "checkpoints"
+    """Folder of all runs."""
+    device: str = "auto"
+    """auto takes CUDA, then MPS, then CPU; or name one: cuda, cuda:1, mps, cpu."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of the network alone. auto: bf16 where the hardware has it, else fp16 on CUDA, else fp32."""
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """Weights & Biases: auto is online when logged in and offline otherwise; disabled needs no wandb."""
+
+
+@dataclass(frozen=True)
+class LoopConfig(DataConfig, MachineConfig):
+    """What both trainings share."""
+
+    epochs: int = 500
+    """Passes over the training slices."""
+    batch_size: int = 16
+    """Images in a step."""
+    lr: float = 1e-4
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 1e-2
+    """Decoupled weight decay of AdamW."""
+    grad_clip: float = 1.0
+    """Largest gradient norm: gradients are unscaled, then clipped to it. 0 turns clipping off."""
+    ema_decay: float = 0.999
+    """Decay of the averaged weights, which are the ones that are evaluated, saved and sampled."""
+    save_minutes: float = 5.0
+    """Minutes between two writes of last.pt: the most work that a killed job can lose."""
+    flip: bool = False
+    """Augmentation: mirror left and right, half of the time."""
+    fresh: bool = False
+    """Start over: the old files are moved to RUN/old-DATE, nothing is deleted."""
+    dry_run: bool = False
+    """Print the plan (data, parameters, steps, memory, where things go) and leave."""
+
+
+@dataclass(frozen=True)
+class PretrainConfig(LoopConfig):
+    """Train the VAE that turns slices into latents."""
+
+    image_size: int = 256
+    """Side of the square image in pixels; slices are padded to square, then resized."""
+    downsample: int = 8
+    """Pixels of the image per latent pixel, along each side."""
+    latent_channels: int = 8
+    """Channels of the latent."""
+    channels: tuple[int, ...] = (64, 128, 256)
+    """Width of each resolution level. What the levels do not halve, a space-to-depth stem does."""
+    blocks: int = 2
+    """Residual blocks per level."""
+    attention: bool = True
+    """Self-attention at the lowest resolution."""
+    reconstruction: Literal["l1_ssim", "l1", "mse"] = "l1_ssim"
+    """Reconstruction loss: L1 with (1 - SSIM), L1 alone, or the squared error of the first version."""
+    kl_weight: float = 3e-4
+    """Weight of the KL divergence (summed over the latent, per image pixel)."""
+    shift: float = 0.0
+    """Augmentation: largest shift along each side, as a share of the image."""
+    rotate: float = 0.0
+    """Augmentation: largest rotation in degrees."""
+    brightness: float = 0.0
+    """Augmentation: largest relative change of brightness."""
+    plateau_patience: int = 10
+    """Epochs without a better validation loss before ReduceLROnPlateau halves the learning rate."""
+    gif_every: int = 5
+    """Epochs between two frames of the reconstruction GIF."""
+
+
+@dataclass(frozen=True)
+class TrainConfig(LoopConfig):
+    """Train the Fast-DDPM U-Net on the latents of a run's VAE."""
+
+    channels: tuple[int, ...] = (128, 256, 512)
+    """Width of each resolution level."""
+    blocks: int = 2
+    """Residual blocks per level."""
+    attention: tuple[int, ...] = (16, 8)
+    """Side lengths, in latent pixels, at which there is self-attention."""
+    dropout: float = 0.0
+    """Dropout inside the residual blocks."""
+    unconditional: bool = False
+    """Ignore the classes, as with a single class."""
+    class_dropout: float = 0.1
+    """Share of labels hidden in training, which makes classifier-free guidance possible."""
+    grid: Grid = "logsnr"
+    """Timesteps that are trained on (and later sampled on); `full` is all 1000."""
+    num_steps: int = 10
+    """Timesteps in the grid."""
+    prediction: Literal["v", "eps"] = "v"
+    """What the network predicts; eps is the Fast-DDPM paper's."""
+    warmup: float = 0.1
+    """Share of the steps in which the learning rate rises, before the cosine."""
+    lookahead: bool = False
+    """Wrap AdamW in Lookahead (k = 5, alpha = 0.5)."""
+    sample_every: int = 10
+    """Epochs between two grids of samples."""
+
+
+@dataclass(frozen=True)
+class PredictConfig(MachineConfig):
+    """Draw new MRIs from a trained run."""
+
+    run: str = "pretrained"
+    """Run to sample: CHECKPOINTS/RUN/ with its vae/ and diffusion/."""
+    num_images: int = 16
+    """How many images."""
+    class_name: str | None = None
+    """Class to draw, by its folder's name; without it the classes take turns."""
+    seed: int = 0
+    """Image k depends on (seed, k) alone, whatever the batch size."""
+    out: str = "out"
+    """Folder to write to: new or empty, or the same command's own, which is then completed."""
+    batch_size: int = 16
+    """Images at a time."""
+    sampling: Literal["fast", "normal"] = "fast"
+    """fast: the few steps of the weights' own grid. normal: all 1000, for weights trained on the full grid."""
+    grid: Grid | None = None
+    """Timesteps of fast sampling; only weights trained on `full` can take another grid than their own."""
+    num_steps: int | None = None
+    """Number of steps of fast sampling, likewise."""
+    solver: Solver | None = None
+    """dpm++2m (default of fast sampling) or ddim (default of normal sampling)."""
+    eta: float | None = None
+    """Noise put back by ddim: 0 is deterministic, 1 is ancestral DDPM (the default of normal sampling)."""
+    guidance: float = 1.0
+    """Classifier-free guidance weight; 1 is none, larger follows the class more."""
+    weights: Literal["best", "final"] = "best"
+    """Weights with the lowest validation loss, or the last ones."""
+
+
+@dataclass(frozen=True)
+class TsneConfig(DataConfig, MachineConfig):
+    """Map the latents by t-SNE, generated ones over real ones, and measure how far the classes separate."""
+
+    generated: str | None = None
+    """Folder written by predict.py; without it 128 latents are sampled from the run's U-Net, if there is one."""
+    max_slices: int = 4000
+    """Real slices on the map, drawn at random over the people if there are more."""
+    perplexity: float = 30.0
+    """Perplexity of t-SNE."""
+    out: str = ""
+    """Folder to write to. Default: CHECKPOINTS/RUN/tsne."""
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """Look a data folder over: counts, people, sizes, bad files, and people or pictures on both sides of a split."""
+
+    folder: Annotated[str, tyro.conf.Positional]
+    """The data folder, as --data takes it."""
+    cache: str = "cache"
+    """Folder for decoded slices."""
+    subject_regex: str = DataConfig.subject_regex
+    """How a person is read off a file's name, as in training."""
+    near_identical: float = 0.96
+    """Correlation of two thumbnails above which they count as one picture."""
+
+
+# The recipe of the first version at 256² is `adni`; every script's defaults are that preset.
+PRESETS: dict[str, dict[type, dict]] = {
+    "adni": {},
+    "small": {  # 128²: one modest GPU, or a patient CPU
+        PretrainConfig: dict(
+            run="small", image_size=128, downsample=4, latent_channels=4, channels=(48, 96), attention=False,
+            epochs=25, batch_size=16, lr=1e-3, ema_decay=0.998, plateau_patience=5,
+        ),
+        TrainConfig: dict(
+            run="small", channels=(64, 128, 256), attention=(16, 8), epochs=80, batch_size=32, lr=5e-4,
+            ema_decay=0.9985, flip=True,
+        ),
+    },
+    "demo": {  # phantoms at 64²: a CPU, minutes
+        PretrainConfig: dict(
+            run="demo", data="phantom", image_size=64, downsample=4, latent_channels=4, channels=(32, 64), epochs=12,
+            batch_size=16, lr=2e-3, ema_decay=0.99, gif_every=1, wandb="disabled",
+        ),
+        TrainConfig: dict(
+            run="demo", data="phantom", channels=(64, 128), attention=(8,), epochs=40, batch_size=32, lr=1e-3,
+            ema_decay=0.995, wandb="disabled",
+        ),
+        PredictConfig: dict(run="demo"),
+        TsneConfig: dict(run="demo", data="phantom", wandb="disabled"),
+    },
+}  # fmt: skip
+
+Config = TypeVar("Config")
+
+
+def parse(config: type[Config], argv: list[str] | None = None) -> Config:
+    """Command line -> config: an optional preset name first, then any flag over it.
+
+    Prints one sentence and exits with 2 on a preset or a flag that does not exist.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    preset = argv.pop(0) if argv and not argv[0].startswith("-") else "adni"
+    if preset not in PRESETS:
+        print(f"error: there is no preset '{preset}': take {', '.join(PRESETS)}, then flags", file=sys.stderr)
+        raise SystemExit(2)
+    default = replace(config(), **PRESETS[preset].get(config, {}))
+    name = os.path.basename(sys.argv[0]) or "script"
+    about = f"{config.__doc__}\n\nusage: python {name} [{'|'.join(PRESETS)}] [--flag value ...]   (no preset: adni)"
+    return tyro.cli(config, default=default, args=argv, prog=f"python {name} {preset}", description=about)
+
+
+def parse_check(argv: list[str] | None = None) -> CheckConfig:
+    """The command line of `python dataset.py check DIR`."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["check"]:
+        return tyro.cli(CheckConfig, args=argv[1:], prog="python dataset.py check", description=CheckConfig.__doc__)
+    print("usage: python dataset.py check DIR [--flag value ...]   (check --help says more)")
+    raise SystemExit(0 if argv[:1] in (["--help"], ["-h"]) else 2)

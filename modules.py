@@ -1,0 +1,438 @@
+"""The U-Net and its blocks, Fast-DDPM's noise schedule and samplers, the learning-rate schedule, Lookahead."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from utils import UserError, autocast, generator, load_into, load_weights
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Blocks
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm with the most groups up to 32 that divide the channels."""
+    return nn.GroupNorm(max(g for g in range(1, 33) if channels % g == 0), channels, eps=1e-6)
+
+
+def zero_init(layer: nn.Module) -> nn.Module:
+    """Start a residual branch at zero, so that a deep network starts as the identity (Ho et al. 2020)."""
+    for p in layer.parameters():
+        nn.init.zeros_(p)
+    return layer
+
+
+def timestep_embedding(t: Tensor, dim: int) -> Tensor:
+    """Sinusoids of the timestep: int64 [B] -> float32 [B, dim] (Vaswani et al. 2017, section 3.5)."""
+    freqs = torch.exp(-math.log(10_000) / (dim // 2) * torch.arange(dim // 2, device=t.device, dtype=torch.float32))
+    args = t.float()[:, None] * freqs[None]  # [B, dim/2]
+    return torch.cat([args.cos(), args.sin()], dim=1)
+
+
+class ResidualBlock(nn.Module):
+    """norm-SiLU-conv twice around a skip; the embedding enters by scale and shift (Dhariwal & Nichol 2021)."""
+
+    def __init__(self, cin: int, cout: int, emb_dim: int = 0, dropout: float = 0.0):
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(cin), nn.Conv2d(cin, cout, 3, padding=1)
+        self.emb = nn.Linear(emb_dim, 2 * cout) if emb_dim else None
+        self.norm2, self.conv2 = group_norm(cout), zero_init(nn.Conv2d(cout, cout, 3, padding=1))
+        self.dropout = nn.Dropout(dropout)
+        self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        h = self.norm2(self.conv1(F.silu(self.norm1(x))))  # [B, cout, H, W]
+        if self.emb is not None:
+            scale, shift = self.emb(emb)[:, :, None, None].chunk(2, dim=1)  # each [B, cout, 1, 1]
+            h = torch.addcmul(shift, h, 1 + scale)
+        return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
+
+
+class AttentionBlock(nn.Module):
+    """Multi-head self-attention over the H·W positions, around a skip."""
+
+    def __init__(self, channels: int, head_dim: int = 64):
+        super().__init__()
+        self.heads = max(1, channels // head_dim)
+        self.norm, self.qkv = group_norm(channels), nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = zero_init(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        # [B, 3C, H, W] -> three of [B, heads, H*W, C/heads]
+        q, k, v = self.qkv(self.norm(x)).view(b, 3, self.heads, c // self.heads, h * w).transpose(3, 4).unbind(1)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(b, c, h, w)
+        return x + self.proj(out)
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour by 2, then a convolution."""
+
+    def __init__(self, cin: int, cout: int):
+        super().__init__()
+        self.conv = nn.Conv2d(cin, cout, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class UNet(nn.Module):
+    """Denoising U-Net on latents.
+
+    x float [B, C, H, W] (unit variance), t int64 [B] in 0..999, y int64 [B] in 0..num_classes (num_classes itself is
+    "no class"; None when the network has no classes) -> [B, C, H, W]. `config` rebuilds the network.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        resolution: int,
+        channels: Sequence[int] = (128, 256, 512),
+        blocks: int = 2,
+        attention: Sequence[int] = (16, 8),
+        num_classes: int = 0,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.config = dict(
+            in_channels=in_channels, resolution=resolution, channels=list(channels), blocks=blocks,
+            attention=list(attention), num_classes=num_classes, dropout=dropout,
+        )  # fmt: skip
+        if resolution % 2 ** (len(channels) - 1):
+            raise ValueError(f"a {resolution}x{resolution} latent cannot be halved {len(channels) - 1} times")
+        emb = 4 * channels[0]
+        self.time = nn.Sequential(nn.Linear(channels[0], emb), nn.SiLU(), nn.Linear(emb, emb))
+        self.label = nn.Embedding(num_classes + 1, emb) if num_classes else None
+
+        def block(cin: int, cout: int, side: int) -> nn.ModuleList:
+            attn = AttentionBlock(cout) if side in attention else nn.Identity()
+            return nn.ModuleList([ResidualBlock(cin, cout, emb, dropout), attn])
+
+        self.stem = nn.Conv2d(in_channels, channels[0], 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        skips, width, side = [channels[0]], channels[0], resolution
+        for level, c in enumerate(channels):
+            if level:
+                self.down.append(nn.Conv2d(width, c, 3, stride=2, padding=1))
+                skips.append(c)
+                width, side = c, side // 2
+            for _ in range(blocks):
+                self.down.append(block(width, c, side))
+                skips.append(c)
+                width = c
+        self.mid = nn.ModuleList([block(width, width, side), ResidualBlock(width, width, emb, dropout)])
+        for level, c in reversed(list(enumerate(channels))):
+            for _ in range(blocks + 1):
+                self.up.append(block(width + skips.pop(), c, side))
+                width = c
+            if level:
+                self.up.append(Upsample(width, channels[level - 1]))
+                width, side = channels[level - 1], side * 2
+        self.norm, self.out = group_norm(width), zero_init(nn.Conv2d(width, in_channels, 3, padding=1))
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        emb = self.time(timestep_embedding(t, self.time[0].in_features))  # [B, E]
+        if self.label is not None:
+            emb = emb + self.label(y)
+        emb = F.silu(emb)
+        h = self.stem(x)  # [B, c0, H, W]
+        skips = [h]
+        for layer in self.down:  # a pair is (residual, attention); anything else halves the resolution
+            h = layer[1](layer[0](h, emb)) if isinstance(layer, nn.ModuleList) else layer(h)
+            skips.append(h)
+        (residual, attention), last = self.mid
+        h = last(attention(residual(h, emb)), emb)  # [B, c_last, H/2^levels, W/2^levels]
+        for layer in self.up:  # the mirror image: a pair takes its skip, anything else doubles the resolution
+            if isinstance(layer, nn.ModuleList):
+                h = layer[1](layer[0](torch.cat([h, skips.pop()], dim=1), emb))
+            else:
+                h = layer(h)
+        return self.out(F.silu(self.norm(h)))  # [B, C, H, W]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fast-DDPM
+
+
+def make_grid(grid: str, num_steps: int, alphas_cumprod: np.ndarray) -> np.ndarray:
+    """The subset of timesteps that is trained and sampled on: ascending int64 [S], both ends in.
+
+    logsnr: nearest to equal steps in log-SNR. nonuniform: as published for Fast-DDPM (arXiv 2405.14802, section 3.2).
+    uniform: evenly spaced. full: all of them, whatever num_steps says. Raises ValueError on an unknown name or count.
+    """
+    last = len(alphas_cumprod) - 1
+    if grid == "full":
+        return np.arange(last + 1)
+    if not 2 <= num_steps <= last + 1:
+        raise ValueError(f"a grid has 2 to {last + 1} steps, not {num_steps}")
+    if grid == "uniform":
+        return np.rint(np.linspace(0, last, num_steps)).astype(np.int64)
+    if grid == "nonuniform":
+        if num_steps == 10 and last == 999:
+            return np.array([0, 199, 399, 599, 699, 799, 849, 899, 949, 999])
+        low, knee = max(1, round(0.4 * num_steps)), round(0.7 * last)
+        ts = np.concatenate([np.linspace(0, knee, low + 1)[:-1], np.linspace(last, knee, num_steps - low)[::-1]])
+        ts = np.rint(ts).astype(np.int64)
+    elif grid == "logsnr":
+        logsnr = np.log(alphas_cumprod) - np.log1p(-alphas_cumprod)  # falls with t
+        ts = np.abs(logsnr[None] - np.linspace(logsnr[0], logsnr[-1], num_steps)[:, None]).argmin(1)
+    else:
+        raise ValueError(f"there is no grid '{grid}': take logsnr, nonuniform, uniform or full")
+    for i in range(1, num_steps):  # dense grids: equal log-SNR steps fall between timesteps near t = 0
+        ts[i] = max(ts[i], ts[i - 1] + 1)
+    return np.minimum(ts, last - np.arange(num_steps)[::-1])
+
+
+def randn(shape: Sequence[int], generators: Sequence[torch.Generator] | torch.Generator | None) -> Tensor:
+    """Standard normal float32 [B, ...]: from one generator, or row i from generators[i] (then free of the batch)."""
+    if isinstance(generators, Sequence):
+        return torch.stack([torch.randn(tuple(shape[1:]), generator=g) for g in generators])
+    device = generators.device if generators is not None else None
+    return torch.randn(tuple(shape), generator=generators, device=device)
+
+
+class NoiseScheduler_Fast_DDPM(nn.Module):
+    """The 1000-step linear-beta schedule, trained and sampled on the same few timesteps (Fast-DDPM, arXiv 2405.14802).
+
+    `timesteps` int64 [S] ascending; `alphas_cumprod` float32 [T], computed in float64. A previous timestep of -1 is
+    the clean image (alpha_bar = 1). Latents are never clamped.
+    """
+
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        num_steps: int = 10,
+        grid: str = "logsnr",
+    ):
+        super().__init__()
+        self.config = {
+            "num_train_timesteps": num_train_timesteps, "beta_start": beta_start, "beta_end": beta_end,
+            "num_steps": num_steps, "grid": grid,
+        }  # fmt: skip
+        self.abar = np.cumprod(1 - np.linspace(beta_start, beta_end, num_train_timesteps, dtype=np.float64))
+        self.register_buffer("alphas_cumprod", torch.tensor(self.abar, dtype=torch.float32), persistent=False)
+        self.register_buffer("timesteps", torch.tensor(make_grid(grid, num_steps, self.abar)), persistent=False)
+
+    def alpha_sigma(self, t: Tensor, ndim: int = 4) -> tuple[Tensor, Tensor]:
+        """sqrt(abar) and sqrt(1 - abar) at t [B], each float32 [B, 1, ...]."""
+        abar = self.alphas_cumprod[t].view(-1, *[1] * (ndim - 1))
+        return abar.sqrt(), (1 - abar).sqrt()
+
+    def sample_timesteps(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
+        """Antithetic timesteps of the grid: int64 [B]; place i of the grid comes with place S-1-i, as in Fast-DDPM."""
+        n, device = len(self.timesteps), self.timesteps.device
+        draw_on = generator.device if generator is not None else device
+        i = torch.randint(0, n, ((batch + 1) // 2,), generator=generator, device=draw_on).to(device)
+        return self.timesteps[torch.cat([i, n - 1 - i])[:batch]]
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t = sqrt(abar) x0 + sqrt(1 - abar) noise (Ho et al. 2020, eq. 4), float32."""
+        alpha, sigma = self.alpha_sigma(t, x0.ndim)
+        return alpha * x0.float() + sigma * noise.float()
+
+    def step(
+        self,
+        eps: Tensor,
+        t: int,
+        t_prev: int,
+        x: Tensor,
+        eta: float = 0.0,
+        generator: Sequence[torch.Generator] | torch.Generator | None = None,
+    ) -> Tensor:
+        """One DDIM update from t to t_prev (Song et al. 2021, eq. 12): eta 0 is deterministic, 1 is ancestral DDPM."""
+        abar_t, abar_p = self.abar[t], self.abar[t_prev] if t_prev >= 0 else 1.0
+        x0 = (x - math.sqrt(1 - abar_t) * eps) / math.sqrt(abar_t)
+        noise_sd = eta * math.sqrt((1 - abar_p) / (1 - abar_t) * (1 - abar_t / abar_p))  # eq. 16
+        x_prev = math.sqrt(abar_p) * x0 + math.sqrt(max(0.0, 1 - abar_p - noise_sd**2)) * eps
+        return x_prev if noise_sd == 0 else x_prev + noise_sd * randn(x.shape, generator).to(x)
+
+
+Denoiser = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+
+
+@torch.no_grad()
+def sample(
+    denoise: Denoiser,
+    x: Tensor,
+    scheduler: NoiseScheduler_Fast_DDPM,
+    timesteps: Sequence[int] | None = None,
+    solver: str = "dpm++2m",
+    eta: float = 0.0,
+    generator: Sequence[torch.Generator] | torch.Generator | None = None,
+    callback: Callable[[int, Tensor, Tensor], None] | None = None,
+) -> Tensor:
+    """From x_T ~ N(0, 1) [B, C, H, W] to x_0, one network call a step, down the grid to the clean image.
+
+    denoise(x_t, t) returns the estimates (eps, x0). `callback(t_prev, x, x0)` sees every intermediate.
+    solver "ddim" is `scheduler.step`; "dpm++2m" is DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2).
+    """
+    ts = [int(t) for t in (scheduler.timesteps if timesteps is None else timesteps)][::-1]  # descending
+    abar = scheduler.abar
+    x0_last, h_last = None, None
+    for t, t_prev in zip(ts, [*ts[1:], -1]):
+        eps, x0 = denoise(x, t)
+        if solver == "ddim":
+            x = scheduler.step(eps, t, t_prev, x, eta, generator)
+        elif solver != "dpm++2m":
+            raise ValueError(f"there is no solver '{solver}': take dpm++2m or ddim")
+        elif t_prev < 0:
+            x = x0  # the last step has no finite log-SNR to extrapolate to
+        else:
+            # h is the step in lambda = log(alpha / sigma)
+            h = 0.5 * (math.log(abar[t_prev] / (1 - abar[t_prev])) - math.log(abar[t] / (1 - abar[t])))
+            slope = 0.0 if x0_last is None else h / (2 * h_last)
+            d = x0 if x0_last is None else (1 + slope) * x0 - slope * x0_last
+            x = math.sqrt((1 - abar[t_prev]) / (1 - abar[t])) * x - math.sqrt(abar[t_prev]) * math.expm1(-h) * d
+            x0_last, h_last = x0, h
+        if callback is not None:
+            callback(t_prev, x, x0)
+    return x
+
+
+class StableDiffusion(nn.Module):
+    """U-Net + schedule: training loss and denoiser. The arithmetic is float32; the network alone runs in amp_dtype."""
+
+    def __init__(self, unet: UNet, scheduler: NoiseScheduler_Fast_DDPM, prediction: str = "v"):
+        super().__init__()
+        if prediction not in ("v", "eps"):
+            raise ValueError(f"prediction is v or eps, not '{prediction}'")
+        self.unet, self.scheduler, self.prediction = unet, scheduler, prediction
+        self.num_classes: int = unet.config["num_classes"]
+        self.amp_dtype: torch.dtype | None = None
+
+    def network(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        """The raw output of the U-Net, float32."""
+        with autocast(x, self.amp_dtype):
+            return self.unet(x.contiguous(memory_format=torch.channels_last), t, y).float()
+
+    def forward(self, z: Tensor, t: Tensor, noise: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Squared error of the prediction, a mean per image: float32 [B]; and the estimate of z, [B, C, H, W]."""
+        alpha, sigma = self.scheduler.alpha_sigma(t)
+        x_t = self.scheduler.add_noise(z, noise, t)
+        out = self.network(x_t, t, y)
+        target = alpha * noise - sigma * z if self.prediction == "v" else noise  # v: Salimans & Ho 2022, eq. 11
+        x0 = alpha * x_t - sigma * out if self.prediction == "v" else (x_t - sigma * out) / alpha
+        return (out - target).square().mean(dim=(1, 2, 3)), x0.detach()
+
+    def drop_labels(self, y: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
+        """Hide each label with probability p behind the "no class" label (Ho & Salimans 2022)."""
+        draw_on = generator.device if generator is not None else y.device
+        hide = torch.rand(len(y), generator=generator, device=draw_on).to(y.device) < p
+        return torch.where(hide, self.num_classes, y)
+
+    def denoiser(self, y: Tensor | None = None, guidance: float = 1.0) -> Denoiser:
+        """denoise(x_t, t) -> (eps, x0), float32, for `sample`; y int64 [B] (None: no class).
+
+        guidance w: out = out_none + w (out_class - out_none), both halves in one batch; 1 asks the class alone.
+        """
+        y = None if not self.num_classes else y  # an unconditional network has no labels to be guided by
+
+        def denoise(x: Tensor, t: int) -> tuple[Tensor, Tensor]:
+            none = torch.full((len(x),), self.num_classes, device=x.device)
+            ts = torch.full((len(x),), t, device=x.device)
+            if y is not None and guidance != 1.0:
+                both = self.network(x.repeat(2, 1, 1, 1), ts.repeat(2), torch.cat([y, none]))
+                with_class, without = both.chunk(2)
+                out = without + guidance * (with_class - without)
+            else:
+                out = self.network(x, ts, (none if y is None else y) if self.num_classes else None)
+            alpha, sigma = math.sqrt(self.scheduler.abar[t]), math.sqrt(1 - self.scheduler.abar[t])
+            if self.prediction == "v":
+                return alpha * out + sigma * x, alpha * x - sigma * out
+            return out, (x - sigma * out) / alpha
+
+        return denoise
+
+    def generate(
+        self,
+        shape: Sequence[int],
+        seed: int,
+        indices: Sequence[int],
+        y: Tensor | None = None,
+        guidance: float = 1.0,
+        **how: Any,
+    ) -> Tensor:
+        """Latents [B, *shape] number `indices` of `seed`: each depends on (seed, index) alone, not on its batch.
+
+        `how` goes to `sample`: timesteps, solver, eta, callback.
+        """
+        device = self.scheduler.timesteps.device
+        noise = [generator(seed, k) for k in indices]  # one stream per image, x_T first, then what eta puts back
+        x = randn((len(noise), *shape), noise).to(device)
+        y = None if y is None else y.to(device)
+        return sample(self.denoiser(y, guidance), x, self.scheduler, generator=noise, **how)
+
+
+def load_diffusion(path: Path, device: torch.device) -> tuple[StableDiffusion, dict]:
+    """The diffusion of a .safetensors file, ready to sample, and the file's meta."""
+    tensors, meta = load_weights(path, "diffusion")
+    try:
+        model = StableDiffusion(
+            UNet(**meta["model"]), NoiseScheduler_Fast_DDPM(**meta["scheduler"]), meta["prediction"]
+        )
+    except (KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{path} describes a U-Net that this version cannot build: {e}") from None
+    load_into(model, tensors, path)
+    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), meta
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimisation
+
+
+class CosineAnnealingWarmupScheduler(LRScheduler):
+    """Per step: linear from base/warmup to base over `warmup_steps`, then half a cosine to min_lr at `total_steps`."""
+
+    def __init__(self, optimizer: Optimizer, warmup_steps: int, total_steps: int, min_lr: float = 0.0):
+        self.warmup_steps, self.total_steps, self.min_lr = warmup_steps, total_steps, min_lr
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float]:
+        if self.last_epoch < self.warmup_steps:
+            return [base * (self.last_epoch + 1) / self.warmup_steps for base in self.base_lrs]
+        done = min(1.0, (self.last_epoch - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
+        return [self.min_lr + (base - self.min_lr) * 0.5 * (1 + math.cos(math.pi * done)) for base in self.base_lrs]
+
+
+class Lookahead(Optimizer):
+    """Every k steps of the inner optimiser, slow weights move alpha of the way and the fast ones restart there.
+
+    Zhang et al. 2019, arXiv 1907.08610, algorithm 1.
+    """
+
+    def __init__(self, inner: Optimizer, k: int = 5, alpha: float = 0.5):
+        super().__init__(inner.param_groups, inner.defaults)
+        self.inner, self.k, self.alpha, self.count = inner, k, alpha, 0
+        self.param_groups = inner.param_groups  # one list: the LR schedule writes here, the inner optimiser reads it
+        self.slow = [p.detach().clone() for group in self.param_groups for p in group["params"]]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        loss = self.inner.step(closure)
+        self.count += 1
+        if self.count % self.k == 0:
+            fast = [p for group in self.param_groups for p in group["params"]]
+            torch._foreach_lerp_(self.slow, fast, self.alpha)
+            torch._foreach_copy_(fast, self.slow)
+        return loss
+
+    def state_dict(self) -> dict:
+        return {"inner": self.inner.state_dict(), "slow": self.slow, "count": self.count}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.inner.load_state_dict(state["inner"])
+        self.param_groups = self.inner.param_groups  # loading replaces the list
+        torch._foreach_copy_(self.slow, state["slow"])
+        self.count = state["count"]

@@ -1,0 +1,219 @@
+"""Train the VAE: python pre_train.py [demo|small|adni] --data DIR --run NAME. The same command again resumes."""
+
+from __future__ import annotations
+
+from config import PretrainConfig, parse
+
+if __name__ == "__main__":
+    cfg = parse(PretrainConfig)  # before torch is imported, so that --help answers at once
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from dataset import ADNIDataset, load_splits
+from metrics import psnr, ssim, unit
+from utils import (
+    RunLog,
+    StopSignal,
+    UserError,
+    check_same_run,
+    describe_cost,
+    describe_hardware,
+    frozen,
+    generator,
+    git_commit,
+    image_grid,
+    leave_early,
+    load_state,
+    load_weights,
+    make_ema,
+    open_run,
+    optimise,
+    pick_amp_dtype,
+    pick_device,
+    png_bytes,
+    progress_bar,
+    run_script,
+    save_gif,
+    save_state,
+    save_weights,
+    to_uint8,
+    training_cost,
+    write_atomic,
+)
+from vae import VAE, vae_loss
+
+
+def augment(x: Tensor, cfg: PretrainConfig, g: torch.Generator) -> Tensor:
+    """Mirror, shift, rotate, brighten: each image [B, 1, S, S] in [-1, 1] by its own draw, background stays black."""
+    u = torch.rand(len(x), 5, generator=g, device=x.device) * 2 - 1
+    x = x + 1  # black is 0, which is what grid_sample pads with
+    if cfg.flip or cfg.shift or cfg.rotate:
+        angle = u[:, 0] * cfg.rotate * torch.pi / 180
+        mirror = torch.where(u[:, 1] < 0, -1.0, 1.0) if cfg.flip else torch.ones_like(angle)
+        theta = torch.stack(
+            [mirror * angle.cos(), -angle.sin(), 2 * cfg.shift * u[:, 2],
+             mirror * angle.sin(), angle.cos(), 2 * cfg.shift * u[:, 3]], dim=1,
+        ).view(-1, 2, 3)  # fmt: skip
+        x = F.grid_sample(x, F.affine_grid(theta, list(x.shape), align_corners=False), align_corners=False)
+    x = x * (1 + cfg.brightness * u[:, 4].view(-1, 1, 1, 1))
+    return x.clamp(0, 2) - 1
+
+
+def evaluate(vae: VAE, val: ADNIDataset, cfg: PretrainConfig, device: torch.device) -> dict[str, float]:
+    """Validation numbers with the posterior's mean as latent: mean over slices of people never trained on."""
+    total = torch.zeros(5, dtype=torch.float64)
+    with frozen(vae):
+        for x in val.batches(cfg.batch_size, device):
+            mean, logvar = vae.posterior(x)
+            x_hat = vae.reconstruct(mean)
+            loss = torch.stack(vae_loss(x_hat, x, mean, logvar, cfg.reconstruction, cfg.kl_weight)) * len(x)
+            quality = torch.stack([psnr(unit(x_hat), unit(x)).sum(), ssim(unit(x_hat), unit(x)).sum()])
+            total += torch.cat([loss, quality]).double().cpu()
+    loss, reconstruction, kl, p, s = (total / len(val)).tolist()
+    return {"loss/val": loss, "reconstruction/val": reconstruction, "KL/val": kl, "PSNR/val": p, "SSIM/val": s}
+
+
+def show_reconstructions(vae: VAE, x: Tensor, folder: Path, epoch: int) -> None:
+    """One more frame of FOLDER/reconstructions.gif: inputs above, reconstructions below, error x4 at the bottom."""
+    with frozen(vae):
+        x_hat = vae.reconstruct(vae.posterior(x)[0]).clamp(-1, 1)
+    rows = np.concatenate([to_uint8(x), to_uint8(x_hat), to_uint8(4 * (x_hat - x).abs() - 1)])
+    frame = image_grid(rows, columns=len(x))
+    write_atomic(folder / "frames" / f"{epoch:05d}.png", png_bytes(frame))
+    write_atomic(folder / "reconstructions.png", png_bytes(frame))
+    import cv2
+
+    frames = [cv2.imread(str(p), cv2.IMREAD_GRAYSCALE) for p in sorted((folder / "frames").glob("*.png"))]
+    save_gif(folder / "reconstructions.gif", frames)
+
+
+def main(cfg: PretrainConfig) -> None:
+    try:
+        vae = VAE(cfg.image_size, cfg.downsample, cfg.latent_channels, cfg.channels, cfg.blocks, cfg.attention)
+    except ValueError as e:
+        raise UserError(f"{e}: change --image-size, --downsample or --channels") from None
+    device = pick_device(cfg.device)
+    splits, fingerprint = load_splits(cfg, cfg.image_size)
+    train, val = splits["train"], splits["val"]
+    batch = min(cfg.batch_size, len(train))
+    steps_per_epoch = len(train) // batch
+    total = cfg.epochs * steps_per_epoch
+    if cfg.dry_run:
+        with torch.device("meta"):
+            twin = VAE(**vae.config)
+            cost = training_cost(twin, torch.empty(1, 1, *2 * [cfg.image_size]), torch.empty(1, *vae.latent_shape))
+        print(f"train on  {train.summary()}\nvalidate  {val.summary()}\nlatent    {vae.latent_shape}")
+        print(describe_cost("VAE", *cost, batch, cfg.epochs, total, device, pick_amp_dtype(cfg.precision, device)))
+        print(f"writes to {Path(cfg.checkpoints) / cfg.run / 'vae'}")
+        return
+
+    folder = open_run(cfg, "vae")
+    torch.manual_seed(cfg.seed)
+    vae = VAE(**vae.config).to(device, memory_format=torch.channels_last)  # again: initialised by the seed
+    vae.amp_dtype = pick_amp_dtype(cfg.precision, device)
+    ema = make_ema(vae, cfg.ema_decay)
+    optimizer = torch.optim.AdamW(
+        vae.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=device.type in ("cuda", "cpu")
+    )
+    plateau = ReduceLROnPlateau(optimizer, factor=0.5, patience=cfg.plateau_patience)
+    scaler = torch.amp.GradScaler(device.type, enabled=vae.amp_dtype == torch.float16)
+    parts = {"model": vae, "ema": ema, "optimizer": optimizer, "plateau": plateau, "scaler": scaler}
+    step, evaluated, best = 0, 0, float("inf")
+    sums = torch.zeros(4, device=device)  # of loss, reconstruction, KL and gradient norm since the last evaluation
+    state = load_state(folder / "last.pt")
+    if state:
+        check_same_run(cfg, fingerprint, state, folder)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        step, evaluated, best, sums = state["step"], state["evaluated"], state["best"], state["sums"].to(device)
+        if step >= total and (folder / "final.safetensors").exists():
+            print(f"{folder} is finished: {cfg.epochs} epochs; more with --epochs, again with --fresh")
+            return
+        print(f"resuming {folder} at epoch {step / steps_per_epoch:.2f}")
+
+    train.to(device), val.to(device)
+    meta = {"kind": "vae", "model": vae.config, "classes": train.classes, "config": asdict(cfg), "commit": git_commit()}
+    shown = val.batch(torch.linspace(0, len(val) - 1, min(8, len(val))).long(), device)
+    log, stop = RunLog(folder, cfg, "vae", step), StopSignal()
+
+    def save() -> None:
+        saved = {name: part.state_dict() for name, part in parts.items()}
+        numbers = {"step": step, "evaluated": evaluated, "best": best, "sums": sums.cpu()}
+        save_state(folder / "last.pt", {**saved, **numbers, "config": asdict(cfg), "data": fingerprint})
+
+    bar, clock, clock_step, saved_at = progress_bar(total * batch, step * batch), time.time(), step, time.time()
+    order_of = -1  # the epoch whose order is at hand
+    while True:
+        epoch, place = divmod(step, steps_per_epoch)
+        if place == 0 and step > evaluated:
+            speed = (step - clock_step) * batch / (time.time() - clock)
+            numbers = evaluate(ema.module, val, cfg, device)
+            plateau.step(numbers["loss/val"])
+            loss, reconstruction, kl, norm = (sums / (step - evaluated)).tolist()
+            numbers |= {"loss/train": loss, "reconstruction/train": reconstruction, "KL/train": kl, "epoch": epoch}
+            numbers |= {"gradient norm": norm, "learning rate": optimizer.param_groups[0]["lr"], "images per s": speed}
+            if device.type == "cuda":
+                numbers["GPU memory (GB)"] = torch.cuda.max_memory_allocated(device) / 1e9
+            log.log(step, numbers)
+            if numbers["loss/val"] < best:
+                best = numbers["loss/val"]
+                save_weights(folder / "best.safetensors", ema.module, {**meta, "epoch": epoch, "metrics": numbers})
+            if epoch % cfg.gif_every == 0 or step == total:
+                show_reconstructions(ema.module, shown, folder, epoch)
+                log.picture(step, "reconstructions", folder / "reconstructions.gif")
+                log.plot()
+            bar.write(
+                f"epoch {epoch:4d}  train {loss:.4f}  val {numbers['loss/val']:.4f}  "
+                f"PSNR {numbers['PSNR/val']:.2f} dB  SSIM {numbers['SSIM/val']:.4f}"
+            )
+            evaluated = step
+            sums.zero_()
+            clock, clock_step = time.time(), step
+        if step >= total or stop or time.time() - saved_at > 60 * cfg.save_minutes:
+            save()
+            saved_at = time.time()
+        if step >= total or stop:
+            break
+        if epoch != order_of:
+            order, order_of = torch.randperm(len(train), generator=generator(cfg.seed, 1, epoch)), epoch
+        g = generator(cfg.seed, 2, step, device=device)  # a step's randomness is its own: resuming needs no state
+        x = train.batch(order[place * batch : (place + 1) * batch], device)
+        if cfg.flip or cfg.shift or cfg.rotate or cfg.brightness:
+            x = augment(x, cfg, g)
+        noise = torch.randn((len(x), *vae.latent_shape), generator=g, device=device)
+        x_hat, mean, logvar = vae(x, noise)
+        terms = vae_loss(x_hat, x, mean, logvar, cfg.reconstruction, cfg.kl_weight)
+        norm = optimise(terms[0], vae, optimizer, scaler, ema, cfg.grad_clip)
+        sums += torch.stack([*(term.detach() for term in terms), norm])
+        step += 1
+        bar.update(batch)
+    bar.close()
+    log.close()
+    if step < total:
+        leave_early(stop, step / steps_per_epoch)
+    meta |= {"finished": True, "data": train.summary(), "hardware": describe_hardware(device)}
+    final = {**meta, "epoch": cfg.epochs, "metrics": log.rows[-1]}
+    tensors, of_best = load_weights(folder / "best.safetensors", "vae")
+    for name, module, facts in (("best", vae, {**of_best, **meta}), ("final", ema.module, final)):
+        if name == "best":
+            module.load_state_dict(tensors)
+        module.eval().measure_latents(train.batches(cfg.batch_size, device))
+        save_weights(folder / f"{name}.safetensors", module, facts)
+    print(f"latents: mean {rounded(module.latent_mean)}, deviation {rounded(module.latent_std)} per channel")
+    print(f"done: {folder / 'final.safetensors'}; reconstructions in {folder / 'reconstructions.png'}")
+
+
+def rounded(x: Tensor) -> list[float]:
+    return [round(v, 3) for v in x.tolist()]
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(cfg))

@@ -1,0 +1,543 @@
+"""What every loop shares: errors, device, precision, seeds, averaged weights, files that are whole, logs, pictures."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import netrc
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from config import LoopConfig, MachineConfig
+
+FORMAT = 1  # of the checkpoint files; raised when old files can no longer be read
+
+
+class UserError(Exception):
+    """Something a person can put right: one sentence that says what is wrong, where, and what to do."""
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's main; what a person can cause ends in one sentence and exit code 2, not in a traceback."""
+    try:
+        main()
+    except UserError as e:
+        sys.exit(_complain(str(e)))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except torch.OutOfMemoryError:
+        sys.exit(_complain("the GPU's memory is full: take a smaller --batch-size, or a card with more memory"))
+    except OSError as e:
+        if e.filename is None and e.strerror is None:
+            raise
+        sys.exit(_complain(f"{e.filename or 'a file'}: {e.strerror}; nothing that was written before is lost"))
+
+
+def _complain(sentence: str) -> int:
+    print(f"error: {sentence}", file=sys.stderr)
+    return 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Device, precision, seeds
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` takes CUDA, then MPS, then CPU; a device that is not there is a UserError."""
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {name} is not available here: {str(e).splitlines()[0]}") from None
+    return device
+
+
+def pick_amp_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """Autocast's dtype, None for float32. `auto`: bf16 where the hardware computes in it, else fp16 on CUDA."""
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("--precision fp16 needs a GPU: take fp32, bf16 or auto on a CPU")
+    if precision != "auto":
+        return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu":
+        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # private, but the only way to ask
+        return torch.bfloat16 if has_bf16() else None
+    return None
+
+
+def autocast(x: Tensor, dtype: torch.dtype | None) -> AbstractContextManager:
+    """The one place where precision is chosen: autocast to dtype on x's device, nothing for None."""
+    return nullcontext() if dtype is None else torch.autocast(x.device.type, dtype)
+
+
+def derive_seed(*numbers: int) -> int:
+    """A 63-bit seed from (seed, purpose, index ...): different numbers give independent streams."""
+    return int(np.random.SeedSequence(list(numbers)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def generator(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A torch generator seeded by `derive_seed(*numbers)`."""
+    return torch.Generator(device).manual_seed(derive_seed(*numbers))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Averaged weights
+
+
+def make_ema(model: nn.Module, decay: float) -> torch.optim.swa_utils.AveragedModel:
+    """Exponential moving average of the weights; young averages forget faster: min(decay, (1 + n) / (10 + n))."""
+    from torch.optim.swa_utils import AveragedModel
+
+    def update(averaged: list[Tensor], current: list[Tensor], n: Tensor) -> None:
+        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n.item()) / (10 + n.item())))
+
+    ema = AveragedModel(model, multi_avg_fn=update)
+    ema.eval().requires_grad_(False)
+    return ema
+
+
+def optimise(
+    loss: Tensor,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    ema: torch.optim.swa_utils.AveragedModel,
+    clip: float,
+) -> Tensor:
+    """Backward, unscale, clip, step, average; returns the gradient norm before clipping.
+
+    A step that the scaler skips (infinite gradients under fp16) does not enter the average.
+    """
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf"))
+    scale = scaler.get_scale()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    if scaler.get_scale() >= scale:
+        ema.update_parameters(model)
+    return norm.detach()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that are whole
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write beside, flush to disk, then rename: a reader finds the old file or the new one, never a part of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(tmp, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except OSError as e:
+        tmp.unlink(missing_ok=True)
+        e.filename = str(path)
+        raise
+
+
+def save_state(path: Path, state: dict) -> None:
+    """Everything resuming needs, by torch.save; the state before it stays as `*.prev.pt` until the next write."""
+    buffer = io.BytesIO()  # serialised in memory, so that a full disk is met by write_atomic alone
+    torch.save({"format": FORMAT, **state}, buffer)
+    if path.exists():
+        prev = path.with_suffix(".prev.pt")
+        prev.unlink(missing_ok=True)
+        os.link(path, prev)
+    write_atomic(path, buffer.getvalue())
+
+
+def load_state(path: Path) -> dict | None:
+    """The state last saved, None if there is none. A torn file gives way to the one before it."""
+    for p in (path, path.with_suffix(".prev.pt")):
+        if not p.exists():
+            continue
+        try:
+            state = torch.load(p, map_location="cpu", weights_only=True)  # never runs code from the file
+        except Exception as e:
+            print(f"{p} cannot be read ({type(e).__name__}); trying the one before it", file=sys.stderr)
+            continue
+        if not isinstance(state, dict) or state.get("format") != FORMAT:
+            raise UserError(f"{p} was written by another version of this code: finish it there, or use --fresh")
+        return state
+    if path.exists():
+        raise UserError(f"{path} cannot be read and there is none before it: start over with --fresh")
+    return None
+
+
+def save_weights(path: Path, module: nn.Module, meta: Mapping[str, Any]) -> None:
+    """Weights and buffers as safetensors, with `meta` (kind, config, classes, ...) as JSON in the header."""
+    from safetensors.torch import save
+
+    tensors = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+    write_atomic(path, save(tensors, metadata={"meta": json.dumps({"format": FORMAT, **meta})}))
+
+
+def load_weights(path: Path, kind: str) -> tuple[dict[str, Tensor], dict]:
+    """(state dict in float32, meta) of a file of this kind ("vae" or "diffusion"). Code in a file is never run."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise UserError(f"there are no weights at {path}: train the run first, or name another with --run")
+    try:
+        with safe_open(path, framework="pt") as f:
+            meta = json.loads((f.metadata() or {}).get("meta", "null"))
+            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, json.JSONDecodeError):
+        raise UserError(
+            f"{path} is not a safetensors file of this project (damaged, or a pickle, which is never opened): "
+            "use the best.safetensors or final.safetensors that training wrote"
+        ) from None
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT or meta.get("kind") != kind:
+        raise UserError(f"{path} does not hold {kind} weights of this version: use a file that training wrote")
+    return {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}, meta
+
+
+def load_into(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """load_state_dict with a sentence for weights of another architecture."""
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as e:
+        reason = " ".join(str(e).split())[:160]
+        raise UserError(f"{path} holds weights of another architecture than its own header says: {reason}") from None
+
+
+def file_hash(path: Path) -> str:
+    """First 12 hex digits of the file's SHA-256."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()[:12]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run: its folder, its log, its end
+
+
+def open_run(cfg: LoopConfig, stage: str) -> Path:
+    """The folder CHECKPOINTS/RUN/<stage>, writable. --fresh moves an older one aside."""
+    folder = Path(cfg.checkpoints) / cfg.run / stage
+    if cfg.fresh and folder.exists():
+        old = folder.parent / f"old-{time.strftime('%Y%m%d-%H%M%S')}" / stage
+        old.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(folder, old)
+        print(f"the old {stage} run is now in {old}")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder} cannot be written: choose another --checkpoints folder")
+    return folder
+
+
+# What may differ between the two commands of one run; anything else would make the resumed run a mixture of two.
+FREE_TO_CHANGE = {
+    "epochs", "device", "wandb", "cache", "checkpoints", "save_minutes", "fresh", "dry_run", "gif_every",
+    "sample_every", "data",
+}  # fmt: skip
+
+
+def check_same_run(cfg: LoopConfig, data: str, state: dict, folder: Path) -> None:
+    """UserError if this command would continue a run that was started with other settings or on other data."""
+    old, new = state["config"], asdict(cfg)
+    changed = [k for k in new if k not in FREE_TO_CHANGE and old.get(k) != new[k]]
+    if changed:
+        was = ", ".join(f"{k} {old.get(k)} -> {new[k]}" for k in changed)
+        raise UserError(f"{folder} was started with other settings ({was}): use those, another --run, or --fresh")
+    if state["data"] != data:
+        raise UserError(f"{folder} was started on other slices than {cfg.data} now holds: use another --run or --fresh")
+
+
+class StopSignal:
+    """True once SIGTERM, SIGUSR1 or Ctrl-C arrived: the loop then finishes its step, saves and leaves.
+
+    A second Ctrl-C leaves at once.
+    """
+
+    def __init__(self) -> None:
+        self.name = ""
+        for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(s, self._stop)
+
+    def _stop(self, number: int, frame: object) -> None:
+        if self.name and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.name = signal.Signals(number).name
+
+    def __bool__(self) -> bool:
+        return bool(self.name)
+
+
+def leave_early(stop: StopSignal, epoch: float) -> NoReturn:
+    """Say how to go on after a signal, and exit: 130 after Ctrl-C, else 0, since nothing failed."""
+    print(f"stopped by {stop.name} and saved at epoch {epoch:.2f}: the same command goes on from there")
+    sys.exit(130 if stop.name == "SIGINT" else 0)
+
+
+def progress_bar(total: int, done: int = 0, what: str = "") -> tqdm:
+    """A bar in images, with images/s and time left; in a log file, where it cannot redraw itself, once a minute."""
+    return tqdm(
+        total=total, initial=done, desc=what or None, unit=" images", unit_scale=total >= 10_000, dynamic_ncols=True,
+        smoothing=0.05, mininterval=0.5 if sys.stderr.isatty() else 60, leave=not what,
+    )  # fmt: skip
+
+
+class RunLog:
+    """Numbers to FOLDER/metrics.jsonl, curves to FOLDER/curves.png, both and pictures to wandb if it works.
+
+    `step` is where the run resumes: rows after it were written by a job that died before it saved, and are dropped.
+    wandb can fail at any call: then one line says so and the run goes on without it.
+    """
+
+    def __init__(self, folder: Path, cfg: MachineConfig, stage: str, step: int = 0):
+        self.folder, self.path, self.wandb = folder, folder / "metrics.jsonl", None
+        self.rows = [r for r in read_jsonl(self.path) if r["step"] <= step] if step else []
+        write_atomic(self.path, "".join(json.dumps(r) + "\n" for r in self.rows).encode())
+        if cfg.wandb != "disabled":
+            self._guard(lambda: self._start_wandb(cfg, stage))
+
+    def _start_wandb(self, cfg: MachineConfig, stage: str) -> None:
+        import wandb
+
+        mode = cfg.wandb
+        if mode == "auto":
+            mode = "online" if logged_in_to_wandb() else "offline"
+        id_file = self.folder / "wandb_id"
+        if not id_file.exists():
+            write_atomic(id_file, uuid.uuid4().hex[:8].encode())
+        self.wandb = wandb.init(
+            project="Stable-Diffusion-ADNI", name=f"{cfg.run}-{stage}", group=cfg.run, id=id_file.read_text(),
+            resume="allow", mode=mode, dir=str(self.folder), config=asdict(cfg),
+            settings=wandb.Settings(silent=True, init_timeout=60),
+        )  # fmt: skip
+
+    def _guard(self, call: Callable[[], Any]) -> None:
+        try:
+            call()
+        except Exception as e:
+            self.wandb = None
+            reason = next(iter(str(e).splitlines()), "")
+            print(f"wandb is off for the rest of this run ({type(e).__name__}: {reason})", file=sys.stderr)
+
+    def log(self, step: int, row: Mapping[str, float]) -> None:
+        """Append numbers at a step."""
+        row = {"step": step, **{k: round(float(v), 8) for k, v in row.items()}}
+        self.rows.append(row)
+        with open(self.path, "a") as f:
+            f.write(json.dumps(row) + "\n")
+        if self.wandb is not None:
+            self._guard(lambda: self.wandb.log(row, step=step))
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Show a picture file in wandb."""
+        if self.wandb is not None:
+            import wandb
+
+            kind = wandb.Video if path.suffix == ".gif" else wandb.Image
+            self._guard(lambda: self.wandb.log({name: kind(str(path))}, step=step))
+
+    def plot(self) -> None:
+        """Redraw FOLDER/curves.png."""
+        plot_curves(self.rows, self.folder / "curves.png")
+
+    def close(self) -> None:
+        self.plot()
+        if self.wandb is not None:
+            self._guard(self.wandb.finish)
+
+
+def logged_in_to_wandb() -> bool:
+    """Is there a key in the environment or in ~/.netrc, where `wandb login` puts it? Asks nobody, opens no connection."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").partition("//")[2].strip("/")
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """Rows of a .jsonl file; a last line that was torn by a crash is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def git_commit() -> str:
+    """The commit of the code, for the record; "unknown" outside a clone."""
+    done = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    )
+    return done.stdout.strip() or "unknown"
+
+
+def training_cost(model: nn.Module, *inputs: Tensor) -> tuple[int, float, float]:
+    """(parameters, GFLOP of a forward pass, MB of activations kept for backward) for these inputs, computing nothing.
+
+    Runs on the meta device, where tensors have shapes and no contents.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    saved: dict[tuple, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        saved[(id(t.untyped_storage()), t.shape)] = t.numel() * t.element_size()
+        return t
+
+    own = {id(p.untyped_storage()) for p in model.parameters()}
+    with FlopCounterMode(display=False) as flops, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(*inputs)
+    kept = sum(size for (storage, _), size in saved.items() if storage not in own)
+    return sum(p.numel() for p in model.parameters()), flops.get_total_flops() / 1e9, kept / 1e6
+
+
+def describe_cost(
+    name: str, parameters: int, gflop: float, mb: float, batch: int, epochs: int, steps: int, device: torch.device,
+    amp_dtype: torch.dtype | None,
+) -> str:  # fmt: skip
+    """Lines of a dry run: size, work and memory. Activations count half under autocast; the average is included."""
+    memory = 20 * parameters / 1e9 + batch * mb / 1e3 * (0.5 if amp_dtype else 1.0)  # weight, gradient, 2 Adam, EMA
+    dtype = str(amp_dtype or torch.float32).removeprefix("torch.")
+    return (
+        f"{name:9} {parameters / 1e6:.1f} M parameters, {gflop:.2f} GFLOP forward per image\n"
+        f"schedule  {epochs:,} epochs, {steps:,} steps of {batch} images, {3 * gflop * batch * steps / 1e6:.2f} PFLOP\n"
+        f"memory    about {memory:.1f} GB at this batch size\n"
+        f"device    {describe_hardware(device)}, {dtype}"
+    )
+
+
+def describe_hardware(device: torch.device) -> str:
+    """e.g. "NVIDIA H200" or "CPU, 2 threads"."""
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type.upper()}, " + (f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    )
+
+
+@contextmanager
+def frozen(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients inside; each module's own mode is put back after."""
+    modes = [(m, m.training) for model in models for m in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def to_uint8(x: Tensor) -> np.ndarray:
+    """Images in [-1, 1], [B, 1, H, W] -> uint8 [B, H, W]."""
+    return ((x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)[:, 0].numpy()
+
+
+def image_grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarray:
+    """uint8 [N, H, W] -> one uint8 picture, row by row, with thin grey lines between."""
+    n, h, w = images.shape
+    columns = columns or int(np.ceil(np.sqrt(n)))
+    rows = -(-n // columns)
+    grid = np.full((rows * (h + gap) - gap, columns * (w + gap) - gap), 64, np.uint8)
+    for i, image in enumerate(images):
+        y, x = divmod(i, columns)
+        grid[y * (h + gap) : y * (h + gap) + h, x * (w + gap) : x * (w + gap) + w] = image
+    return grid
+
+
+def png_bytes(image: np.ndarray) -> bytes:
+    """A grey uint8 [H, W] picture as PNG."""
+    import cv2
+
+    return cv2.imencode(".png", image)[1].tobytes()
+
+
+def save_gif(path: Path, frames: Sequence[np.ndarray], seconds: float = 0.25) -> None:
+    """uint8 [H, W] frames -> a looping GIF that rests on its last frame."""
+    from PIL import Image
+
+    images, buffer = [Image.fromarray(f) for f in frames], io.BytesIO()
+    durations = [int(1000 * seconds)] * (len(images) - 1) + [2000]
+    images[0].save(buffer, "GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)
+    write_atomic(path, buffer.getvalue())
+
+
+def visualise_denoising_process(
+    steps: Sequence[tuple[int, Tensor, Tensor]], decode: Callable[[Tensor], Tensor], folder: Path
+) -> None:
+    """What the sampler's callback saw, decoded, as FOLDER/denoising.gif (x_t) and FOLDER/denoising.png.
+
+    steps: (t, x_t, x0) each [N, C, h, w]; decode: latents -> images in [-1, 1]. In the PNG each image has two rows,
+    x_t above and the estimate of the clean image below; time runs to the right, at most ten columns.
+    """
+    x_t = np.stack([to_uint8(decode(x)) for _, x, _ in steps])  # [S, N, H, W]
+    columns = np.unique(np.linspace(0, len(steps) - 1, min(10, len(steps))).round().astype(int))
+    save_gif(folder / "denoising.gif", [image_grid(frame) for frame in x_t])
+    x0 = np.stack([to_uint8(decode(steps[i][2])) for i in columns])  # [10, N, H, W]
+    rows = np.stack([x_t[columns], x0], axis=1)  # [10, 2, N, H, W]
+    strip = rows.transpose(2, 1, 0, 3, 4).reshape(-1, *x_t.shape[2:])
+    write_atomic(folder / "denoising.png", png_bytes(image_grid(strip, columns=len(columns))))
+
+
+def plot_curves(rows: Sequence[Mapping[str, float]], path: Path) -> None:
+    """One panel per group of numbers ("loss/train" and "loss/val" share the panel "loss") over the epochs."""
+    from matplotlib.figure import Figure
+
+    groups: dict[str, list[str]] = {}
+    for name in dict.fromkeys(k for r in rows for k in r if k not in ("step", "epoch")):
+        groups.setdefault(name.split("/")[0], []).append(name)
+    if not groups:
+        return
+    columns = min(4, len(groups))
+    lines = -(-len(groups) // columns)
+    figure = Figure(figsize=(3.6 * columns, 2.6 * lines), layout="constrained")
+    for i, (group, names) in enumerate(groups.items()):
+        ax = figure.add_subplot(lines, columns, i + 1)
+        for name in names:
+            xy = [(r["epoch"], r[name]) for r in rows if name in r]
+            ax.plot(*zip(*xy), label=name.partition("/")[2] or name, marker="." if len(xy) < 20 else None)
+        ax.set_title(group, fontsize=10)
+        ax.set_xlabel("epoch", fontsize=8)
+        ax.tick_params(labelsize=8)
+        ax.grid(alpha=0.3)
+        values = [r[n] for r in rows for n in names if n in r]
+        if group.startswith("loss") and min(values) > 0:
+            ax.set_yscale("log")
+        if len(names) > 1:
+            ax.legend(fontsize=7, frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    write_atomic(path, buffer.getvalue())

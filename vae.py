@@ -1,0 +1,177 @@
+"""The VAE, its losses, and the latent contract: what the diffusion sees has mean 0 and deviation 1 per channel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modules import AttentionBlock, ResidualBlock, Upsample, group_norm
+from utils import UserError, autocast, load_into, load_weights
+
+LOGVAR_RANGE = (-30.0, 20.0)  # exp(20 / 2) is still finite in float16
+
+
+class VAE(nn.Module):
+    """Convolutional variational autoencoder (Kingma & Welling 2014; layout after Rombach et al. 2022).
+
+    Images are float [B, 1, S, S] in [-1, 1]; latents [B, C, S/downsample, S/downsample]. `encode` and `decode` speak of
+    normalised latents, (posterior sample - latent_mean) / latent_std, so that nobody scales latents by hand.
+    The last step of `downsample` that the levels do not cover is a space-to-depth stem, and its inverse at the end.
+    """
+
+    def __init__(
+        self,
+        image_size: int = 256,
+        downsample: int = 8,
+        latent_channels: int = 8,
+        channels: Sequence[int] = (64, 128, 256),
+        blocks: int = 2,
+        attention: bool = True,
+    ):
+        super().__init__()
+        self.config = dict(
+            image_size=image_size, downsample=downsample, latent_channels=latent_channels, channels=list(channels),
+            blocks=blocks, attention=attention,
+        )  # fmt: skip
+        patch, rest = divmod(downsample, 2 ** (len(channels) - 1))
+        if rest or patch < 1 or downsample & (downsample - 1):
+            raise ValueError(f"{len(channels)} levels cannot give a downsampling of {downsample}")
+        if image_size % downsample:
+            raise ValueError(f"an image of {image_size} pixels cannot be divided by {downsample}")
+        self.amp_dtype: torch.dtype | None = None
+        # Per channel over the training set, written once at the end of pre-training; until then they do nothing.
+        self.register_buffer("latent_mean", torch.zeros(latent_channels))
+        self.register_buffer("latent_std", torch.ones(latent_channels))
+
+        down: list[nn.Module] = [nn.PixelUnshuffle(patch), nn.Conv2d(patch**2, channels[0], 3, padding=1)]
+        width = channels[0]
+        for level, c in enumerate(channels):
+            if level:
+                down.append(nn.Conv2d(width, c, 3, stride=2, padding=1))
+                width = c
+            for _ in range(blocks):
+                down.append(ResidualBlock(width, c))
+                width = c
+        middle = [AttentionBlock(width)] if attention else []
+        down += [*middle, ResidualBlock(width, width), group_norm(width), nn.SiLU()]
+        self.encoder = nn.Sequential(*down, nn.Conv2d(width, 2 * latent_channels, 3, padding=1))
+
+        middle = [AttentionBlock(width)] if attention else []
+        up: list[nn.Module] = [nn.Conv2d(latent_channels, width, 3, padding=1), ResidualBlock(width, width), *middle]
+        for level, c in reversed(list(enumerate(channels))):
+            for _ in range(blocks):
+                up.append(ResidualBlock(width, c))
+                width = c
+            if level:
+                up.append(Upsample(width, channels[level - 1]))
+                width = channels[level - 1]
+        up += [group_norm(width), nn.SiLU(), nn.Conv2d(width, patch**2, 3, padding=1), nn.PixelShuffle(patch)]
+        self.decoder = nn.Sequential(*up)
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of q(z|x) as the encoder gives them, each float32 [B, C, h, w]."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        with autocast(x, self.amp_dtype):
+            mean, logvar = self.encoder(x).float().chunk(2, dim=1)  # the halves are channels: none is shared
+        return mean, logvar.clamp(*LOGVAR_RANGE)
+
+    def reconstruct(self, z: Tensor) -> Tensor:
+        """Unnormalised latents -> images, float32 [B, 1, S, S], about [-1, 1]."""
+        z = z.contiguous(memory_format=torch.channels_last)
+        with autocast(z, self.amp_dtype):
+            return self.decoder(z).float()
+
+    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images and standard normal noise [B, C, h, w] -> (reconstruction, mean, logvar)."""
+        mean, logvar = self.posterior(x)
+        return self.reconstruct(mean + (0.5 * logvar).exp() * noise), mean, logvar
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Images -> (mean, std) of the normalised latent: a redraw is mean + std * noise."""
+        mean, logvar = self.posterior(x)
+        m, s = self.latent_mean[:, None, None], self.latent_std[:, None, None]
+        return (mean - m) / s, (0.5 * logvar).exp() / s
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Normalised latents -> images in [-1, 1]."""
+        return self.reconstruct(z * self.latent_std[:, None, None] + self.latent_mean[:, None, None]).clamp(-1, 1)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w)."""
+        side = self.config["image_size"] // self.config["downsample"]
+        return self.config["latent_channels"], side, side
+
+    @torch.no_grad()
+    def measure_latents(self, batches: Iterable[Tensor]) -> None:
+        """Set latent_mean and latent_std to those of posterior samples over batches of images, in closed form."""
+        total, squares, count = 0.0, 0.0, 0
+        for x in batches:
+            mean, logvar = (v.double() for v in self.posterior(x))
+            total = total + mean.sum(dim=(0, 2, 3))
+            squares = squares + (mean.square() + logvar.exp()).sum(dim=(0, 2, 3))  # E[z^2] = mean^2 + variance
+            count += mean.numel() // mean.shape[1]
+        self.latent_mean.copy_(total / count)
+        self.latent_std.copy_((squares / count - (total / count).square()).sqrt())
+
+
+def reconstruction_loss(x_hat: Tensor, x: Tensor, kind: str) -> Tensor:
+    """Mean over pixels: "mse", "l1", or "l1_ssim" = L1 + 0.5 (1 - SSIM). Images in [-1, 1]; scalar."""
+    if kind == "mse":
+        return F.mse_loss(x_hat, x)
+    l1 = F.l1_loss(x_hat, x)
+    return l1 if kind == "l1" else l1 + 0.5 * (1 - ssim((x_hat + 1) / 2, (x + 1) / 2))
+
+
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Mean SSIM (Wang et al. 2004) of images [B, 1, H, W] in [0, 1], Gaussian window 11 wide, sigma 1.5.
+
+    Fast to train on, because the blur is a banded matrix on either side of the image. torchmetrics, which reports,
+    also counts a border of mirrored pixels; without it the values are the same.
+    """
+    tap = torch.exp(-0.5 * (torch.arange(11) - 5).square() / 1.5**2)
+
+    def band(n: int) -> Tensor:  # [n - 10, n]: row i holds the window over pixels i .. i + 10
+        rows = torch.arange(n - 10)[:, None]
+        return torch.zeros(n - 10, n).scatter_(1, rows + torch.arange(11), (tap / tap.sum()).expand(n - 10, 11)).to(a)
+
+    left, right = band(a.shape[2]), band(a.shape[3]).T
+
+    def blur(x: Tensor) -> Tensor:
+        return left @ x @ right
+
+    mu_a, mu_b, aa, bb, ab = blur(torch.cat([a, b, a * a, b * b, a * b])).chunk(5)
+    var_a, var_b, cov = aa - mu_a * mu_a, bb - mu_b * mu_b, ab - mu_a * mu_b
+    c1, c2 = 0.01**2, 0.03**2
+    value = (2 * mu_a * mu_b + c1) * (2 * cov + c2) / ((mu_a**2 + mu_b**2 + c1) * (var_a + var_b + c2))
+    return value.mean()
+
+
+def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
+    """KL(q(z|x) || N(0, 1)), summed over the latent: float32 [B] (Kingma & Welling 2014, appendix B)."""
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3))
+
+
+def vae_loss(x_hat: Tensor, x: Tensor, mean: Tensor, logvar: Tensor, kind: str, kl_weight: float) -> tuple[Tensor, ...]:
+    """(loss, reconstruction term, KL per image pixel): loss = reconstruction + kl_weight * KL."""
+    reconstruction = reconstruction_loss(x_hat, x, kind)
+    kl = kl_divergence(mean, logvar).mean() / math.prod(x.shape[1:])
+    return reconstruction + kl_weight * kl, reconstruction, kl
+
+
+def load_vae(path: Path, device: torch.device) -> tuple[VAE, dict]:
+    """The VAE of a .safetensors file, ready to encode and decode, and the file's meta."""
+    tensors, meta = load_weights(path, "vae")
+    if not meta.get("finished"):
+        raise UserError(f"{path} is of a VAE still in training: let pre_train.py finish first (same command again)")
+    try:
+        vae = VAE(**meta["model"])
+    except (KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{path} describes a VAE that this version cannot build: {e}") from None
+    load_into(vae, tensors, path)
+    return vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), meta
