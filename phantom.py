@@ -454,8 +454,8 @@ def _measure(out: Path) -> None:
     """Print ventricle fraction per class of the images in a folder, and Cohen's d of the first class and the last."""
     import cv2
 
-    manifest = out / "manifest.csv"
-    if manifest.is_file():
+    files = []
+    for manifest in sorted(out.rglob("manifest.csv")):
         try:
             with open(manifest, newline="", encoding="utf-8") as f:
                 rows = list(csv.DictReader(f))
@@ -463,9 +463,8 @@ def _measure(out: Path) -> None:
             raise Unusable(f"cannot read {manifest} ({e}); restore it, or remove it to use folder names") from e
         if rows and not {"file", "class"} <= set(rows[0]):
             raise Unusable(f"{manifest} lacks the columns file and class; add them, or remove it to use folder names")
-        files = [(out / r["file"], r["class"]) for r in rows]
-    else:
-        files = [(path, path.resolve().parent.name) for path in sorted(out.rglob("*.png"))]
+        files += [(manifest.parent / r["file"], r["class"]) for r in rows]
+    files = files or [(path, path.resolve().parent.name) for path in sorted(out.rglob("*.png"))]
     if not files:
         raise Unusable(f"no images to measure in {out}; name a folder that holds png files of brain slices")
     groups: dict[str, list[float]] = {}

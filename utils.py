@@ -364,13 +364,13 @@ class RunLog:
         plot_curves(self.rows, self.folder / "curves.png")
 
     def close(self) -> None:
-        self.plot()
+        """End the wandb run."""
         if self.wandb is not None:
             self._guard(self.wandb.finish)
 
 
 def logged_in_to_wandb() -> bool:
-    """Is there a key in the environment or in ~/.netrc, where `wandb login` puts it? Asks nobody, opens no connection."""
+    """Is there a key in the environment or in ~/.netrc, where `wandb login` puts it? Opens no connection."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").partition("//")[2].strip("/")

@@ -1,0 +1,314 @@
+"""Train the Fast-DDPM U-Net on the latents of a run's VAE: python train.py [demo|small|adni] --data DIR --run NAME.
+
+The same command again resumes.
+"""
+
+from __future__ import annotations
+
+from config import TrainConfig, parse
+
+if __name__ == "__main__":
+    cfg = parse(TrainConfig)  # before torch is imported, so that --help answers at once
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dataset import ADNIDataset, load_splits
+from metrics import psnr, ssim, unit, unpaired
+from modules import (
+    CosineAnnealingWarmupScheduler,
+    Lookahead,
+    NoiseScheduler_Fast_DDPM,
+    StableDiffusion,
+    UNet,
+)
+from utils import (
+    RunLog,
+    StopSignal,
+    UserError,
+    check_same_run,
+    describe_cost,
+    describe_hardware,
+    file_hash,
+    frozen,
+    generator,
+    git_commit,
+    image_grid,
+    leave_early,
+    load_state,
+    make_ema,
+    open_run,
+    optimise,
+    pick_amp_dtype,
+    pick_device,
+    png_bytes,
+    progress_bar,
+    run_script,
+    save_gif,
+    save_state,
+    save_weights,
+    to_uint8,
+    training_cost,
+    visualise_denoising_process,
+    write_atomic,
+)
+from vae import VAE, load_vae
+
+
+class Latents:
+    """All slices of a split as posterior mean and std, float16, redrawn at every visit; mirrored ones beside them."""
+
+    def __init__(self, vae: VAE, data: ADNIDataset, batch: int, device: torch.device, mirror: bool, what: str):
+        # Half precision rounds a latent of size 1 by 5e-4, far below the posterior's own std. As much as fits stays
+        # on the device, and then a step of training touches no image and no VAE.
+        self.moments = torch.empty(1 + mirror, len(data), 2, *vae.latent_shape, dtype=torch.float16)
+        bar = progress_bar(len(data), what=what)
+        with frozen(vae), bar:
+            for i, x in zip(range(0, len(data), batch), data.batches(batch, device)):
+                for m in range(1 + mirror):
+                    self.moments[m, i : i + len(x)] = torch.stack(vae.encode(x.flip(3) if m else x), dim=1).cpu()
+                bar.update(len(x))
+        if device.type == "cuda" and self.moments.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
+            self.moments = self.moments.to(device)
+        self.labels, self.device = data.labels.to(device), device
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def draw(self, index: Tensor, g: torch.Generator) -> Tensor:
+        """A posterior sample of each slice [B, C, h, w], of its mirror image half of the time if there are any."""
+        mirrored = torch.randint(len(self.moments), (len(index),), generator=g, device=self.device)
+        where = self.moments.device
+        mean, std = self.moments[mirrored.to(where), index.to(where)].to(self.device).float().unbind(1)
+        return mean + std * torch.randn(mean.shape, generator=g, device=self.device)
+
+
+def loss_by_timestep(
+    model: StableDiffusion, z: Tensor, y: Tensor, places: Tensor, bins: int, g: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Loss per image [B], and [2, bins]: its sum and the number of images, by place in the grid of timesteps."""
+    timesteps = model.scheduler.timesteps
+    noise = torch.randn(z.shape, generator=g, device=z.device)
+    loss, _ = model(z, timesteps[places], noise, y)
+    hit = torch.stack([loss.detach(), torch.ones_like(loss)])
+    where = (places * bins // len(timesteps)).expand(2, -1)
+    return loss, torch.zeros(2, bins, device=z.device).scatter_add_(1, where, hit)
+
+
+def validation_loss(model: StableDiffusion, val: Latents, cfg: TrainConfig, bins: int) -> Tensor:
+    """Loss by timestep [bins] on people never trained on: the same noise and timesteps at every call."""
+    sums, n = torch.zeros(2, bins, device=val.device), len(model.scheduler.timesteps)
+    with frozen(model):
+        for i in range(0, len(val), cfg.batch_size):
+            index = torch.arange(i, min(i + cfg.batch_size, len(val)))
+            g = generator(cfg.seed, 5, i, device=val.device)
+            places = (index.to(val.device) * 7919 + 13) % n  # a prime stride: every slice another place of the grid
+            z = val.draw(index, g)
+            sums += loss_by_timestep(model, z, val.labels[index.to(val.device)], places, bins, g)[1]
+    return sums[0] / sums[1].clamp(min=1)
+
+
+def denoising_quality(
+    model: StableDiffusion, vae: VAE, latents: Latents, val: ADNIDataset, cfg: TrainConfig
+) -> dict[str, float]:
+    """PSNR and SSIM of the one-step estimate of x0 against its own image, at up to ten timesteps, on 16 slices."""
+    index = torch.linspace(0, len(val) - 1, min(16, len(val))).long()
+    x, y = unit(val.batch(index, latents.device)), latents.labels[index.to(latents.device)]
+    timesteps, numbers = model.scheduler.timesteps, {}
+    with frozen(model, vae):
+        for place in np.unique(np.linspace(0, len(timesteps) - 1, min(10, len(timesteps))).round().astype(int)):
+            g = generator(cfg.seed, 6, device=latents.device)
+            z, t = latents.draw(index, g), timesteps[place].expand(len(index))
+            _, x0 = model(z, t, torch.randn(z.shape, generator=g, device=z.device), y)
+            x0 = unit(vae.decode(x0))
+            numbers[f"denoising PSNR/t={timesteps[place]}"] = psnr(x0, x).mean().item()
+            numbers[f"denoising SSIM/t={timesteps[place]}"] = ssim(x0, x).mean().item()
+    return numbers
+
+
+def show_samples(
+    model: StableDiffusion, vae: VAE, train: ADNIDataset, val: ADNIDataset, cfg: TrainConfig, folder: Path, epoch: int
+) -> dict[str, float]:
+    """16 samples of the fixed seed to FOLDER/samples.png and the growing samples.gif, classes in turn.
+
+    Returns their PSNR and SSIM against unrelated validation slices, beside those of training slices: without pairs
+    these numbers say only how alike strangers are.
+    """
+    device, n = model.scheduler.timesteps.device, 16
+    y = torch.arange(n) % model.num_classes if model.num_classes else None
+    steps: list[tuple[int, Tensor, Tensor]] = []
+    with frozen(model, vae):
+        z = model.generate(
+            vae.latent_shape, cfg.seed, range(n), y, callback=lambda t, x_t, x0: steps.append((t, x_t[:4], x0[:4]))
+        )
+        x = vae.decode(z)
+        visualise_denoising_process(steps, vae.decode, folder)
+    frame = image_grid(to_uint8(x))
+    write_atomic(folder / "frames" / f"{epoch:05d}.png", png_bytes(frame))
+    write_atomic(folder / "samples.png", png_bytes(frame))
+    import cv2
+
+    save_gif(
+        folder / "samples.gif",
+        [cv2.imread(str(p), cv2.IMREAD_GRAYSCALE) for p in sorted((folder / "frames").glob("*.png"))],
+    )
+    g = generator(cfg.seed, 7)
+    strangers, real = (unit(d.batch(torch.randint(len(d), (n,), generator=g), device)) for d in (val, train))
+    (p, s), (p_real, s_real) = unpaired(unit(x), strangers), unpaired(real, strangers)
+    return {
+        "unpaired PSNR/generated": p, "unpaired PSNR/real": p_real,
+        "unpaired SSIM/generated": s, "unpaired SSIM/real": s_real,
+    }  # fmt: skip
+
+
+def main(cfg: TrainConfig) -> None:
+    device = pick_device(cfg.device)
+    vae_file = Path(cfg.checkpoints) / cfg.run / "vae" / "best.safetensors"
+    if not vae_file.exists():
+        raise UserError(
+            f"run {cfg.run} has no VAE ({vae_file} is not there): train it first with python pre_train.py, same --run"
+        )
+    vae, vae_meta = load_vae(vae_file, device)
+    splits, fingerprint = load_splits(cfg, vae.config["image_size"])
+    train, val = splits["train"], splits["val"]
+    num_classes = 0 if cfg.unconditional or len(train.classes) == 1 else len(train.classes)
+
+    def build() -> StableDiffusion:
+        try:
+            channels, side, _ = vae.latent_shape
+            unet = UNet(channels, side, cfg.channels, cfg.blocks, cfg.attention, num_classes, cfg.dropout)
+            return StableDiffusion(
+                unet, NoiseScheduler_Fast_DDPM(num_steps=cfg.num_steps, grid=cfg.grid), cfg.prediction
+            )
+        except ValueError as e:
+            raise UserError(f"{e}: change --channels, --grid or --num-steps") from None
+
+    amp_dtype = pick_amp_dtype(cfg.precision, device)
+    batch = min(cfg.batch_size, len(train))
+    steps_per_epoch = len(train) // batch
+    total = cfg.epochs * steps_per_epoch
+    if cfg.dry_run:
+        unet = build().unet.to("meta")
+        z, t = torch.empty(1, *vae.latent_shape, device="meta"), torch.empty(1, dtype=torch.int64, device="meta")
+        print(f"train on  {train.summary()}\nvalidate  {val.summary()}\nlatent    {vae.latent_shape} from {vae_file}")
+        print(f"classes   {', '.join(train.classes)}; {'conditional' if num_classes else 'unconditional'}")
+        cost = training_cost(unet, z, t, t if num_classes else None)
+        print(describe_cost("U-Net", *cost, batch, cfg.epochs, total, device, amp_dtype))
+        print(f"writes to {Path(cfg.checkpoints) / cfg.run / 'diffusion'}")
+        return
+
+    folder = open_run(cfg, "diffusion")
+    torch.manual_seed(cfg.seed)
+    model = build().to(device, memory_format=torch.channels_last)
+    model.amp_dtype = amp_dtype
+    vae.amp_dtype = amp_dtype if device.type == "cuda" else None
+    bins = min(10, len(model.scheduler.timesteps))
+    ema = make_ema(model, cfg.ema_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=device.type in ("cuda", "cpu")
+    )
+    if cfg.lookahead:
+        optimizer = Lookahead(optimizer)
+    schedule = CosineAnnealingWarmupScheduler(optimizer, max(1, round(cfg.warmup * total)), total)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
+    parts = {"model": model, "ema": ema, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+    step, evaluated, best = 0, 0, float("inf")
+    # Since the last evaluation: row 0 the loss and row 1 the images by place in the grid, then the gradient norm.
+    sums = torch.zeros(2 * bins + 1, device=device)
+    state = load_state(folder / "last.pt")
+    if state:
+        check_same_run(cfg, fingerprint, state, folder)
+        if state["vae"] != file_hash(vae_file):
+            raise UserError(f"{folder} was started on the latents of another VAE than {vae_file}: use --fresh")
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        schedule.total_steps, schedule.warmup_steps = total, max(1, round(cfg.warmup * total))  # --epochs may be new
+        step, evaluated, best, sums = state["step"], state["evaluated"], state["best"], state["sums"].to(device)
+        if step >= total and (folder / "final.safetensors").exists():
+            print(f"{folder} is finished: {cfg.epochs} epochs; more with --epochs, again with --fresh")
+            return
+        print(f"resuming {folder} at epoch {step / steps_per_epoch:.2f}")
+
+    latents = Latents(vae, train, cfg.batch_size, device, cfg.flip, "encoding training slices")
+    val_latents = Latents(vae, val, cfg.batch_size, device, False, "encoding validation slices")
+    meta = {
+        "kind": "diffusion", "model": model.unet.config, "scheduler": model.scheduler.config,
+        "prediction": cfg.prediction, "classes": train.classes, "vae": file_hash(vae_file), "config": asdict(cfg),
+        "commit": git_commit(), "data": train.summary(), "hardware": describe_hardware(device),
+    }  # fmt: skip
+    log, stop = RunLog(folder, cfg, "diffusion", step), StopSignal()
+
+    def save() -> None:
+        saved = {name: part.state_dict() for name, part in parts.items()}
+        numbers = {"step": step, "evaluated": evaluated, "best": best, "sums": sums.cpu(), "vae": meta["vae"]}
+        save_state(folder / "last.pt", {**saved, **numbers, "config": asdict(cfg), "data": fingerprint})
+
+    bar, clock, clock_step, saved_at = progress_bar(total * batch, step * batch), time.time(), step, time.time()
+    order_of = -1  # the epoch whose order is at hand
+    while True:
+        epoch, place = divmod(step, steps_per_epoch)
+        if place == 0 and step > evaluated:
+            speed = (step - clock_step) * batch / max(1e-9, time.time() - clock)
+            by_t = validation_loss(ema.module, val_latents, cfg, bins).tolist()
+            by_t_train = (sums[:bins] / sums[bins:-1].clamp(min=1)).tolist()
+            loss_val, loss_train = float(np.mean(by_t)), (sums[:bins].sum() / sums[bins:-1].sum()).item()
+            numbers = {"epoch": epoch, "loss/train": loss_train, "loss/val": loss_val, "images per s": speed}
+            starts = model.scheduler.timesteps[[i * len(model.scheduler.timesteps) // bins for i in range(bins)]]
+            for t, a, b in zip(starts.tolist(), by_t_train, by_t):
+                numbers |= {f"loss by timestep, train/t={t}": a, f"loss by timestep, val/t={t}": b}
+            numbers |= {
+                "gradient norm": sums[-1].item() / (step - evaluated),
+                "learning rate": schedule.get_last_lr()[0],
+            }
+            if device.type == "cuda":
+                numbers["GPU memory (GB)"] = torch.cuda.max_memory_allocated(device) / 1e9
+            if epoch % cfg.sample_every == 0 or step == total:
+                numbers |= denoising_quality(ema.module, vae, val_latents, val, cfg)
+                numbers |= show_samples(ema.module, vae, train, val, cfg, folder, epoch)
+                log.picture(step, "samples", folder / "samples.png")
+                log.picture(step, "denoising", folder / "denoising.gif")
+            log.log(step, numbers)
+            if "unpaired PSNR/generated" in numbers:
+                log.plot()
+            if loss_val < best:
+                best = loss_val
+                save_weights(folder / "best.safetensors", ema.module, {**meta, "epoch": epoch, "metrics": numbers})
+            bar.write(f"epoch {epoch:4d}  train {loss_train:.4f}  val {loss_val:.4f}  {speed:.0f} images/s")
+            evaluated, clock, clock_step = step, time.time(), step
+            sums.zero_()
+        if step >= total or stop or time.time() - saved_at > 60 * cfg.save_minutes:
+            save()
+            saved_at = time.time()
+        if step >= total or stop:
+            break
+        if epoch != order_of:
+            order, order_of = torch.randperm(len(train), generator=generator(cfg.seed, 3, epoch)), epoch
+        index = order[place * batch : (place + 1) * batch]
+        g = generator(cfg.seed, 4, step, device=device)  # a step's randomness is its own: resuming needs no state
+        if cfg.dropout:
+            torch.manual_seed(g.initial_seed())
+        z, y = latents.draw(index, g), model.drop_labels(latents.labels[index.to(device)], cfg.class_dropout, g)
+        places = torch.searchsorted(model.scheduler.timesteps, model.scheduler.sample_timesteps(batch, g))
+        loss, by_place = loss_by_timestep(model, z, y, places, bins, g)
+        norm = optimise(loss.mean(), model, optimizer, scaler, ema, cfg.grad_clip)
+        schedule.step()
+        sums += torch.cat([by_place.flatten(), norm[None]])
+        step += 1
+        bar.update(batch)
+    bar.close()
+    log.close()
+    if step < total:
+        leave_early(stop, step / steps_per_epoch)
+    save_weights(folder / "final.safetensors", ema.module, {**meta, "epoch": cfg.epochs, "metrics": log.rows[-1]})
+    print(
+        f"done: {folder / 'final.safetensors'}; samples in {folder / 'samples.png'}, curves in {folder / 'curves.png'}"
+    )
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(cfg))

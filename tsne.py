@@ -1,0 +1,169 @@
+"""Map the latents: python tsne.py --run NAME --data DIR writes CHECKPOINTS/NAME/tsne/tsne.png and tsne.json.
+
+Real latents (posterior means) by class, generated ones laid over them; and how well a linear model tells the classes
+apart on people it never saw.
+"""
+
+from __future__ import annotations
+
+from config import TsneConfig, parse
+
+if __name__ == "__main__":
+    cfg = parse(TsneConfig)  # before torch is imported, so that --help answers at once
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dataset import BadFile, load_splits, read_slice, to_square
+from modules import load_diffusion
+from utils import (
+    RunLog,
+    UserError,
+    frozen,
+    pick_device,
+    progress_bar,
+    run_script,
+    write_atomic,
+)
+from vae import VAE, load_vae
+
+
+def separation(latents: np.ndarray, labels: np.ndarray, people: np.ndarray) -> dict[str, float]:
+    """How far a logistic regression on 50 principal components tells the classes apart, on people left out of its fit.
+
+    latents [N, D], labels int [N] of at least two classes, people [N]. `balanced_accuracy` has its chance level beside
+    it; `auc` (one class against the rest, averaged) has 0.5. Folds are by person: by slice it would recognise people.
+    """
+    from sklearn.decomposition import PCA
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    fewest = min(len(set(people[labels == c])) for c in np.unique(labels))
+    if fewest < 2:
+        raise UserError("a class has fewer than two people: its separation cannot be measured on people left out")
+    folds = StratifiedGroupKFold(min(5, fewest), shuffle=True, random_state=0)
+    components = min(50, len(latents) // 2, latents.shape[1])
+    model = make_pipeline(PCA(components, random_state=0), StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+    p = cross_val_predict(model, latents, labels, groups=people, cv=folds, method="predict_proba")
+    classes = np.unique(labels)
+    score = p[:, 1] if len(classes) == 2 else p
+    return {
+        "auc": float(roc_auc_score(labels, score, multi_class="ovr")),
+        "balanced_accuracy": float(balanced_accuracy_score(labels, classes[p.argmax(1)])),
+        "chance": 1 / len(classes),
+        "people": len(set(people)),
+    }
+
+
+def read_generated(folder: Path, vae: VAE, device: torch.device) -> tuple[np.ndarray, list[str]]:
+    """Latents [N, D] and class names of the images in a folder that predict.py wrote."""
+    manifest = folder / "manifest.csv"
+    if not manifest.exists():
+        raise UserError(f"{manifest} is not there: --generated takes a folder written by predict.py")
+    rows = list(csv.DictReader(manifest.read_text().splitlines()))
+    try:
+        images = np.stack([to_square(read_slice(folder / r["file"])[0], vae.config["image_size"]) for r in rows])
+    except (BadFile, FileNotFoundError) as e:
+        raise UserError(f"an image of {manifest} cannot be read: {e}") from None
+    x = torch.from_numpy(images)[:, None].float() / 127.5 - 1
+    with frozen(vae):
+        z = torch.cat([vae.encode(part.to(device))[0].cpu() for part in x.split(16)])
+    return z.flatten(1).numpy(), [r["class"] for r in rows]
+
+
+def draw_map(
+    real: np.ndarray, labels: np.ndarray, generated: np.ndarray | None, of: list[str], classes: list[str], title: str
+) -> bytes:
+    """PNG: real latents as dots and generated ones as crosses, one colour per class. Points are [N, 2]."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 6), layout="constrained")
+    ax = figure.add_subplot()
+    colours = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]  # told apart by the colour-blind
+    for i, name in enumerate(classes):
+        xy = real[labels == i]
+        ax.scatter(*xy.T, s=9, alpha=0.55, lw=0, color=colours[i % 6], label=f"real {name} ({len(xy):,})")
+    if generated is not None:
+        for name in sorted(set(of)):
+            xy = generated[np.array(of) == name]
+            colour = colours[classes.index(name) % 6] if name in classes and len(classes) > 1 else "black"
+            ax.scatter(*xy.T, s=60, marker="X", color=colour, edgecolors="white", linewidths=0.9,
+                       label=f"generated {name} ({len(xy):,})")  # fmt: skip
+    ax.set_title(title, fontsize=10)
+    ax.set_xticks([]), ax.set_yticks([])
+    ax.legend(fontsize=8, markerscale=1.2, framealpha=0.9)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
+
+
+def main(cfg: TsneConfig) -> None:
+    from openTSNE import TSNE
+
+    device = pick_device(cfg.device)
+    run = Path(cfg.checkpoints) / cfg.run
+    vae, _ = load_vae(run / "vae" / "best.safetensors", device)
+    splits, _ = load_splits(cfg, vae.config["image_size"])
+    data = splits["train"]
+    rng = np.random.default_rng(cfg.seed)
+    chosen = np.sort(rng.permutation(len(data))[: cfg.max_slices])
+    if len(chosen) <= 3 * cfg.perplexity:
+        raise UserError(f"{len(chosen)} slices are too few for --perplexity {cfg.perplexity}: take a smaller one")
+
+    parts, bar = [], progress_bar(len(chosen), what="encoding")
+    with frozen(vae), bar:
+        for index in torch.from_numpy(chosen).split(32):
+            parts.append(vae.encode(data.batch(index, device))[0].flatten(1).cpu())
+            bar.update(len(index))
+    latents, labels = torch.cat(parts).numpy(), data.labels[chosen].numpy()
+    people = np.array(data.people)[chosen]
+
+    generated, of = None, []
+    unet_file = run / "diffusion" / "best.safetensors"
+    if cfg.generated:
+        generated, of = read_generated(Path(cfg.generated), vae, device)
+    elif unet_file.exists():
+        model, meta = load_diffusion(unet_file, device)
+        turn = torch.arange(128) % max(1, model.num_classes)
+        of = [meta["classes"][y] if model.num_classes or len(meta["classes"]) == 1 else "any" for y in turn.tolist()]
+        z = [model.generate(vae.latent_shape, cfg.seed, k.tolist(), turn[k]) for k in torch.arange(128).split(32)]
+        generated = torch.cat(z).flatten(1).cpu().numpy()
+
+    from sklearn.decomposition import PCA
+
+    # t-SNE on the principal components of the real latents; generated ones are placed into that map, which they
+    # do not change (openTSNE's transform), so that the picture of the real data is the same whatever was generated.
+    pca = PCA(min(50, *latents.shape), random_state=cfg.seed).fit(latents)
+    real_map = TSNE(perplexity=cfg.perplexity, random_state=cfg.seed, n_jobs=-1).fit(pca.transform(latents))
+    generated_map = None if generated is None else np.asarray(real_map.transform(pca.transform(generated)))
+
+    result = {"slices": len(latents), "generated": 0 if generated is None else len(generated)}
+    title = f"t-SNE of {len(latents):,} latents"
+    if len(data.classes) > 1:
+        result["separation"] = separation(latents, labels, people)
+        s = result["separation"]
+        title += (
+            f"\n{' / '.join(data.classes)} told apart on people left out: AUC {s['auc']:.2f} (chance 0.5), "
+            f"balanced accuracy {s['balanced_accuracy']:.2f} (chance {s['chance']:.2f})"
+        )
+    out = Path(cfg.out) if cfg.out else run / "tsne"
+    write_atomic(out / "tsne.png", draw_map(np.asarray(real_map), labels, generated_map, of, data.classes, title))
+    write_atomic(out / "tsne.json", json.dumps(result, indent=1).encode())
+    log = RunLog(out, cfg, "tsne")
+    log.log(0, {f"separation/{k}": v for k, v in result.get("separation", {}).items()})
+    log.picture(0, "t-SNE", out / "tsne.png")
+    log.close()
+    print(title.replace("\n", "; "))
+    print(f"done: {out / 'tsne.png'}, {out / 'tsne.json'}")
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(cfg))
