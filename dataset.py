@@ -130,8 +130,10 @@ def scan(root: Path, subject_regex: str) -> list[Slice]:
     patients = read_patients(root / "subjects.csv")
     slices = []
     for split in SPLITS:
-        folders = sorted(d for d in os.scandir(root / split) if d.is_dir()) if (root / split).is_dir() else []
-        if not folders and (root / split).is_dir():
+        if not (root / split).is_dir():
+            continue
+        folders = sorted((d for d in os.scandir(root / split) if d.is_dir()), key=lambda d: d.name)
+        if not folders:
             raise UserError(f"{root / split} has no class folders: slices belong into {root / split}/CLASS/")
         for folder in folders:
             entries = [e for e in os.scandir(folder) if e.name.lower().endswith(IMAGE_TYPES) and e.is_file()]

@@ -119,25 +119,28 @@ def main(cfg: PredictConfig) -> None:
     labels = [turn[k % len(turn)] for k in range(cfg.num_images)]
     kind = [classes[y] if model.num_classes or len(classes) == 1 else "any" for y in labels]
     names = [f"{kind[k]}_{k:05d}.png" for k in range(cfg.num_images)]
-    missing = [k for k in range(cfg.num_images) if not (out / names[k]).exists()]
+    watched = set() if (out / "denoising.gif").exists() else set(range(min(4, cfg.num_images)))
+    missing = [k for k in range(cfg.num_images) if k in watched or not (out / names[k]).exists()]
     if not missing and (out / "manifest.csv").exists():
         print(f"{out} is complete: {cfg.num_images} images")
         return
 
     start, bar = time.time(), progress_bar(cfg.num_images, cfg.num_images - len(missing))
-    steps: list = []
+    seen: list[list] = []  # per batch, what became of its watched images at each step
     with bar:
         for i in range(0, len(missing), cfg.batch_size):
             ks = missing[i : i + cfg.batch_size]
+            n = sum(k in watched for k in ks)  # they come first
+            seen += [[]] if n else []
+            watch = (lambda t, x, x0, n=n: seen[-1].append((t, x[:n], x0[:n]))) if n else None
             y = torch.tensor([labels[k] for k in ks])
-            first = i == 0 and not (out / "denoising.png").exists()
-            watch = (lambda t, x, x0: steps.append((t, x[:4], x0[:4]))) if first else None
             z = model.generate(vae.latent_shape, cfg.seed, ks, y, cfg.guidance, callback=watch, **how)
             for k, image in zip(ks, to_uint8(vae.decode(z))):
                 write_atomic(out / names[k], png_bytes(image))
             bar.update(len(ks))
     seconds = time.time() - start
-    if steps:
+    if seen:
+        steps = [(parts[0][0], *(torch.cat([p[i] for p in parts]) for i in (1, 2))) for parts in zip(*seen)]
         visualise_denoising_process(steps, vae.decode, out)
     shown = range(min(cfg.num_images, 64))
     write_atomic(out / "grid.png", png_bytes(image_grid(np.stack([cv2.imread(str(out / names[k]), 0) for k in shown]))))

@@ -301,7 +301,7 @@ def progress_bar(total: int, done: int = 0, what: str = "") -> tqdm:
     """A bar in images, with images/s and time left; in a log file, where it cannot redraw itself, once a minute."""
     return tqdm(
         total=total, initial=done, desc=what or None, unit=" images", unit_scale=total >= 10_000, dynamic_ncols=True,
-        smoothing=0.05, mininterval=0.5 if sys.stderr.isatty() else 60, leave=not what,
+        smoothing=0.05, mininterval=0.5 if sys.stderr.isatty() else 60, leave=not what, delay=0.5,
     )  # fmt: skip
 
 
@@ -505,11 +505,11 @@ def visualise_denoising_process(
     """
     x_t = np.stack([to_uint8(decode(x)) for _, x, _ in steps])  # [S, N, H, W]
     columns = np.unique(np.linspace(0, len(steps) - 1, min(10, len(steps))).round().astype(int))
-    save_gif(folder / "denoising.gif", [image_grid(frame) for frame in x_t])
     x0 = np.stack([to_uint8(decode(steps[i][2])) for i in columns])  # [10, N, H, W]
     rows = np.stack([x_t[columns], x0], axis=1)  # [10, 2, N, H, W]
     strip = rows.transpose(2, 1, 0, 3, 4).reshape(-1, *x_t.shape[2:])
     write_atomic(folder / "denoising.png", png_bytes(image_grid(strip, columns=len(columns))))
+    save_gif(folder / "denoising.gif", [image_grid(frame) for frame in x_t])
 
 
 def plot_curves(rows: Sequence[Mapping[str, float]], path: Path) -> None:

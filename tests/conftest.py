@@ -1,0 +1,65 @@
+"""A small folder of phantoms and a small finished run on it, made once for every test that only reads them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+# Before torch: one thread per test process, and the same results on every machine.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+TINY_VAE = (
+    "--image-size 32 --downsample 4 --latent-channels 2 --channels 8 16 --blocks 1 --batch-size 16 --lr 2e-3 "
+    "--precision fp32 --wandb disabled"
+).split()
+TINY_UNET = (
+    "--channels 8 16 --blocks 1 --attention 4 --batch-size 16 --lr 2e-3 --precision fp32 --wandb disabled".split()
+)
+
+
+def start(script: str, *args: str | Path, **kwargs) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / script), *map(str, args)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs,
+    )  # fmt: skip
+
+
+def run(script: str, *args: str | Path, **kwargs) -> subprocess.CompletedProcess:
+    """A script as a person runs it; fails the test if the script fails."""
+    done = run_any(script, *args, **kwargs)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def run_any(script: str, *args: str | Path, **kwargs) -> subprocess.CompletedProcess:
+    process = start(script, *args, **kwargs)
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 synthetic people, 4 slices each, 64 pixels: train/ and val/ with AD and NC."""
+    import phantom
+
+    return phantom.make_dataset(
+        tmp_path_factory.mktemp("data") / "phantoms", people=24, slices=4, size=64, progress=False
+    )
+
+
+@pytest.fixture(scope="session")
+def trained(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoints folder of run `tiny`: a VAE and a class-conditional U-Net, two epochs each."""
+    home = tmp_path_factory.mktemp("trained")
+    where = ["--data", phantoms, "--checkpoints", home / "checkpoints", "--cache", home / "cache", "--run", "tiny"]
+    run("pre_train.py", *where, *TINY_VAE, "--epochs", "2", "--gif-every", "1")
+    run("train.py", *where, *TINY_UNET, "--epochs", "2", "--sample-every", "2")
+    return home / "checkpoints"
