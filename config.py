@@ -225,6 +225,15 @@ PRESETS: dict[str, dict[type, dict]] = {
 
 Config = TypeVar("Config")
 
+# What a number may be; a flag outside of it is refused before anything is read.
+LIMITS: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**62), "epochs": (1, 10**9), "batch_size": (1, 10**6), "num_images": (1, 10**9), "image_size": (8, 4096),
+    "lr": (1e-12, 10), "weight_decay": (0, 10), "grad_clip": (0, 1e9), "ema_decay": (0, 1), "val_fraction": (0, 0.9),
+    "kl_weight": (0, 1e6), "latent_channels": (1, 1024), "blocks": (1, 64), "dropout": (0, 0.9), "class_dropout": (0, 1),
+    "warmup": (0, 1), "num_steps": (2, 1000), "sample_every": (1, 10**9), "gif_every": (1, 10**9), "eta": (0, 1),
+    "perplexity": (1, 10**6), "max_slices": (10, 10**9), "shift": (0, 0.5), "rotate": (0, 180), "brightness": (0, 1),
+}  # fmt: skip
+
 
 def parse(config: type[Config], argv: list[str] | None = None) -> Config:
     """Command line -> config: an optional preset name first, then any flag over it.
@@ -239,7 +248,13 @@ def parse(config: type[Config], argv: list[str] | None = None) -> Config:
     default = replace(config(), **PRESETS[preset].get(config, {}))
     name = os.path.basename(sys.argv[0]) or "script"
     about = f"{config.__doc__}\n\nusage: python {name} [{'|'.join(PRESETS)}] [--flag value ...]   (no preset: adni)"
-    return tyro.cli(config, default=default, args=argv, prog=f"python {name} {preset}", description=about)
+    cfg = tyro.cli(config, default=default, args=argv, prog=f"python {name} {preset}", description=about)
+    for key, (low, high) in LIMITS.items():
+        value = getattr(cfg, key, None)
+        if value is not None and not low <= value <= high:  # NaN is refused too
+            print(f"error: --{key.replace('_', '-')} {value:g} is not between {low:g} and {high:g}", file=sys.stderr)
+            raise SystemExit(2)
+    return cfg
 
 
 def parse_check(argv: list[str] | None = None) -> CheckConfig:

@@ -63,7 +63,7 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, channels: int, head_dim: int = 64):
         super().__init__()
-        self.heads = max(1, channels // head_dim)
+        self.heads = max(h for h in range(1, max(1, channels // head_dim) + 1) if channels % h == 0)
         self.norm, self.qkv = group_norm(channels), nn.Conv2d(channels, 3 * channels, 1)
         self.proj = zero_init(nn.Conv2d(channels, channels, 1))
 
@@ -108,6 +108,8 @@ class UNet(nn.Module):
             in_channels=in_channels, resolution=resolution, channels=list(channels), blocks=blocks,
             attention=list(attention), num_classes=num_classes, dropout=dropout,
         )  # fmt: skip
+        if channels[0] % 2:
+            raise ValueError(f"the first width must be even, not {channels[0]}")
         if resolution % 2 ** (len(channels) - 1):
             raise ValueError(f"a {resolution}x{resolution} latent cannot be halved {len(channels) - 1} times")
         emb = 4 * channels[0]

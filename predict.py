@@ -87,8 +87,6 @@ def main(cfg: PredictConfig) -> None:
     import cv2
 
     device = pick_device(cfg.device)
-    if cfg.num_images < 1 or cfg.batch_size < 1:
-        raise UserError("--num-images and --batch-size must be at least 1")
     folder = Path(cfg.checkpoints) / cfg.run
     if cfg.run == "pretrained" and not folder.exists():
         raise UserError(f"there are no pretrained weights in {folder}: train a run and name it with --run")
@@ -131,8 +129,9 @@ def main(cfg: PredictConfig) -> None:
         for i in range(0, len(missing), cfg.batch_size):
             ks = missing[i : i + cfg.batch_size]
             n = sum(k in watched for k in ks)  # they come first
-            seen += [[]] if n else []
-            watch = (lambda t, x, x0, n=n: seen[-1].append((t, x[:n], x0[:n]))) if n else None
+            steps: list = []
+            seen += [steps] if n else []
+            watch = (lambda t, x, x0, n=n, steps=steps: steps.append((t, x[:n], x0[:n]))) if n else None
             y = torch.tensor([labels[k] for k in ks])
             z = model.generate(vae.latent_shape, cfg.seed, ks, y, cfg.guidance, callback=watch, **how)
             for k, image in zip(ks, to_uint8(vae.decode(z))):
@@ -140,8 +139,8 @@ def main(cfg: PredictConfig) -> None:
             bar.update(len(ks))
     seconds = time.time() - start
     if seen:
-        steps = [(parts[0][0], *(torch.cat([p[i] for p in parts]) for i in (1, 2))) for parts in zip(*seen)]
-        visualise_denoising_process(steps, vae.decode, out)
+        joined = [(parts[0][0], *(torch.cat([p[i] for p in parts]) for i in (1, 2))) for parts in zip(*seen)]
+        visualise_denoising_process(joined, vae.decode, out)
     shown = range(min(cfg.num_images, 64))
     write_atomic(out / "grid.png", png_bytes(image_grid(np.stack([cv2.imread(str(out / names[k]), 0) for k in shown]))))
     manifest = io.StringIO()

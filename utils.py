@@ -92,7 +92,7 @@ def autocast(x: Tensor, dtype: torch.dtype | None) -> AbstractContextManager:
 
 def derive_seed(*numbers: int) -> int:
     """A 63-bit seed from (seed, purpose, index ...): different numbers give independent streams."""
-    return int(np.random.SeedSequence(list(numbers)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "big") >> 1
 
 
 def generator(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -144,8 +144,11 @@ def optimise(
 # Files that are whole
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write beside, flush to disk, then rename: a reader finds the old file or the new one, never a part of one."""
+def write_atomic(path: Path, data: bytes, keep: Path | None = None) -> None:
+    """Write beside, flush to disk, then rename: a reader finds the old file or the new one, never a part of one.
+
+    `keep` is the name under which the old file stays.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -153,6 +156,8 @@ def write_atomic(path: Path, data: bytes) -> None:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
         os.replace(tmp, path)
     except OSError as e:
         tmp.unlink(missing_ok=True)
@@ -164,15 +169,12 @@ def save_state(path: Path, state: dict) -> None:
     """Everything resuming needs, by torch.save; the state before it stays as `*.prev.pt` until the next write."""
     buffer = io.BytesIO()  # serialised in memory, so that a full disk is met by write_atomic alone
     torch.save({"format": FORMAT, **state}, buffer)
-    if path.exists():
-        prev = path.with_suffix(".prev.pt")
-        prev.unlink(missing_ok=True)
-        os.link(path, prev)
-    write_atomic(path, buffer.getvalue())
+    write_atomic(path, buffer.getvalue(), keep=path.with_suffix(".prev.pt"))
 
 
 def load_state(path: Path) -> dict | None:
-    """The state last saved, None if there is none. A torn file gives way to the one before it."""
+    """The state last saved, None if there is none. A torn file is put aside and gives way to the one before it."""
+    torn = False
     for p in (path, path.with_suffix(".prev.pt")):
         if not p.exists():
             continue
@@ -180,11 +182,14 @@ def load_state(path: Path) -> dict | None:
             state = torch.load(p, map_location="cpu", weights_only=True)  # never runs code from the file
         except Exception as e:
             print(f"{p} cannot be read ({type(e).__name__}); trying the one before it", file=sys.stderr)
+            torn = True
             continue
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise UserError(f"{p} was written by another version of this code: finish it there, or use --fresh")
+        if torn:
+            os.replace(path, path.with_suffix(".torn.pt"))  # so that the next save does not keep it as the good one
         return state
-    if path.exists():
+    if torn:
         raise UserError(f"{path} cannot be read and there is none before it: start over with --fresh")
     return None
 

@@ -1,0 +1,668 @@
+"""The machinery: whole files, logs that survive, averages, steps, signals, pictures, and errors in one sentence."""
+
+import itertools
+import json
+import math
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
+
+import utils
+from config import PretrainConfig, TrainConfig
+from utils import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+maths = settings(deadline=None, derandomize=True, max_examples=40)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def python(code, path=ROOT, **env):
+    """Run code in a fresh interpreter that finds the project, and `path` before it."""
+    env = {**os.environ, "PYTHONPATH": f"{path}{os.pathsep}{ROOT}", **env}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=env)
+
+
+class Evil:
+    """Unpickling this creates a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors
+
+
+def leaves_with(error, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as left:
+        utils.run_script(main)
+    return left.value.code, capsys.readouterr().err
+
+
+def test_what_a_person_can_cause_ends_in_one_sentence(capsys):
+    code, err = leaves_with(UserError("the folder is empty: fill it"), capsys)
+    assert (code, err) == (2, "error: the folder is empty: fill it\n")
+    code, err = leaves_with(OSError(28, "No space left on device", "runs/last.pt"), capsys)
+    assert code == 2 and err.startswith("error: runs/last.pt: No space left on device") and err.count("\n") == 1
+    code, err = leaves_with(torch.OutOfMemoryError("CUDA out of memory"), capsys)
+    assert code == 2 and "--batch-size" in err and err.count("\n") == 1
+    code, err = leaves_with(KeyboardInterrupt(), capsys)
+    assert code == 130 and "Traceback" not in err
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), OSError("no number and no file")])
+def test_bugs_are_not_dressed_up(error):
+    with pytest.raises(type(error), match=str(error)):
+        utils.run_script(lambda: (_ for _ in ()).throw(error))
+
+
+def test_exit_codes_of_a_real_process():
+    code = "import utils\ndef main(): raise {}\nutils.run_script(main)"
+    bad_luck = python(code.format("utils.UserError('put it right')"))
+    assert bad_luck.returncode == 2 and bad_luck.stderr == "error: put it right\n"
+    bug = python(code.format("ZeroDivisionError('a bug')"))
+    assert bug.returncode == 1 and "Traceback" in bug.stderr and "ZeroDivisionError: a bug" in bug.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Device, precision, seeds
+
+
+@pytest.mark.parametrize("name", ["banana", "cpu:x", "", "cuda:99", "xpu:7"])
+def test_devices_that_are_not_there(name):
+    with pytest.raises(UserError, match="--device"):
+        utils.pick_device(name)
+
+
+def test_devices_that_are_there():
+    assert utils.pick_device("cpu") == torch.device("cpu")
+    assert utils.pick_device("auto").type == ("cuda" if torch.cuda.is_available() else utils.pick_device("auto").type)
+    torch.zeros(1, device=utils.pick_device("auto"))  # whatever it chose works
+
+
+def test_precision():
+    cpu = torch.device("cpu")
+    with pytest.raises(UserError, match="fp16"):
+        utils.pick_amp_dtype("fp16", cpu)
+    assert utils.pick_amp_dtype("fp32", cpu) is None
+    assert utils.pick_amp_dtype("bf16", cpu) == torch.bfloat16
+    assert utils.pick_amp_dtype("auto", cpu) in (None, torch.bfloat16)
+    x, layer = normal(2, 3), nn.Linear(3, 3)
+    with utils.autocast(x, None):
+        assert layer(x).dtype == torch.float32
+    with utils.autocast(x, torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+
+
+def test_seeds_are_the_same_every_time_and_positive():
+    assert utils.derive_seed(3, 1, 4) == utils.derive_seed(3, 1, 4)
+    g, h = utils.generator(3, 1, 4), utils.generator(3, 1, 4)
+    assert torch.equal(torch.randn(5, generator=g), torch.randn(5, generator=h))
+    seeds = [utils.derive_seed(a, b) for a in range(40) for b in range(40)]
+    assert len(set(seeds)) == 1600 and 0 <= min(seeds) and max(seeds) < 2**63
+    assert np.mean([s / 2**63 for s in seeds]) == pytest.approx(0.5, abs=0.03)  # all of the range is used
+
+
+def test_neighbouring_streams_are_independent():
+    rows = torch.stack([torch.randn(2000, generator=utils.generator(0, k)) for k in range(8)])
+    off = torch.corrcoef(rows) - torch.eye(8)
+    assert off.abs().max() < 0.1  # sd of a correlation is 0.022
+    assert abs(rows.mean()) < 0.04 and abs(rows.std() - 1) < 0.04
+
+
+@maths
+@given(a=st.lists(st.integers(0, 3), min_size=1, max_size=4), b=st.lists(st.integers(0, 3), min_size=1, max_size=4))
+def test_other_numbers_give_another_seed(a, b):
+    assert (utils.derive_seed(*a) == utils.derive_seed(*b)) == (a == b)  # (7, 4) and (7, 4, 0) are not the same
+
+
+@pytest.mark.parametrize(("a", "b"), [((2**32,), (0, 1)), ((2**32 + 5, 7), (5, 1, 7))])
+def test_large_numbers_are_not_cut_into_two(a, b):
+    assert utils.derive_seed(*a) != utils.derive_seed(*b)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Averages and steps
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.999])
+def test_average_against_its_recursion(decay):
+    model = nn.Linear(3, 2).double()
+    ema, want = utils.make_ema(model, decay), None
+    for n in range(15):
+        with torch.no_grad():
+            model.weight.copy_(normal(2, 3, seed=n))
+        ema.update_parameters(model)
+        d = min(decay, (1 + n) / (10 + n))
+        w = model.weight.detach().numpy()
+        want = w.copy() if want is None else d * want + (1 - d) * w  # the first average is the weights
+        np.testing.assert_allclose(ema.module.weight, want, rtol=1e-12, atol=1e-12)
+
+
+def test_average_is_a_frozen_copy():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)).train()
+    ema = utils.make_ema(model, 0.9)
+    assert not ema.training and not ema.module[1].training and model.training
+    assert not any(p.requires_grad for p in ema.parameters()) and all(p.requires_grad for p in model.parameters())
+    ema.update_parameters(model)
+    with torch.no_grad():
+        model[0].weight += 1
+    assert not torch.equal(ema.module[0].weight, model[0].weight)
+
+
+def parts(scaled=False, lr=1.0):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=1024.0)
+    return model, torch.optim.SGD(model.parameters(), lr=lr), scaler, utils.make_ema(model, 0.5)
+
+
+def flat(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("clip", [0.0, 0.01, 0.5, 1e6])
+def test_a_step_is_clipped_after_unscaling(clip, scaled):
+    model, optimizer, scaler, ema = parts(scaled)
+    x = normal(5, 4)
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(model(x).square().mean(), [*model.parameters()])])
+    size, before = gradient.double().norm().item(), flat(model)
+    norm = utils.optimise(model(x).square().mean(), model, optimizer, scaler, ema, clip)
+    assert norm.item() == pytest.approx(size, rel=1e-5) and not norm.requires_grad  # the norm before clipping
+    moved = before - flat(model)  # with a rate of 1, plain SGD moves by the clipped gradient
+    assert moved.norm().item() == pytest.approx(min(size, clip or math.inf), rel=1e-4)
+    torch.testing.assert_close(moved / moved.norm(), gradient / size, rtol=1e-3, atol=1e-5)
+    assert all(p.grad is None for p in model.parameters()) and ema.n_averaged == 1
+
+
+def test_a_step_that_the_scaler_skips_changes_nothing():
+    model, optimizer, scaler, ema = parts(scaled=True)
+    for _ in range(2):
+        utils.optimise(model(normal(5, 4)).square().mean(), model, optimizer, scaler, ema, 1.0)
+    weights, average, scale = flat(model), flat(ema.module), scaler.get_scale()
+    norm = utils.optimise(model(normal(5, 4)).sum() * math.inf, model, optimizer, scaler, ema, 1.0)
+    assert not norm.isfinite() and scaler.get_scale() < scale
+    assert torch.equal(flat(model), weights) and torch.equal(flat(ema.module), average) and ema.n_averaged == 2
+    utils.optimise(model(normal(5, 4)).square().mean(), model, optimizer, scaler, ema, 1.0)  # and it goes on
+    assert not torch.equal(flat(model), weights) and ema.n_averaged == 3 and flat(model).isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that are whole
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def fill_disk_at(limit, call):
+    """Run call while no file can grow beyond `limit` bytes, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        call()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_write_atomic(tmp_path):
+    path = tmp_path / "new" / "folder" / "a.bin"
+    utils.write_atomic(path, b"one")
+    utils.write_atomic(path, b"two")
+    assert path.read_bytes() == b"two" and names(path.parent) == ["a.bin"]
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path):
+    path = tmp_path / "a.bin"
+    utils.write_atomic(path, b"old")
+    with pytest.raises(OSError) as failed:
+        fill_disk_at(4096, lambda: utils.write_atomic(path, bytes(100_000)))
+    assert failed.value.filename == str(path)  # not the temporary file's name, which tells nobody anything
+    assert path.read_bytes() == b"old" and names(tmp_path) == ["a.bin"]
+
+
+def test_a_failed_save_leaves_the_run_resumable(tmp_path):
+    path = tmp_path / "last.pt"
+    utils.save_state(path, {"step": 1})
+    with pytest.raises(OSError):
+        fill_disk_at(4096, lambda: utils.save_state(path, {"step": 2, "weights": normal(10_000)}))
+    assert utils.load_state(path)["step"] == 1
+
+
+def test_state_round_trip_keeps_the_one_before(tmp_path):
+    path = tmp_path / "last.pt"
+    assert utils.load_state(path) is None
+    model = nn.Linear(2, 2)
+    for step in range(3):
+        state = dict(step=step, model=model.state_dict(), config=asdict(TrainConfig()), rng=torch.get_rng_state())
+        utils.save_state(path, state)
+    assert names(tmp_path) == ["last.prev.pt", "last.pt"]
+    got = utils.load_state(path)
+    assert got["step"] == 2 and got["config"] == asdict(TrainConfig())
+    assert torch.equal(got["model"]["weight"], model.weight)
+    assert utils.load_state(tmp_path / "last.prev.pt")["step"] == 1
+
+
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[: len(b) // 2], lambda b: bytes(len(b))])
+def test_a_torn_state_gives_way_to_the_one_before(tmp_path, capsys, damage):
+    path = tmp_path / "last.pt"
+    for step in range(2):
+        utils.save_state(path, {"step": step, "weights": normal(100)})
+    path.write_bytes(damage(path.read_bytes()))
+    assert utils.load_state(path)["step"] == 0
+    assert "last.pt" in capsys.readouterr().err
+    path.with_suffix(".prev.pt").write_bytes(b"torn")
+    with pytest.raises(UserError, match="--fresh"):
+        utils.load_state(path)
+
+
+def test_a_torn_state_never_pushes_out_the_good_one(tmp_path):
+    path = tmp_path / "last.pt"
+    for step in range(2):
+        utils.save_state(path, {"step": step})
+    path.write_bytes(b"torn")
+    assert utils.load_state(path)["step"] == 0  # the run resumes from here, and the disk is full when it saves
+    with pytest.raises(OSError):
+        fill_disk_at(4096, lambda: utils.save_state(path, {"step": 1, "weights": normal(10_000)}))
+    assert utils.load_state(path)["step"] == 0
+
+
+def test_state_without_a_last_file_comes_from_the_one_before(tmp_path):
+    path = tmp_path / "last.pt"
+    for step in range(2):
+        utils.save_state(path, {"step": step})
+    path.unlink()
+    assert utils.load_state(path)["step"] == 0
+
+
+def test_state_of_another_version_is_refused(tmp_path):
+    path = tmp_path / "last.pt"
+    for content in ({"format": utils.FORMAT + 1}, {}, [1, 2]):
+        torch.save(content, path)
+        with pytest.raises(UserError, match="version"):
+            utils.load_state(path)
+
+
+def test_code_in_a_state_file_is_never_run(tmp_path):
+    path, pwned = tmp_path / "last.pt", tmp_path / "pwned"
+    torch.save({"format": utils.FORMAT, "step": Evil(pwned)}, path)
+    with pytest.raises(UserError):
+        utils.load_state(path)
+    path.write_bytes(pickle.dumps(Evil(pwned)))
+    with pytest.raises(UserError):
+        utils.load_state(path)
+    assert not pwned.exists()
+    pickle.loads(path.read_bytes()).close()
+    assert pwned.exists()  # the file was indeed dangerous
+
+
+def test_weights_round_trip(tmp_path):
+    path, model = tmp_path / "best.safetensors", nn.BatchNorm2d(3)
+    model.half()
+    utils.save_weights(path, model, dict(kind="vae", classes=["AD", "é"], model={"a": [1, 2]}))
+    tensors, meta = utils.load_weights(path, "vae")
+    assert meta["classes"] == ["AD", "é"] and meta["model"] == {"a": [1, 2]}
+    assert tensors.keys() == model.state_dict().keys()
+    assert tensors["weight"].dtype == torch.float32 and tensors["num_batches_tracked"].dtype == torch.int64
+    other = nn.BatchNorm2d(3)
+    utils.load_into(other, tensors, path)
+    with pytest.raises(UserError, match="another architecture"):
+        utils.load_into(nn.BatchNorm2d(4), tensors, path)
+
+
+def test_weights_of_anything_else_are_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    path, pwned = tmp_path / "best.safetensors", tmp_path / "pwned"
+    with pytest.raises(UserError, match="no weights"):
+        utils.load_weights(path, "vae")
+    with pytest.raises(UserError, match="no weights"):
+        utils.load_weights(tmp_path, "vae")  # a folder
+    utils.save_weights(path, nn.Linear(2, 2), dict(kind="diffusion"))
+    with pytest.raises(UserError, match="vae"):
+        utils.load_weights(path, "vae")
+    utils.save_weights(path, nn.Linear(2, 2), dict(kind="vae", format=utils.FORMAT + 1))
+    with pytest.raises(UserError, match="version"):
+        utils.load_weights(path, "vae")
+    for metadata in (None, {"format": "pt"}, {"meta": "{torn"}, {"meta": "3"}):  # safetensors of other people
+        save_file({"weight": normal(2)}, path, metadata)
+        with pytest.raises(UserError, match="best.safetensors"):
+            utils.load_weights(path, "vae")
+    for content in (b"", b"\xff" * 100, pickle.dumps(Evil(pwned))):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="not a safetensors file"):
+            utils.load_weights(path, "vae")
+    torch.save(Evil(pwned), path)
+    with pytest.raises(UserError):
+        utils.load_weights(path, "vae")
+    assert not pwned.exists()
+
+
+def test_file_hash(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    assert utils.file_hash(tmp_path / "a") == "ba7816bf8f01"  # SHA-256's own test vector
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run
+
+
+def test_open_run_and_fresh(tmp_path, capsys):
+    cfg = PretrainConfig(checkpoints=str(tmp_path), run="r")
+    folder = utils.open_run(cfg, "vae")
+    assert folder == tmp_path / "r" / "vae"
+    (folder / "last.pt").write_bytes(b"hours of work")
+    assert utils.open_run(cfg, "vae") == folder and names(folder) == ["last.pt"]  # as it was, to resume
+    (tmp_path / "r" / "diffusion").mkdir()
+    assert utils.open_run(replace(cfg, fresh=True), "vae") == folder
+    assert names(folder) == []
+    (old,) = (tmp_path / "r").glob("old-*")
+    assert (old / "vae" / "last.pt").read_bytes() == b"hours of work"
+    assert str(old) in capsys.readouterr().out and (tmp_path / "r" / "diffusion").is_dir()
+
+
+def test_fresh_without_an_older_run(tmp_path):
+    assert utils.open_run(PretrainConfig(checkpoints=str(tmp_path), fresh=True), "vae").is_dir()
+
+
+def test_check_same_run(tmp_path):
+    cfg = TrainConfig(run="r")
+    state = dict(config=asdict(cfg), data="abc")
+    path = tmp_path / "last.pt"
+    utils.save_state(path, state)
+    state = utils.load_state(path)  # as resuming sees it: tuples must still equal tuples
+    utils.check_same_run(cfg, "abc", state, tmp_path)
+    utils.check_same_run(replace(cfg, epochs=7, device="cpu", wandb="disabled", dry_run=True), "abc", state, tmp_path)
+    with pytest.raises(UserError, match=r"lr 0.0001 -> 0.5.*--fresh"):
+        utils.check_same_run(replace(cfg, lr=0.5), "abc", state, tmp_path)
+    with pytest.raises(UserError, match="channels"):
+        utils.check_same_run(replace(cfg, channels=(8,)), "abc", state, tmp_path)
+    with pytest.raises(UserError, match="other slices"):
+        utils.check_same_run(cfg, "abd", state, tmp_path)
+
+
+@pytest.fixture
+def handlers():
+    """Put the process's own signal handlers back."""
+    kinds = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = [signal.getsignal(s) for s in kinds]
+    yield
+    for s, handler in zip(kinds, before):
+        signal.signal(s, handler)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 0), (signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_signals_are_remembered_and_do_not_kill(handlers, capsys, number, code):
+    stop = utils.StopSignal()
+    assert not stop
+    os.kill(os.getpid(), number)
+    assert stop and stop.name == number.name
+    with pytest.raises(SystemExit) as left:
+        utils.leave_early(stop, 1.5)
+    assert left.value.code == code  # nothing failed when Slurm stops a job
+    assert number.name in capsys.readouterr().out
+
+
+def test_a_second_ctrl_c_leaves_at_once(handlers):
+    stop = utils.StopSignal()
+    signal.raise_signal(signal.SIGINT)
+    assert stop
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def rows_of(log):
+    return [json.loads(line) for line in log.path.read_text().splitlines()]
+
+
+def test_log_rows_and_curves(tmp_path):
+    log = utils.RunLog(tmp_path, PretrainConfig(wandb="disabled"), "vae")
+    log.plot()  # nothing yet: no picture, no error
+    assert names(tmp_path) == ["metrics.jsonl"]
+    for step in (1, 2, 3):
+        log.log(step, {"epoch": step / 2, "loss/train": torch.tensor(1 / step), "loss/val": 2 / step, "lr": 1e-4})
+    log.log(4, {"epoch": 2.0, "psnr": 30})  # rows need not have the same columns
+    log.picture(4, "samples", tmp_path / "none.png")
+    log.plot()
+    log.close()
+    assert [r["step"] for r in rows_of(log)] == [1, 2, 3, 4]
+    assert rows_of(log)[0] == {"step": 1, "epoch": 0.5, "loss/train": 1.0, "loss/val": 2.0, "lr": 1e-4}
+    picture = cv2.imread(str(tmp_path / "curves.png"))
+    assert picture.std() > 5  # a picture, and not an empty one
+
+
+def test_log_resumes_where_the_state_was_saved(tmp_path):
+    cfg = PretrainConfig(wandb="disabled")
+    log = utils.RunLog(tmp_path, cfg, "vae")
+    for step in (1, 2, 3):
+        log.log(step, {"epoch": step})
+    with open(log.path, "a") as f:
+        f.write('{"step": 4, "epo')  # the job died while it wrote
+    log = utils.RunLog(tmp_path, cfg, "vae", step=2)  # and had last saved at step 2
+    log.log(3, {"epoch": 30})
+    assert [(r["step"], r["epoch"]) for r in rows_of(log)] == [(1, 1), (2, 2), (3, 30)]
+    assert utils.read_jsonl(log.path) == log.rows
+    assert rows_of(utils.RunLog(tmp_path, cfg, "vae")) == []  # a run that starts over starts its log over
+
+
+def test_log_survives_numbers_that_are_not_numbers(tmp_path):
+    log = utils.RunLog(tmp_path, PretrainConfig(wandb="disabled"), "vae")
+    log.log(1, {"epoch": 1, "loss/train": float("nan"), "loss/val": float("inf")})
+    log.plot()
+    assert math.isnan(utils.read_jsonl(log.path)[0]["loss/train"])
+
+
+FAKE_WANDB = """
+import os
+fail = os.environ["FAIL"]
+Settings = dict
+def broken(*args, **kwargs):
+    raise RuntimeError("the network is down\\nsecond line")
+class Run:
+    log = broken if fail == "log" else staticmethod(lambda row, step: None)
+    finish = broken
+def init(**how):
+    return broken() if fail == "init" else Run()
+if fail == "import":
+    broken()
+"""
+
+USE_WANDB = """
+import sys
+from pathlib import Path
+import utils
+from config import PretrainConfig
+for fail in ("disabled", "import", "init", "log", "finish"):
+    import os
+    os.environ["FAIL"] = fail
+    folder = Path({folder!r}) / fail
+    log = utils.RunLog(folder, PretrainConfig(wandb="disabled" if fail == "disabled" else "offline"), "vae")
+    assert fail != "disabled" or "wandb" not in sys.modules
+    for step in (1, 2):
+        log.log(step, {{"epoch": step}})
+    log.close()
+    assert [r["step"] for r in utils.read_jsonl(log.path)] == [1, 2], fail
+    assert log.wandb is None, fail
+    sys.modules.pop("wandb", None)
+"""
+
+
+def test_a_broken_wandb_does_not_stop_a_run(tmp_path):
+    (tmp_path / "fake").mkdir()
+    (tmp_path / "fake" / "wandb.py").write_text(FAKE_WANDB)
+    done = python(USE_WANDB.format(folder=str(tmp_path / "runs")), path=tmp_path / "fake")
+    assert done.returncode == 0, done.stderr
+    complaints = [line for line in done.stderr.splitlines() if line.startswith("wandb is off")]
+    assert len(complaints) == 4 and all("the network is down" in line for line in complaints)  # once for each
+    ids = [(tmp_path / "runs" / f / "wandb_id").exists() for f in ("disabled", "init", "log")]
+    assert ids == [False, True, True]
+
+
+def test_logged_in_to_wandb(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_BASE_URL", raising=False)
+    monkeypatch.delenv("NETRC", raising=False)
+    assert not utils.logged_in_to_wandb()
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password secret\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    assert utils.logged_in_to_wandb()
+    (tmp_path / ".netrc").write_text("machine")
+    assert not utils.logged_in_to_wandb()  # a damaged file is no login, and no crash
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    assert utils.logged_in_to_wandb()
+
+
+def test_progress_bar_starts_where_the_run_resumes():
+    with utils.progress_bar(100, 40) as bar:
+        bar.update(10)
+        assert (bar.n, bar.total) == (50, 100)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cost and modes
+
+
+def test_training_cost_of_a_linear_layer():
+    layer, x = nn.Linear(30, 20, device="meta"), torch.empty(7, 30, device="meta")
+    parameters, gflop, mb = utils.training_cost(layer, x)
+    assert parameters == 30 * 20 + 20
+    assert gflop == pytest.approx(2 * 7 * 30 * 20 / 1e9)
+    assert mb == pytest.approx(7 * 30 * 4 / 1e6)  # backward needs the input; the weight is there anyway
+
+
+def test_training_cost_of_two_convolutions():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 5, 3, stride=2, padding=1)).to("meta")
+    parameters, gflop, mb = utils.training_cost(net, torch.empty(2, 3, 16, 16, device="meta"))
+    assert parameters == 3 * 8 * 9 + 8 + 8 * 5 * 9 + 5
+    assert gflop == pytest.approx(2 * 2 * 9 * (3 * 8 * 16 * 16 + 8 * 5 * 8 * 8) / 1e9)
+    # the input, what goes into the SiLU, and what comes out of it
+    assert mb == pytest.approx(4 * 2 * 16 * 16 * (3 + 8 + 8) / 1e6)
+
+
+def test_frozen_puts_each_modules_own_mode_back():
+    net = nn.Sequential(nn.Linear(2, 2), nn.Dropout(), nn.Sequential(nn.Dropout())).train()
+    net[1].eval()  # someone froze one part on purpose
+    other, modes = nn.Dropout().eval(), [m.training for m in net.modules()]
+    with pytest.raises(ZeroDivisionError), utils.frozen(net, other):
+        assert not any(m.training for m in net.modules()) and not torch.is_grad_enabled()
+        raise ZeroDivisionError
+    assert [m.training for m in net.modules()] == modes and not other.training
+    assert torch.is_grad_enabled() and net[0].weight.requires_grad
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+@maths
+@given(values=st.lists(st.floats(-3, 3, width=32), min_size=1, max_size=30))
+def test_to_uint8_against_numpy(values):
+    x = torch.tensor(values).reshape(-1, 1, 1, 1)
+    got = utils.to_uint8(x)
+    assert got.dtype == np.uint8 and got.shape == (len(values), 1, 1)
+    exact = (np.clip(np.array(values), -1, 1) + 1) * 127.5
+    assert np.abs(got[:, 0, 0] - exact).max() <= 0.5 + 1e-4  # rounded, not cut off, and never wrapped around
+
+
+def test_to_uint8_is_the_inverse_of_reading():
+    grey = np.arange(256, dtype=np.uint8)
+    x = torch.from_numpy(grey).float() / 127.5 - 1
+    assert (utils.to_uint8(x.reshape(1, 1, 16, 16).requires_grad_()).flatten() == grey).all()
+
+
+@maths
+@given(n=st.integers(1, 12), columns=st.integers(1, 6), gap=st.integers(0, 3))
+def test_image_grid_layout(n, columns, gap):
+    images = np.random.default_rng(n).integers(100, 256, (n, 3, 5), dtype=np.uint8)
+    grid = utils.image_grid(images, columns, gap)
+    rows = math.ceil(n / columns)
+    assert grid.shape == (rows * 3 + (rows - 1) * gap, columns * 5 + (columns - 1) * gap)
+    background = np.ones(grid.shape, bool)
+    for k, (y, x) in enumerate(itertools.islice(itertools.product(range(rows), range(columns)), n)):
+        place = np.s_[y * (3 + gap) : y * (3 + gap) + 3, x * (5 + gap) : x * (5 + gap) + 5]
+        assert (grid[place] == images[k]).all()
+        background[place] = False
+    assert (grid[background] == 64).all()
+
+
+def test_image_grid_is_about_square_by_itself():
+    assert utils.image_grid(np.zeros((16, 4, 4), np.uint8)).shape == (22, 22)
+    assert utils.image_grid(np.zeros((5, 4, 4), np.uint8)).shape == (10, 16)
+
+
+def test_png_bytes_are_lossless():
+    image = np.random.default_rng(0).integers(0, 256, (9, 7), dtype=np.uint8)
+    again = cv2.imdecode(np.frombuffer(utils.png_bytes(image), np.uint8), cv2.IMREAD_UNCHANGED)
+    assert again.shape == (9, 7) and (again == image).all()
+
+
+def frames_of(path):
+    with Image.open(path) as gif:
+        frames, durations = [], []
+        for k in range(gif.n_frames):
+            gif.seek(k)
+            frames.append(np.array(gif.convert("L")))
+            durations.append(gif.info["duration"])
+        return np.stack(frames), durations, gif.info.get("loop")
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_save_gif(tmp_path, n):
+    frames = np.random.default_rng(0).integers(0, 256, (n, 8, 12), dtype=np.uint8)
+    utils.save_gif(tmp_path / "a.gif", list(frames), seconds=0.1)
+    got, durations, loop = frames_of(tmp_path / "a.gif")
+    assert (got == frames).all() and names(tmp_path) == ["a.gif"]
+    if n > 1:
+        assert durations == [100] * (n - 1) + [2000] and loop == 0  # rests on the last frame, then again
+
+
+@pytest.mark.parametrize("steps", [1, 4, 25])
+def test_visualise_denoising_process(tmp_path, steps):
+    # latents whose decoded value says which step, which image and which of x_t and x0 it is
+    def decode(z):
+        return F.interpolate(z[:, :1], scale_factor=4)
+
+    seen = []
+    for k in range(steps):
+        x_t = (torch.arange(3.0) / 3 + k / (4 * steps)).reshape(3, 1, 1, 1).expand(3, 2, 2, 2)
+        seen.append((steps - 2 - k, x_t, -x_t))
+    utils.visualise_denoising_process(seen, decode, tmp_path)
+    assert names(tmp_path) == ["denoising.gif", "denoising.png"]
+    frames, *_ = frames_of(tmp_path / "denoising.gif")
+    assert len(frames) == steps and frames.shape[1:] == (18, 18)
+    tile = [utils.to_uint8(decode(x_t)) for _, x_t, _ in seen]
+    assert (frames[-1][:8, :8] == tile[-1][0]).all() and (frames[0][:8, 10:18] == tile[0][1]).all()
+
+    columns = min(10, steps)
+    strip = cv2.imread(str(tmp_path / "denoising.png"), cv2.IMREAD_UNCHANGED)
+    assert strip.shape == (6 * 10 - 2, columns * 10 - 2)
+    for i in range(3):  # x_t above, x0 below; the first step on the left, the last on the right
+        for step, x in ((0, 0), (-1, 10 * (columns - 1))):
+            assert (strip[20 * i : 20 * i + 8, x : x + 8] == utils.to_uint8(decode(seen[step][1]))[i]).all()
+            assert (strip[20 * i + 10 : 20 * i + 18, x : x + 8] == utils.to_uint8(decode(seen[step][2]))[i]).all()
