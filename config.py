@@ -227,11 +227,12 @@ Config = TypeVar("Config")
 
 # What a number may be; a flag outside of it is refused before anything is read.
 LIMITS: dict[str, tuple[float, float]] = {
-    "seed": (0, 2**62), "epochs": (1, 10**9), "batch_size": (1, 10**6), "num_images": (1, 10**9), "image_size": (8, 4096),
-    "lr": (1e-12, 10), "weight_decay": (0, 10), "grad_clip": (0, 1e9), "ema_decay": (0, 1), "val_fraction": (0, 0.9),
-    "kl_weight": (0, 1e6), "latent_channels": (1, 1024), "blocks": (1, 64), "dropout": (0, 0.9), "class_dropout": (0, 1),
-    "warmup": (0, 1), "num_steps": (2, 1000), "sample_every": (1, 10**9), "gif_every": (1, 10**9), "eta": (0, 1),
-    "perplexity": (1, 10**6), "max_slices": (10, 10**9), "shift": (0, 0.5), "rotate": (0, 180), "brightness": (0, 1),
+    "seed": (0, 2**62), "epochs": (1, 10**9), "batch_size": (1, 10**6), "num_images": (1, 10**9),
+    "image_size": (8, 4096), "latent_channels": (1, 1024), "blocks": (1, 64), "num_steps": (2, 1000),
+    "lr": (1e-12, 10), "weight_decay": (0, 10), "grad_clip": (0, 1e9), "ema_decay": (0, 1), "kl_weight": (0, 1e6),
+    "val_fraction": (0, 0.9), "dropout": (0, 0.9), "class_dropout": (0, 1), "warmup": (0, 1), "eta": (0, 1),
+    "shift": (0, 0.5), "rotate": (0, 180), "brightness": (0, 1), "sample_every": (1, 10**9), "gif_every": (1, 10**9),
+    "perplexity": (1, 10**6), "max_slices": (10, 10**9),
 }  # fmt: skip
 
 
