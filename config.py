@@ -205,8 +205,8 @@ PRESETS: dict[str, dict[type, dict]] = {
             epochs=25, batch_size=16, lr=1e-3, ema_decay=0.998, plateau_patience=5,
         ),
         TrainConfig: dict(
-            run="small", channels=(64, 128, 256), attention=(16, 8), epochs=80, batch_size=32, lr=5e-4,
-            ema_decay=0.9985, flip=True,
+            run="small", channels=(64, 128, 192), blocks=1, epochs=50, batch_size=32, lr=8e-4, ema_decay=0.998,
+            flip=True,
         ),
     },
     "demo": {  # phantoms at 64²: a CPU, minutes

@@ -106,7 +106,10 @@ def find_root(data: str, cache: str, image_size: int) -> Path:
         with filelock.FileLock(f"{root}.lock"):
             if not root.exists():
                 print(f"drawing synthetic slices (phantoms) into {root}")
-                phantom.make_dataset(root, size=image_size)
+                try:
+                    phantom.make_dataset(root, size=image_size)
+                except phantom.Unusable as e:
+                    raise UserError(str(e)) from None
         return root
     root = Path(RANGPUR if data == "rangpur" else data).expanduser()
     if not root.is_dir():
@@ -252,11 +255,14 @@ def to_square(image: np.ndarray, size: int) -> np.ndarray:
     return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if size < side else cv2.INTER_CUBIC)
 
 
-def fingerprint(slices: Sequence[Slice], image_size: int) -> str:
-    """16 hex digits that change whenever a file is added, removed, renamed or written, or the size changes."""
-    digest = hashlib.sha256(f"{CACHE_VERSION} {image_size}".encode())
+def fingerprint(slices: Sequence[Slice], times: bool = True) -> str:
+    """16 hex digits that change whenever a file is added, removed, renamed, or written.
+
+    Without `times` a rewritten file of the same length goes unnoticed, and so does a copy of the folder elsewhere.
+    """
+    digest = hashlib.sha256(str(CACHE_VERSION).encode())
     for s in slices:
-        digest.update(f"\n{s.path}\t{s.stamp}".encode())
+        digest.update(f"\n{s.path}\t{s.stamp if times else s.stamp[0]}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -270,7 +276,7 @@ def load_slices(root: Path, slices: Sequence[Slice], image_size: int, cache: Pat
     import filelock
 
     name = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:8]
-    base = cache / f"slices-{name}-{image_size}-{fingerprint(slices, image_size)}"
+    base = cache / f"slices-{name}-{image_size}-{fingerprint(slices)}"
     pixels, notes = base.with_suffix(".u8"), base.with_suffix(".json")
     length = len(slices) * image_size**2
     cache.mkdir(parents=True, exist_ok=True)
@@ -348,7 +354,8 @@ def load_splits(cfg: DataConfig, image_size: int) -> tuple[dict[str, ADNIDataset
     for split in ("train", "val"):
         if split not in splits:
             raise UserError(f"{root} has no usable slices for {split}")
-    return splits, f"{fingerprint(slices, image_size)}-{len(splits['train'])}-{len(splits['val'])}"
+    # A resumed run compares this: a cluster's fresh copy of the folder has other times and is the same data.
+    return splits, f"{fingerprint(slices, times=False)}-{len(splits['train'])}-{len(splits['val'])}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from utils import (
     frozen,
     generator,
     git_commit,
+    grow_gif,
     image_grid,
     leave_early,
     load_state,
@@ -38,15 +39,12 @@ from utils import (
     optimise,
     pick_amp_dtype,
     pick_device,
-    png_bytes,
     progress_bar,
     run_script,
-    save_gif,
     save_state,
     save_weights,
     to_uint8,
     training_cost,
-    write_atomic,
 )
 from vae import VAE, vae_loss
 
@@ -76,7 +74,7 @@ def evaluate(vae: VAE, val: ADNIDataset, cfg: PretrainConfig, device: torch.devi
             x_hat = vae.reconstruct(mean)
             loss = torch.stack(vae_loss(x_hat, x, mean, logvar, cfg.reconstruction, cfg.kl_weight)) * len(x)
             quality = torch.stack([psnr(unit(x_hat), unit(x)).sum(), ssim(unit(x_hat), unit(x)).sum()])
-            total += torch.cat([loss, quality]).double().cpu()
+            total += torch.cat([loss, quality]).cpu().double()
     loss, reconstruction, kl, p, s = (total / len(val)).tolist()
     return {"loss/val": loss, "reconstruction/val": reconstruction, "KL/val": kl, "PSNR/val": p, "SSIM/val": s}
 
@@ -86,13 +84,7 @@ def show_reconstructions(vae: VAE, x: Tensor, folder: Path, epoch: int) -> None:
     with frozen(vae):
         x_hat = vae.reconstruct(vae.posterior(x)[0]).clamp(-1, 1)
     rows = np.concatenate([to_uint8(x), to_uint8(x_hat), to_uint8(4 * (x_hat - x).abs() - 1)])
-    frame = image_grid(rows, columns=len(x))
-    write_atomic(folder / "frames" / f"{epoch:05d}.png", png_bytes(frame))
-    write_atomic(folder / "reconstructions.png", png_bytes(frame))
-    import cv2
-
-    frames = [cv2.imread(str(p), cv2.IMREAD_GRAYSCALE) for p in sorted((folder / "frames").glob("*.png"))]
-    save_gif(folder / "reconstructions.gif", frames)
+    grow_gif(folder, "reconstructions", image_grid(rows, columns=len(x)), epoch)
 
 
 def main(cfg: PretrainConfig) -> None:

@@ -38,6 +38,7 @@ from utils import (
     frozen,
     generator,
     git_commit,
+    grow_gif,
     image_grid,
     leave_early,
     load_state,
@@ -46,16 +47,13 @@ from utils import (
     optimise,
     pick_amp_dtype,
     pick_device,
-    png_bytes,
     progress_bar,
     run_script,
-    save_gif,
     save_state,
     save_weights,
     to_uint8,
     training_cost,
     visualise_denoising_process,
-    write_atomic,
 )
 from vae import VAE, load_vae
 
@@ -148,15 +146,7 @@ def show_samples(
         )
         x = vae.decode(z)
         visualise_denoising_process(steps, vae.decode, folder)
-    frame = image_grid(to_uint8(x))
-    write_atomic(folder / "frames" / f"{epoch:05d}.png", png_bytes(frame))
-    write_atomic(folder / "samples.png", png_bytes(frame))
-    import cv2
-
-    save_gif(
-        folder / "samples.gif",
-        [cv2.imread(str(p), cv2.IMREAD_GRAYSCALE) for p in sorted((folder / "frames").glob("*.png"))],
-    )
+    grow_gif(folder, "samples", image_grid(to_uint8(x)), epoch)
     g = generator(cfg.seed, 7)
     strangers, real = (unit(d.batch(torch.randint(len(d), (n,), generator=g), device)) for d in (val, train))
     (p, s), (p_real, s_real) = unpaired(unit(x), strangers), unpaired(real, strangers)

@@ -46,7 +46,11 @@ def run_script(main: Callable[[], None]) -> None:
     except OSError as e:
         if e.filename is None and e.strerror is None:
             raise
-        sys.exit(_complain(f"{e.filename or 'a file'}: {e.strerror}; nothing that was written before is lost"))
+        sys.exit(
+            _complain(
+                f"{e.filename or 'a file'}: {e.strerror}: make room there or name another folder; what was saved before is whole"
+            )
+        )
 
 
 def _complain(sentence: str) -> int:
@@ -297,9 +301,9 @@ class StopSignal:
 
 
 def leave_early(stop: StopSignal, epoch: float) -> NoReturn:
-    """Say how to go on after a signal, and exit: 130 after Ctrl-C, else 0, since nothing failed."""
+    """Say how to go on after a signal, and exit: 130 after Ctrl-C, else 75 (EX_TEMPFAIL: saved, not finished)."""
     print(f"stopped by {stop.name} and saved at epoch {epoch:.2f}: the same command goes on from there")
-    sys.exit(130 if stop.name == "SIGINT" else 0)
+    sys.exit(130 if stop.name == "SIGINT" else 75)
 
 
 def progress_bar(total: int, done: int = 0, what: str = "") -> tqdm:
@@ -498,6 +502,16 @@ def save_gif(path: Path, frames: Sequence[np.ndarray], seconds: float = 0.25) ->
     durations = [int(1000 * seconds)] * (len(images) - 1) + [2000]
     images[0].save(buffer, "GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)
     write_atomic(path, buffer.getvalue())
+
+
+def grow_gif(folder: Path, name: str, frame: np.ndarray, epoch: int) -> None:
+    """FOLDER/<name>.png shows this frame, FOLDER/<name>.gif all frames so far; each is kept in FOLDER/frames."""
+    import cv2
+
+    write_atomic(folder / "frames" / f"{epoch:05d}.png", png_bytes(frame))
+    write_atomic(folder / f"{name}.png", png_bytes(frame))
+    frames = [cv2.imread(str(p), cv2.IMREAD_GRAYSCALE) for p in sorted((folder / "frames").glob("*.png"))]
+    save_gif(folder / f"{name}.gif", frames)
 
 
 def visualise_denoising_process(

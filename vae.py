@@ -112,7 +112,7 @@ class VAE(nn.Module):
         """Set latent_mean and latent_std to those of posterior samples over batches of images, in closed form."""
         total, squares, count = 0.0, 0.0, 0
         for x in batches:
-            mean, logvar = (v.double() for v in self.posterior(x))
+            mean, logvar = (v.cpu().double() for v in self.posterior(x))  # MPS has no float64
             total = total + mean.sum(dim=(0, 2, 3))
             squares = squares + (mean.square() + logvar.exp()).sum(dim=(0, 2, 3))  # E[z^2] = mean^2 + variance
             count += mean.numel() // mean.shape[1]
