@@ -98,17 +98,26 @@ def loss_by_timestep(
     return loss, torch.zeros(2, bins, device=z.device).scatter_add_(1, where, hit)
 
 
-def validation_loss(model: StableDiffusion, val: Latents, cfg: TrainConfig, bins: int) -> Tensor:
-    """Loss by timestep [bins] on people never trained on: the same noise and timesteps at every call."""
-    sums, n = torch.zeros(2, bins, device=val.device), len(model.scheduler.timesteps)
+def losses(model: StableDiffusion, val: Latents, trained: Tensor, cfg: TrainConfig) -> dict[str, float]:
+    """Loss in training (its sums [2, bins] by timestep) and on people never trained on, whole and by timestep.
+
+    Validation takes the same noise and timesteps at every call.
+    """
+    timesteps, bins = model.scheduler.timesteps, trained.shape[1]
+    sums = torch.zeros(2, bins, device=val.device)
     with frozen(model):
         for i in range(0, len(val), cfg.batch_size):
             index = torch.arange(i, min(i + cfg.batch_size, len(val)))
             g = generator(cfg.seed, 5, i, device=val.device)
-            places = (index.to(val.device) * 7919 + 13) % n  # a prime stride: every slice another place of the grid
+            places = (index.to(val.device) * 7919 + 13) % len(timesteps)  # a prime stride: another place every slice
             z = val.draw(index, g)
             sums += loss_by_timestep(model, z, val.labels[index.to(val.device)], places, bins, g)[1]
-    return sums[0] / sums[1].clamp(min=1)
+    numbers = {}
+    for name, (total, count) in (("train", trained), ("val", sums)):
+        numbers[f"loss/{name}"] = (total.sum() / count.sum()).item()
+        for i, loss in enumerate((total / count.clamp(min=1)).tolist()):
+            numbers[f"loss by timestep, {name}/t={timesteps[-(-i * len(timesteps) // bins)]}"] = loss
+    return numbers
 
 
 def denoising_quality(
@@ -156,6 +165,20 @@ def show_samples(
     }  # fmt: skip
 
 
+def print_plan(
+    cfg: TrainConfig, vae: VAE, unet: UNet, splits: dict[str, ADNIDataset], batch: int, steps: int,
+    device: torch.device, amp_dtype: torch.dtype | None,
+) -> None:  # fmt: skip
+    """What a run would do."""
+    train, labels = splits["train"], torch.empty(1, dtype=torch.int64, device="meta")
+    z = torch.empty(1, *vae.latent_shape, device="meta")
+    cost = training_cost(unet.to("meta"), z, labels, labels if unet.label is not None else None)
+    print(f"train on  {train.summary()}\nvalidate  {splits['val'].summary()}\nlatent    {vae.latent_shape}")
+    print(f"classes   {', '.join(train.classes)}; {'un' * (unet.label is None)}conditional")
+    print(describe_cost("U-Net", *cost, batch, cfg.epochs, steps, device, amp_dtype))
+    print(f"writes to {Path(cfg.checkpoints) / cfg.run / 'diffusion'}")
+
+
 def main(cfg: TrainConfig) -> None:
     device = pick_device(cfg.device)
     vae_file = Path(cfg.checkpoints) / cfg.run / "vae" / "best.safetensors"
@@ -163,7 +186,7 @@ def main(cfg: TrainConfig) -> None:
         raise UserError(
             f"run {cfg.run} has no VAE ({vae_file} is not there): train it first with python pre_train.py, same --run"
         )
-    vae, vae_meta = load_vae(vae_file, device)
+    vae, _ = load_vae(vae_file, device)
     splits, fingerprint = load_splits(cfg, vae.config["image_size"])
     train, val = splits["train"], splits["val"]
     num_classes = 0 if cfg.unconditional or len(train.classes) == 1 else len(train.classes)
@@ -183,14 +206,7 @@ def main(cfg: TrainConfig) -> None:
     steps_per_epoch = len(train) // batch
     total = cfg.epochs * steps_per_epoch
     if cfg.dry_run:
-        unet = build().unet.to("meta")
-        z, t = torch.empty(1, *vae.latent_shape, device="meta"), torch.empty(1, dtype=torch.int64, device="meta")
-        print(f"train on  {train.summary()}\nvalidate  {val.summary()}\nlatent    {vae.latent_shape} from {vae_file}")
-        print(f"classes   {', '.join(train.classes)}; {'conditional' if num_classes else 'unconditional'}")
-        cost = training_cost(unet, z, t, t if num_classes else None)
-        print(describe_cost("U-Net", *cost, batch, cfg.epochs, total, device, amp_dtype))
-        print(f"writes to {Path(cfg.checkpoints) / cfg.run / 'diffusion'}")
-        return
+        return print_plan(cfg, vae, build().unet, splits, batch, total, device, amp_dtype)
 
     folder = open_run(cfg, "diffusion")
     torch.manual_seed(cfg.seed)
@@ -244,13 +260,8 @@ def main(cfg: TrainConfig) -> None:
         epoch, place = divmod(step, steps_per_epoch)
         if place == 0 and step > evaluated:
             speed = (step - clock_step) * batch / max(1e-9, time.time() - clock)
-            by_t = validation_loss(ema.module, val_latents, cfg, bins).tolist()
-            by_t_train = (sums[:bins] / sums[bins:-1].clamp(min=1)).tolist()
-            loss_val, loss_train = float(np.mean(by_t)), (sums[:bins].sum() / sums[bins:-1].sum()).item()
-            numbers = {"epoch": epoch, "loss/train": loss_train, "loss/val": loss_val, "images per s": speed}
-            starts = model.scheduler.timesteps[[i * len(model.scheduler.timesteps) // bins for i in range(bins)]]
-            for t, a, b in zip(starts.tolist(), by_t_train, by_t):
-                numbers |= {f"loss by timestep, train/t={t}": a, f"loss by timestep, val/t={t}": b}
+            numbers = {"epoch": epoch, "images per s": speed}
+            numbers |= losses(ema.module, val_latents, sums[:-1].view(2, bins), cfg)
             numbers |= {
                 "gradient norm": sums[-1].item() / (step - evaluated),
                 "learning rate": schedule.get_last_lr()[0],
@@ -265,10 +276,11 @@ def main(cfg: TrainConfig) -> None:
             log.log(step, numbers)
             if "unpaired PSNR/generated" in numbers:
                 log.plot()
-            if loss_val < best:
-                best = loss_val
+            if numbers["loss/val"] < best:
+                best = numbers["loss/val"]
                 save_weights(folder / "best.safetensors", ema.module, {**meta, "epoch": epoch, "metrics": numbers})
-            bar.write(f"epoch {epoch:4d}  train {loss_train:.4f}  val {loss_val:.4f}  {speed:.0f} images/s")
+            a, b = numbers["loss/train"], numbers["loss/val"]
+            bar.write(f"epoch {epoch:4d}  train {a:.4f}  val {b:.4f}  {speed:.0f} images/s")
             evaluated, clock, clock_step = step, time.time(), step
             sums.zero_()
         if step >= total or stop or time.time() - saved_at > 60 * cfg.save_minutes:

@@ -46,11 +46,8 @@ def run_script(main: Callable[[], None]) -> None:
     except OSError as e:
         if e.filename is None and e.strerror is None:
             raise
-        sys.exit(
-            _complain(
-                f"{e.filename or 'a file'}: {e.strerror}: make room there or name another folder; what was saved before is whole"
-            )
-        )
+        where = e.filename or "a file"
+        sys.exit(_complain(f"{where}: {e.strerror}: mend that or name another folder; what was saved is whole"))
 
 
 def _complain(sentence: str) -> int:
