@@ -201,12 +201,11 @@ PRESETS: dict[str, dict[type, dict]] = {
     "adni": {},
     "small": {  # 128²: one modest GPU, or a patient CPU
         PretrainConfig: dict(
-            run="small", image_size=128, downsample=4, latent_channels=4, channels=(48, 96), attention=False,
-            epochs=25, batch_size=16, lr=1e-3, ema_decay=0.998, plateau_patience=5,
+            run="small", image_size=128, channels=(48, 96, 160), epochs=20, batch_size=8, lr=7e-4, kl_weight=3e-3,
+            plateau_patience=5,
         ),
         TrainConfig: dict(
-            run="small", channels=(64, 128, 192), blocks=1, epochs=50, batch_size=32, lr=8e-4, ema_decay=0.998,
-            flip=True,
+            run="small", channels=(128, 256), attention=(8,), epochs=60, batch_size=16, lr=5e-4, flip=True,
         ),
     },
     "demo": {  # phantoms at 64²: a CPU, minutes
