@@ -201,21 +201,21 @@ PRESETS: dict[str, dict[type, dict]] = {
     "adni": {},
     "small": {  # 128²: one modest GPU, or a patient CPU
         PretrainConfig: dict(
-            run="small", image_size=128, channels=(48, 96, 160), epochs=20, batch_size=8, lr=7e-4, kl_weight=3e-3,
-            plateau_patience=5,
+            run="small", image_size=128, channels=(48, 96, 160), blocks=1, epochs=18, batch_size=8, lr=5e-4,
+            kl_weight=1e-3, plateau_patience=5,
         ),
         TrainConfig: dict(
-            run="small", channels=(128, 256), attention=(8,), epochs=60, batch_size=16, lr=5e-4, flip=True,
+            run="small", channels=(96, 192), blocks=1, attention=(8,), epochs=60, lr=7e-4, ema_decay=0.9985, flip=True,
         ),
     },
     "demo": {  # phantoms at 64²: a CPU, minutes
         PretrainConfig: dict(
-            run="demo", data="phantom", image_size=64, downsample=4, latent_channels=4, channels=(32, 64), epochs=12,
-            batch_size=16, lr=2e-3, ema_decay=0.99, gif_every=1, wandb="disabled",
+            run="demo", data="phantom", image_size=64, downsample=4, latent_channels=4, channels=(32, 64), epochs=9,
+            batch_size=8, lr=5e-4, kl_weight=1e-3, ema_decay=0.99, gif_every=1, wandb="disabled", precision="fp32",
         ),
         TrainConfig: dict(
-            run="demo", data="phantom", channels=(64, 128), attention=(8,), epochs=40, batch_size=32, lr=1e-3,
-            ema_decay=0.995, wandb="disabled",
+            run="demo", data="phantom", channels=(64, 128), attention=(8,), blocks=1, epochs=26, batch_size=16,
+            lr=1e-3, ema_decay=0.998, wandb="disabled", sample_every=6, precision="fp32",
         ),
         PredictConfig: dict(run="demo"),
         TsneConfig: dict(run="demo", data="phantom", wandb="disabled"),

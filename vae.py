@@ -60,6 +60,8 @@ class VAE(nn.Module):
         middle = [AttentionBlock(width)] if attention else []
         down += [*middle, ResidualBlock(width, width), group_norm(width), nn.SiLU()]
         self.encoder = nn.Sequential(*down, nn.Conv2d(width, 2 * latent_channels, 3, padding=1))
+        # Start with a posterior of deviation e^-2: at 1, noise drowns the signal and the first epochs learn little.
+        nn.init.constant_(self.encoder[-1].bias[latent_channels:], -4.0)
 
         middle = [AttentionBlock(width)] if attention else []
         up: list[nn.Module] = [nn.Conv2d(latent_channels, width, 3, padding=1), ResidualBlock(width, width), *middle]
