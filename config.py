@@ -205,7 +205,7 @@ PRESETS: dict[str, dict[type, dict]] = {
             kl_weight=1e-3, plateau_patience=5,
         ),
         TrainConfig: dict(
-            run="small", channels=(96, 192), blocks=1, attention=(8,), epochs=60, lr=7e-4, ema_decay=0.9985, flip=True,
+            run="small", channels=(96, 192), blocks=1, attention=(8,), epochs=45, lr=7e-4, ema_decay=0.9985, flip=True,
         ),
     },
     "demo": {  # phantoms at 64²: a CPU, minutes
