@@ -553,7 +553,8 @@ def plot_curves(rows: Sequence[Mapping[str, float]], path: Path) -> None:
         if group.startswith("loss") and min(values) > 0:
             ax.set_yscale("log")
         if len(names) > 1:
-            ax.legend(fontsize=7, frameon=False)
+            outside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if len(names) > 4 else {}
+            ax.legend(fontsize=7, frameon=False, **outside)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     write_atomic(path, buffer.getvalue())
