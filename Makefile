@@ -15,8 +15,8 @@ demo: $(DEMO)/report.txt
 $(DEMO)/report.txt: | $(BIN)/ready
 	$(PY) pre_train.py demo
 	$(PY) train.py demo
-	$(PY) predict.py demo --class-name AD --num-images 64 --out $(DEMO)/new/AD
-	$(PY) predict.py demo --class-name NC --num-images 64 --out $(DEMO)/new/NC
+	$(PY) predict.py demo --class-name AD --num-images 64 --guidance 1.5 --out $(DEMO)/new/AD
+	$(PY) predict.py demo --class-name NC --num-images 64 --guidance 1.5 --out $(DEMO)/new/NC
 	$(PY) tsne.py demo
 	@{ echo; echo "The demo is done. All of it is synthetic: phantoms drawn by phantom.py, and images generated from them."; \
 	   echo; echo "Ventricle fraction, measured by thresholding, in the training phantoms:"; \

@@ -151,7 +151,7 @@ def main(cfg: TsneConfig) -> None:
         result["separation"] = separation(latents, labels, people)
         s = result["separation"]
         title += (
-            f"\n{' / '.join(data.classes)} told apart on people left out: AUC {s['auc']:.2f} (chance 0.5), "
+            f"\n{' / '.join(data.classes)} told apart on people left out: AUC {s['auc']:.2f} (chance 0.5),\n"
             f"balanced accuracy {s['balanced_accuracy']:.2f} (chance {s['chance']:.2f})"
         )
     out = Path(cfg.out) if cfg.out else run / "tsne"

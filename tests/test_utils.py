@@ -416,7 +416,7 @@ def handlers():
         signal.signal(s, handler)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 0), (signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 75), (signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_signals_are_remembered_and_do_not_kill(handlers, capsys, number, code):
     stop = utils.StopSignal()
     assert not stop
