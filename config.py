@@ -138,14 +138,14 @@ class TrainConfig(LoopConfig):
 
 @dataclass(frozen=True)
 class PredictConfig(MachineConfig):
-    """Draw new MRIs from a trained run."""
+    """Draw new MRIs from a trained run, into a folder that is laid out as training data is."""
 
     run: str = "pretrained"
     """Run to sample: CHECKPOINTS/RUN/ with its vae/ and diffusion/."""
     num_images: int = 16
     """How many images."""
-    class_name: str | None = None
-    """Class to draw, by its folder's name; without it the classes take turns."""
+    class_name: tuple[str, ...] = ()
+    """Classes to draw, by their folders' names; they take turns. Default: all."""
     seed: int = 0
     """Image k depends on (seed, k) alone, whatever the batch size."""
     out: str = "out"
@@ -166,11 +166,53 @@ class PredictConfig(MachineConfig):
     """Classifier-free guidance weight; 1 is none, larger follows the class more."""
     weights: Literal["best", "final"] = "best"
     """Weights with the lowest validation loss, or the last ones."""
+    reject_copies: bool = False
+    """Draw again whatever is a copy of a training slice, so that the folder holds none. Needs --data."""
+    data: str = field(default_factory=lambda: os.environ.get("ADNI_ROOT", "data"))
+    """The slices the run was trained on, for --reject-copies."""
+    cache: str = "cache"
+    """Folder for decoded slices, for --reject-copies."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(DataConfig, MachineConfig):
+    """Gather the evidence about a generator: distances with floors, anatomy, class fidelity, copies. Writes a report.
+
+    People are split as the run split them, whatever the flags say.
+    """
+
+    run: str | None = None
+    """Run to draw from and whose VAE measures latents. Default: adni, and with --images none."""
+    images: str | None = None
+    """Folder of images to evaluate instead of drawing: predict.py's, or any other, with a folder per class or none."""
+    num_images: int = 1000
+    """Images to draw, in the training data's shares of classes."""
+    guidance: float = 1.0
+    """Classifier-free guidance weight of drawing."""
+    weights: Literal["best", "final"] = "best"
+    """Weights with the lowest validation loss, or the last ones."""
+    batch_size: int = 16
+    """Images drawn at a time."""
+    held_out: Literal["auto", "val", "test"] = "auto"
+    """People the floors are measured on; auto takes test/ where there is one, for weights are chosen on val."""
+    count: int = 2000
+    """Most images of each set in the distances between sets (all sets get the same number)."""
+    resamples: int = 200
+    """Bootstrap resamples of people behind the intervals."""
+    inception_weights: str | None = None
+    """File with the weights of FID's InceptionV3 (pt_inception-2015-12-05-6726825d.pth): adds FID and KID on it."""
+    training_pictures: bool = True
+    """Show training slices beside the generated ones closest to them; turn it off for a report to be published."""
+    out: str = ""
+    """Folder to write to. Default: CHECKPOINTS/RUN/report, and with --images alone report."""
 
 
 @dataclass(frozen=True)
 class TsneConfig(DataConfig, MachineConfig):
-    """Map the latents by t-SNE, generated ones over real ones, and measure how far the classes separate."""
+    """Map the latents by t-SNE, generated ones over real ones, and measure how far the classes separate.
+
+    People are split as the run split them, whatever the flags say.
+    """
 
     generated: str | None = None
     """Folder written by predict.py; without it 128 latents are sampled from the run's U-Net, if there is one."""
@@ -217,7 +259,8 @@ PRESETS: dict[str, dict[type, dict]] = {
             run="demo", data="phantom", channels=(64, 128), attention=(8,), blocks=1, epochs=26, batch_size=16,
             lr=1e-3, ema_decay=0.998, wandb="disabled", sample_every=6, precision="fp32",
         ),
-        PredictConfig: dict(run="demo"),
+        PredictConfig: dict(run="demo", data="phantom"),
+        EvaluateConfig: dict(run="demo", data="phantom", wandb="disabled", guidance=1.5),
         TsneConfig: dict(run="demo", data="phantom", wandb="disabled"),
     },
 }  # fmt: skip
@@ -231,7 +274,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "lr": (1e-12, 10), "weight_decay": (0, 10), "grad_clip": (0, 1e9), "ema_decay": (0, 1), "kl_weight": (0, 1e6),
     "val_fraction": (0, 0.9), "dropout": (0, 0.9), "class_dropout": (0, 1), "warmup": (0, 1), "eta": (0, 1),
     "shift": (0, 0.5), "rotate": (0, 180), "brightness": (0, 1), "sample_every": (1, 10**9), "gif_every": (1, 10**9),
-    "perplexity": (1, 10**6), "max_slices": (10, 10**9),
+    "perplexity": (1, 10**6), "max_slices": (10, 10**9), "count": (10, 10**6), "resamples": (10, 10**5),
 }  # fmt: skip
 
 

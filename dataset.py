@@ -13,9 +13,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from config import CheckConfig, parse_check
+from config import CheckConfig, DataConfig, parse_check
 
 if __name__ == "__main__":
     cfg = parse_check()  # before torch is imported, so that --help answers at once
@@ -25,9 +24,6 @@ import torch
 from torch import Tensor
 
 from utils import UserError, progress_bar, run_script, write_atomic
-
-if TYPE_CHECKING:
-    from config import DataConfig
 
 IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 SPLITS = ("train", "val", "test")
@@ -82,6 +78,10 @@ class ADNIDataset(torch.utils.data.Dataset):
         """All slices in order."""
         for i in range(0, len(self), size):
             yield self.batch(torch.arange(i, min(i + size, len(self))), device)
+
+    def people_hash(self) -> str:
+        """12 hex digits that say who is in it: weights carry those of the people held out."""
+        return hashlib.sha256("\n".join(sorted(set(self.people))).encode()).hexdigest()[:12]
 
     def summary(self) -> str:
         """e.g. "1,600 slices of 50 people (NC 1,600)"."""
@@ -356,6 +356,22 @@ def load_splits(cfg: DataConfig, image_size: int) -> tuple[dict[str, ADNIDataset
             raise UserError(f"{root} has no usable slices for {split}")
     # A resumed run compares this: a cluster's fresh copy of the folder has other times and is the same data.
     return splits, f"{fingerprint(slices, times=False)}-{len(splits['train'])}-{len(splits['val'])}"
+
+
+def load_splits_as_trained(data: str, cache: str, meta: dict, image_size: int) -> dict[str, ADNIDataset]:
+    """The splits of the run whose weights carry this meta: its seed and rules, so that the people held out are its own.
+
+    With another seed some of them would be people the run was trained on, and every floor would be wrong.
+    """
+    rules = {k: meta["config"][k] for k in ("subject_regex", "val_fraction", "skip_bad_files", "seed")}
+    splits, _ = load_splits(DataConfig(data=data, cache=cache, **rules), image_size)
+    held_out = splits["val"].people_hash()
+    if splits["train"].summary() != meta["data"] or meta.get("held_out", held_out) != held_out:
+        raise UserError(
+            f"{data} holds {splits['train'].summary()}, and the run was trained on {meta['data']} or with other "
+            "people held out: give its own --data"
+        )
+    return splits
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
+from anatomy import cohens_d, ventricle_fraction
+
 CLASSES = ("AD", "NC")
 WM, GM, CSF = 203.0, 128.0, 36.0  # grey levels of the three tissues before bias and noise
 
@@ -401,53 +403,6 @@ def make_dataset(
         if work is not None:
             shutil.rmtree(work, ignore_errors=True)
     return out
-
-
-def ventricle_fraction(images: np.ndarray) -> np.ndarray:
-    """Ventricle area over brain area of uint8 slices [N, H, W], as float64 [N], by thresholds alone.
-
-    Ventricles are the dark regions, below the middle of grey matter and fluid, that lie deep in the brain's centre.
-    It is a measure to compare groups with, biased by partial volume; a slice without a brain gives 0.
-    """
-    import cv2
-    from scipy import ndimage
-
-    fractions = np.zeros(len(images))
-    for i, image in enumerate(images):
-        # Enlarged first, so that thin horns of small images are cut between pixels and not along them.
-        f = 256 / max(image.shape)
-        how = cv2.INTER_CUBIC if f > 1 else cv2.INTER_AREA
-        x = image if f == 1 else cv2.resize(image, None, fx=f, fy=f, interpolation=how)
-        x = cv2.GaussianBlur(x.astype(np.float32), (0, 0), 0.7)
-        lit = x[x > 12]
-        if lit.size < 200:
-            continue
-        white = float(np.percentile(lit, 85))
-        n, label, stats, _ = cv2.connectedComponentsWithStats((x > 0.09 * white).astype(np.uint8))
-        if n < 2:
-            continue
-        brain = ndimage.binary_fill_holes(label == 1 + int(stats[1:, cv2.CC_STAT_AREA].argmax()))
-        ys, xs = np.nonzero(brain)
-        cy, cx, ry, rx = np.median(ys), np.median(xs), np.ptp(ys) / 2 + 1, np.ptp(xs) / 2 + 1
-        v, u = np.ogrid[: x.shape[0], : x.shape[1]]
-        v, u = (v - cy) / ry, np.abs((u - cx) / rx)
-        # The centre ends before the insula at the sides, and before the fissure at the front and the back.
-        centre = (v > -0.56) & (v < 0.58) & (u < 0.50) & ((u > 0.12) | ((v > -0.47) & (v < 0.30)))
-        dark = (x < 0.50 * white) & brain
-        n, label, stats, _ = cv2.connectedComponentsWithStats((dark & centre).astype(np.uint8))
-        # Ventricles reach the core; sulci and fissures that stray into the centre do not.
-        core = (v > -0.40) & (v < 0.42) & (u < 0.28 + 0.6 * np.clip(v, 0, 0.3)) & ((u > 0.24) | (v < 0.34))
-        inside = np.bincount(label[core], minlength=n) > 0.3 * stats[:, cv2.CC_STAT_AREA]
-        inside[0] = False
-        fractions[i] = stats[inside, cv2.CC_STAT_AREA].sum() / brain.sum()
-    return fractions
-
-
-def cohens_d(a, b) -> float:
-    """Standardised mean difference of two samples, (mean a - mean b) / pooled standard deviation."""
-    a, b = np.asarray(a, float), np.asarray(b, float)
-    pooled = ((len(a) - 1) * a.var(ddof=1) + (len(b) - 1) * b.var(ddof=1)) / (len(a) + len(b) - 2)
-    return float((a.mean() - b.mean()) / np.sqrt(pooled))
 
 
 def _measure(out: Path) -> None:

@@ -191,7 +191,8 @@ def main(cfg: PretrainConfig) -> None:
     log.close()
     if step < total:
         leave_early(stop, step / steps_per_epoch)
-    meta |= {"finished": True, "data": train.summary(), "hardware": describe_hardware(device)}
+    meta |= {"finished": True, "data": train.summary(), "held_out": val.people_hash()}
+    meta |= {"hardware": describe_hardware(device)}
     final = {**meta, "epoch": cfg.epochs, "metrics": log.rows[-1]}
     tensors, of_best = load_weights(folder / "best.safetensors", "vae")
     for name, module, facts in (("best", vae, {**of_best, **meta}), ("final", ema.module, final)):

@@ -1,7 +1,7 @@
 """Draw new MRIs: python predict.py --run NAME --num-images 16 --class-name AD --seed 7 --out out/.
 
-Writes CLASS_00000.png ..., grid.png, denoising.gif, denoising.png and manifest.csv. The same command again completes
-what is missing.
+Writes train/CLASS/<name>.png, laid out to be trained on, manifest.csv, README.md (the datasheet), grid.png and
+denoising.gif. The same command again completes what is missing.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from modules import StableDiffusion, load_diffusion, make_grid
+from dataset import load_splits_as_trained
+from metrics import CopyDetector, is_copy
+from modules import StableDiffusion, make_grid
 from utils import (
     UserError,
     describe_hardware,
     file_hash,
+    git_commit,
     image_grid,
     pick_amp_dtype,
     pick_device,
@@ -36,7 +39,9 @@ from utils import (
     visualise_denoising_process,
     write_atomic,
 )
-from vae import load_vae
+from vae import VAE, load_run
+
+ATTEMPTS = 20  # draws of an image, before a model that gives nothing but copies is called that
 
 
 def plan_sampling(cfg: PredictConfig, model: StableDiffusion) -> dict:
@@ -83,6 +88,68 @@ def claim_folder(out: Path, command: dict) -> None:
     write_atomic(record, json.dumps(command, indent=1).encode())
 
 
+def read_manifest(out: Path) -> dict[int, list]:
+    """Rows of OUT/manifest.csv by image: what has none is drawn again."""
+    if not (out / "manifest.csv").exists():
+        return {}
+    rows = list(csv.reader((out / "manifest.csv").read_text().splitlines()))[1:]
+    return {int(index) % 10**9: [file, kind, seed, int(index), *rest] for file, kind, seed, index, *rest in rows}
+
+
+def write_manifest(out: Path, rows: dict[int, list], spaces: list[str]) -> None:
+    """OUT/manifest.csv, by image."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["file", "class", "seed", "index", "checkpoint", *(f"{name}_distance" for name in spaces)])
+    table.writerows(rows[k] for k in sorted(rows))
+    write_atomic(out / "manifest.csv", text.getvalue().encode())
+
+
+def copy_detector(cfg: PredictConfig, vae: VAE, meta: dict, device: torch.device) -> CopyDetector:
+    """Knows the run's training slices, and how close people held out come to them."""
+    splits = load_splits_as_trained(cfg.data, cfg.cache, meta, vae.config["image_size"])
+    held_out = splits.get("test", splits["val"])
+    bar = progress_bar(len(splits["train"]) + len(held_out), what="learning what copies are")
+    with bar:
+        return CopyDetector(splits["train"].images, held_out.images, vae.embed, on_batch=bar.update)
+
+
+def datasheet(cfg: PredictConfig, meta: dict, how: dict, rows: list[list], checkpoint: str) -> str:
+    """README.md of the folder: what it holds, where it comes from, and what was done against copies."""
+    counts = {c: sum(r[1] == c for r in rows) for c in sorted({r[1] for r in rows})}
+    net, again = meta["model"], sum(r[3] >= 10**9 for r in rows)
+    copies = "No image was compared with the training slices (--reject-copies does): do not publish them as they are."
+    if cfg.reject_copies:
+        copies = f"""Every image was compared with every training slice; {again:,} were copies and were drawn again.
+`pixel_distance` and `latent_distance` in manifest.csv are the distances to the nearest training slice, between aligned
+thumbnails and between latents, in units of the 1st percentile of the same distance of people held out: below 1 is a
+copy, and no image here is below 1."""
+    return f"""# Synthetic brain MRI slices
+
+{len(rows):,} generated images ({", ".join(f"{c} {n:,}" for c, n in counts.items())}). **Not for diagnosis.**
+
+| | |
+|---|---|
+| model | run `{cfg.run}`, weights `{cfg.weights}` ({checkpoint}), trained by code {meta.get("commit", "unknown")} |
+| network | U-Net {net["channels"]} on latents {net["in_channels"]}x{net["resolution"]}x{net["resolution"]} |
+| trained on | {meta["data"]} |
+| classes | {", ".join(meta["classes"])}; {"drawn by class" if net["num_classes"] else "the network knows no classes"} |
+| sampling | {len(how["timesteps"])} steps of {how["solver"]}, eta {how["eta"]:g}, guidance {cfg.guidance:g} |
+| seed | {cfg.seed} |
+| drawn by | code {git_commit()} |
+
+## Copies
+
+{copies}
+
+## Files
+
+`train/CLASS/s<seed>i<index>_0.png`: every image counts as a person of its own, and the folder can be given to `--data`.
+`manifest.csv`: file, class, seed, index (the noise of an image depends on seed and index alone), checkpoint, distances.
+An index of attempt x 1,000,000,000 + k is image k drawn again.
+"""
+
+
 def main(cfg: PredictConfig) -> None:
     import cv2
 
@@ -90,64 +157,89 @@ def main(cfg: PredictConfig) -> None:
     folder = Path(cfg.checkpoints) / cfg.run
     if cfg.run == "pretrained" and not folder.exists():
         raise UserError(f"there are no pretrained weights in {folder}: train a run and name it with --run")
-    unet_file, vae_file = folder / "diffusion" / f"{cfg.weights}.safetensors", folder / "vae" / "best.safetensors"
-    model, meta = load_diffusion(unet_file, device)
-    vae, _ = load_vae(vae_file, device)
-    if file_hash(vae_file) != meta["vae"]:
-        raise UserError(f"{unet_file} was trained on the latents of another VAE than {vae_file}: run train.py --fresh")
+    model, vae, meta, unet_file = load_run(folder, cfg.weights, device)
     # Autocast pays on a GPU; on a CPU sampling is short, and float32 keeps image k the same for every batch size.
     model.amp_dtype = vae.amp_dtype = (
         pick_amp_dtype(cfg.precision, device) if device.type == "cuda" or cfg.precision != "auto" else None
     )
     classes = meta["classes"]
-    if cfg.class_name is not None and cfg.class_name not in classes:
-        raise UserError(f"there is no class '{cfg.class_name}' in run {cfg.run}: it has {', '.join(classes)}")
-    if cfg.class_name is not None and len(classes) > 1 and not model.num_classes:
+    for name in cfg.class_name:
+        if name not in classes:
+            raise UserError(f"there is no class '{name}' in run {cfg.run}: it has {', '.join(classes)}")
+    if cfg.class_name and len(classes) > 1 and not model.num_classes:
         raise UserError(f"run {cfg.run} is unconditional and cannot draw one class: leave out --class-name")
     if cfg.guidance != 1.0 and not model.num_classes:
         raise UserError(f"run {cfg.run} is unconditional and has no class to be guided to: leave out --guidance")
     how = plan_sampling(cfg, model)
     out = Path(cfg.out)
-    command = {k: v for k, v in asdict(cfg).items() if k not in ("out", "batch_size", "device", "wandb", "checkpoints")}
+    free = ("out", "batch_size", "device", "wandb", "checkpoints", "data", "cache")
+    command = {k: v for k, v in asdict(cfg).items() if k not in free} | {"class_name": list(cfg.class_name)}
     checkpoint = file_hash(unet_file)
+    detector = copy_detector(cfg, vae, meta, device) if cfg.reject_copies else None
     claim_folder(out, {**command, **how, "checkpoint": checkpoint})
 
-    # Image k: its class by --class-name or in turn, its noise by (seed, k).
-    turn = [classes.index(cfg.class_name)] if cfg.class_name else list(range(len(classes)))
+    # Image k: its class in turn, its noise by (seed, k); drawn again, by (seed, attempt * 10^9 + k), whoever draws it.
+    turn = [classes.index(name) for name in cfg.class_name] or list(range(len(classes)))
     labels = [turn[k % len(turn)] for k in range(cfg.num_images)]
     kind = [classes[y] if model.num_classes or len(classes) == 1 else "any" for y in labels]
-    names = [f"{kind[k]}_{k:05d}.png" for k in range(cfg.num_images)]
+    names = [f"train/{kind[k]}/s{cfg.seed}i{k:05d}_0.png" for k in range(cfg.num_images)]
+    rows, saved_at = read_manifest(out), time.time()
     watched = set() if (out / "denoising.gif").exists() else set(range(min(4, cfg.num_images)))
-    missing = [k for k in range(cfg.num_images) if k in watched or not (out / names[k]).exists()]
-    if not missing and (out / "manifest.csv").exists():
+    missing = [k for k in range(cfg.num_images) if k in watched or k not in rows or not (out / names[k]).exists()]
+    if not missing and (out / "README.md").exists():
         print(f"{out} is complete: {cfg.num_images} images")
         return
 
-    start, bar = time.time(), progress_bar(cfg.num_images, cfg.num_images - len(missing))
     seen: list[list] = []  # per batch, what became of its watched images at each step
+
+    def draw(indices: list[int], ks: list[int], watch: int = 0) -> np.ndarray:
+        """Images of these indices, uint8 [B, S, S], of the classes of images ks."""
+        steps: list = []
+        seen.extend([steps] if watch else [])
+        callback = (lambda t, x, x0: steps.append((t, x[:watch], x0[:watch]))) if watch else None
+        y = torch.tensor([labels[k] for k in ks])
+        z = model.generate(vae.latent_shape, cfg.seed, indices, y, cfg.guidance, callback=callback, **how)
+        return to_uint8(vae.decode(z))
+
+    start, bar = time.time(), progress_bar(cfg.num_images, cfg.num_images - len(missing))
     with bar:
         for i in range(0, len(missing), cfg.batch_size):
             ks = missing[i : i + cfg.batch_size]
-            n = sum(k in watched for k in ks)  # they come first
-            steps: list = []
-            seen += [steps] if n else []
-            watch = (lambda t, x, x0, n=n, steps=steps: steps.append((t, x[:n], x0[:n]))) if n else None
-            y = torch.tensor([labels[k] for k in ks])
-            z = model.generate(vae.latent_shape, cfg.seed, ks, y, cfg.guidance, callback=watch, **how)
-            for k, image in zip(ks, to_uint8(vae.decode(z))):
-                write_atomic(out / names[k], png_bytes(image))
+            indices = list(ks)
+            images = draw(indices, ks, sum(k in watched for k in ks))  # the watched come first
+            distance: dict[str, torch.Tensor] = {}
+            if detector:
+                distance, _ = detector.distances(torch.from_numpy(images))
+                for attempt in range(1, ATTEMPTS + 1):
+                    again = is_copy(distance).nonzero()[:, 0].tolist()
+                    if not again:
+                        break
+                    if attempt == ATTEMPTS:
+                        raise UserError(
+                            f"image {ks[again[0]]} is a copy of a training slice in each of {ATTEMPTS} draws: run "
+                            f"{cfg.run} has learnt its data by heart and nothing of it should be published"
+                        )
+                    for j in again:
+                        indices[j] = attempt * 10**9 + ks[j]
+                    images[again] = draw([indices[j] for j in again], [ks[j] for j in again])
+                    fresh, _ = detector.distances(torch.from_numpy(images[again]))
+                    for name, d in fresh.items():
+                        distance[name][again] = d
+            for j, k in enumerate(ks):
+                write_atomic(out / names[k], png_bytes(images[j]))
+                rows[k] = [names[k], kind[k], cfg.seed, indices[j], checkpoint]
+                rows[k] += [f"{d[j]:.4f}" for d in distance.values()]
             bar.update(len(ks))
+            if time.time() - saved_at > 30 or i + cfg.batch_size >= len(missing):
+                write_manifest(out, rows, list(detector.spaces) if detector else [])
+                saved_at = time.time()
     seconds = time.time() - start
     if seen:
         joined = [(parts[0][0], *(torch.cat([p[i] for p in parts]) for i in (1, 2))) for parts in zip(*seen)]
         visualise_denoising_process(joined, vae.decode, out)
     shown = range(min(cfg.num_images, 64))
     write_atomic(out / "grid.png", png_bytes(image_grid(np.stack([cv2.imread(str(out / names[k]), 0) for k in shown]))))
-    manifest = io.StringIO()
-    rows = csv.writer(manifest, lineterminator="\n")
-    rows.writerow(["file", "class", "seed", "index", "checkpoint"])
-    rows.writerows([names[k], kind[k], cfg.seed, k, checkpoint] for k in range(cfg.num_images))
-    write_atomic(out / "manifest.csv", manifest.getvalue().encode())
+    write_atomic(out / "README.md", datasheet(cfg, meta, how, list(rows.values()), checkpoint).encode())
     print(
         f"{len(missing)} images in {seconds:.1f} s ({len(how['timesteps'])} steps of {how['solver']}, "
         f"{describe_hardware(device)}): {out / 'grid.png'}, {out / 'denoising.gif'}"

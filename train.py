@@ -186,9 +186,14 @@ def main(cfg: TrainConfig) -> None:
         raise UserError(
             f"run {cfg.run} has no VAE ({vae_file} is not there): train it first with python pre_train.py, same --run"
         )
-    vae, _ = load_vae(vae_file, device)
+    vae, vae_meta = load_vae(vae_file, device)
     splits, fingerprint = load_splits(cfg, vae.config["image_size"])
     train, val = splits["train"], splits["val"]
+    if vae_meta.get("held_out", val.people_hash()) != val.people_hash():
+        raise UserError(
+            f"{vae_file} was trained with other people held out: take the --data, --seed, --val-fraction and "
+            "--subject-regex of its training, or train it again with pre_train.py --fresh"
+        )
     num_classes = 0 if cfg.unconditional or len(train.classes) == 1 else len(train.classes)
 
     def build() -> StableDiffusion:
@@ -245,7 +250,8 @@ def main(cfg: TrainConfig) -> None:
     meta = {
         "kind": "diffusion", "model": model.unet.config, "scheduler": model.scheduler.config,
         "prediction": cfg.prediction, "classes": train.classes, "vae": file_hash(vae_file), "config": asdict(cfg),
-        "commit": git_commit(), "data": train.summary(), "hardware": describe_hardware(device),
+        "commit": git_commit(), "data": train.summary(), "held_out": val.people_hash(),
+        "hardware": describe_hardware(device),
     }  # fmt: skip
     log, stop = RunLog(folder, cfg, "diffusion", step), StopSignal()
 

@@ -1,7 +1,7 @@
 """Map the latents: python tsne.py --run NAME --data DIR writes CHECKPOINTS/NAME/tsne/tsne.png and tsne.json.
 
-Real latents (posterior means) by class, generated ones laid over them; and how well a linear model tells the classes
-apart on people it never saw.
+Real latents (posterior means) by class, generated ones laid over them; and how well the nearest neighbours among other
+people tell the classes apart.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dataset import BadFile, load_splits, read_slice, to_square
+from dataset import BadFile, load_splits_as_trained, read_slice, to_square
+from metrics import auc_between_people, interval, resample_people
 from modules import load_diffusion
 from utils import (
     RunLog,
@@ -31,36 +32,6 @@ from utils import (
     write_atomic,
 )
 from vae import VAE, load_vae
-
-
-def separation(latents: np.ndarray, labels: np.ndarray, people: np.ndarray) -> dict[str, float]:
-    """How far a logistic regression on 50 principal components tells the classes apart, on people left out of its fit.
-
-    latents [N, D], labels int [N] of at least two classes, people [N]. `balanced_accuracy` has its chance level beside
-    it; `auc` (one class against the rest, averaged) has 0.5. Folds are by person: by slice it would recognise people.
-    """
-    from sklearn.decomposition import PCA
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import balanced_accuracy_score, roc_auc_score
-    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    fewest = min(len(set(people[labels == c])) for c in np.unique(labels))
-    if fewest < 2:
-        raise UserError("a class has fewer than two people: its separation cannot be measured on people left out")
-    folds = StratifiedGroupKFold(min(5, fewest), shuffle=True, random_state=0)
-    components = min(50, len(latents) // 2, latents.shape[1])
-    model = make_pipeline(PCA(components, random_state=0), StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
-    p = cross_val_predict(model, latents, labels, groups=people, cv=folds, method="predict_proba")
-    classes = np.unique(labels)
-    score = p[:, 1] if len(classes) == 2 else p
-    return {
-        "auc": float(roc_auc_score(labels, score, multi_class="ovr")),
-        "balanced_accuracy": float(balanced_accuracy_score(labels, classes[p.argmax(1)])),
-        "chance": 1 / len(classes),
-        "people": len(set(people)),
-    }
 
 
 def read_generated(folder: Path, vae: VAE, device: torch.device) -> tuple[np.ndarray, list[str]]:
@@ -110,9 +81,8 @@ def main(cfg: TsneConfig) -> None:
 
     device = pick_device(cfg.device)
     run = Path(cfg.checkpoints) / cfg.run
-    vae, _ = load_vae(run / "vae" / "best.safetensors", device)
-    splits, _ = load_splits(cfg, vae.config["image_size"])
-    data = splits["train"]
+    vae, meta = load_vae(run / "vae" / "best.safetensors", device)
+    data = load_splits_as_trained(cfg.data, cfg.cache, meta, vae.config["image_size"])["train"]
     rng = np.random.default_rng(cfg.seed)
     chosen = np.sort(rng.permutation(len(data))[: cfg.max_slices])
     if len(chosen) <= 3 * cfg.perplexity:
@@ -148,11 +118,13 @@ def main(cfg: TsneConfig) -> None:
     result = {"slices": len(latents), "generated": 0 if generated is None else len(generated)}
     title = f"t-SNE of {len(latents):,} latents"
     if len(data.classes) > 1:
-        result["separation"] = separation(latents, labels, people)
-        s = result["separation"]
+        points = torch.from_numpy(pca.transform(latents)).double()
+        weights = resample_people(people, 200, cfg.seed)
+        auc, low, high = interval(auc_between_people(points, torch.from_numpy(labels), people, weights), 0, 1)
+        result["separation"] = {"knn_auc": auc, "ci_low": low, "ci_high": high, "people": len(set(people))}
         title += (
-            f"\n{' / '.join(data.classes)} told apart on people left out: AUC {s['auc']:.2f} (chance 0.5),\n"
-            f"balanced accuracy {s['balanced_accuracy']:.2f} (chance {s['chance']:.2f})"
+            f"\n{' / '.join(data.classes)} by the nearest neighbours among other people:\n"
+            f"AUC {auc:.2f} [{low:.2f}, {high:.2f}] (chance 0.5)"
         )
     out = Path(cfg.out) if cfg.out else run / "tsne"
     write_atomic(out / "tsne.png", draw_map(np.asarray(real_map), labels, generated_map, of, data.classes, title))

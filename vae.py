@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules import AttentionBlock, ResidualBlock, Upsample, group_norm
-from utils import UserError, autocast, load_into, load_weights
+from modules import AttentionBlock, ResidualBlock, StableDiffusion, Upsample, group_norm, load_diffusion
+from utils import UserError, autocast, file_hash, load_into, load_weights
 
 LOGVAR_RANGE = (-30.0, 20.0)  # exp(20 / 2) is still finite in float16
 
@@ -103,6 +103,15 @@ class VAE(nn.Module):
         """Normalised latents -> images in [-1, 1]."""
         return self.reconstruct(z * self.latent_std[:, None, None] + self.latent_mean[:, None, None]).clamp(-1, 1)
 
+    @torch.no_grad()
+    def embed(self, x: Tensor) -> Tensor:
+        """Images of any size in [0, 1] -> posterior means as points, float32 [B, C*h*w] on the CPU."""
+        side = self.config["image_size"]
+        x = x.to(self.latent_mean.device)
+        if x.shape[-1] != side:
+            x = F.interpolate(x, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
+        return self.encode(2 * x - 1)[0].flatten(1).cpu()
+
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, h, w)."""
@@ -177,3 +186,13 @@ def load_vae(path: Path, device: torch.device) -> tuple[VAE, dict]:
         raise UserError(f"{path} describes a VAE that this version cannot build: {e}") from None
     load_into(vae, tensors, path)
     return vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), meta
+
+
+def load_run(folder: Path, weights: str, device: torch.device) -> tuple[StableDiffusion, VAE, dict, Path]:
+    """(diffusion, VAE, meta of the diffusion, its file) of a run, `weights` "best" or "final"; they must be a pair."""
+    unet_file, vae_file = folder / "diffusion" / f"{weights}.safetensors", folder / "vae" / "best.safetensors"
+    model, meta = load_diffusion(unet_file, device)
+    vae, _ = load_vae(vae_file, device)
+    if file_hash(vae_file) != meta["vae"]:
+        raise UserError(f"{unet_file} was trained on the latents of another VAE than {vae_file}: run train.py --fresh")
+    return model, vae, meta, unet_file

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import anatomy  # noqa: E402
 import phantom  # noqa: E402
 
 PEOPLE, SLICES = 60, 5
@@ -61,22 +62,22 @@ def test_classes_differ_and_overlap(crowd):
     _, names, _, rows = crowd
     ad = names == "AD"
     v = column(rows, "ventricle_fraction")
-    assert 0.8 < phantom.cohens_d(v[ad], v[~ad]) < 2.5
+    assert 0.8 < anatomy.cohens_d(v[ad], v[~ad]) < 2.5
     assert v[~ad].max() > v[ad].mean() and v[ad].min() < v[~ad].mean()
     s, c = column(rows, "sulci_fraction"), column(rows, "cortex_fraction")
-    assert 0.5 < phantom.cohens_d(s[ad], s[~ad]) < 2
-    assert -2 < phantom.cohens_d(c[ad], c[~ad]) < -0.5
+    assert 0.5 < anatomy.cohens_d(s[ad], s[~ad]) < 2
+    assert -2 < anatomy.cohens_d(c[ad], c[~ad]) < -0.5
 
 
 def test_measured_follows_true(crowd):
     size, names, images, rows = crowd
-    true, measured = column(rows, "ventricle_fraction"), phantom.ventricle_fraction(images)
+    true, measured = column(rows, "ventricle_fraction"), anatomy.ventricle_fraction(images)
     assert measured.shape == (len(images),) and measured.dtype == np.float64
     assert np.corrcoef(true, measured)[0, 1] > (0.95 if size == 256 else 0.92)
     assert abs(measured.mean() / true.mean() - 1) < 0.2
     blurred = np.stack([cv2.GaussianBlur(x, (0, 0), 1.2 * size / 256) for x in images[::3]])
-    assert np.corrcoef(true[::3], phantom.ventricle_fraction(blurred))[0, 1] > 0.85
-    assert phantom.cohens_d(measured[names == "AD"], measured[names == "NC"]) > 0.8
+    assert np.corrcoef(true[::3], anatomy.ventricle_fraction(blurred))[0, 1] > 0.85
+    assert anatomy.cohens_d(measured[names == "AD"], measured[names == "NC"]) > 0.8
 
 
 def test_pictures_are_sane(crowd):
@@ -104,21 +105,21 @@ def test_any_size_shows_the_same_anatomy(size, index, slices):
     for row, ref in zip(rows, reference):
         assert row["ventricle_fraction"] == pytest.approx(ref["ventricle_fraction"], rel=0.12, abs=0.002)
         assert row["brain_area"] / size**2 == pytest.approx(ref["brain_area"] / 256**2, rel=0.03)
-    fraction = phantom.ventricle_fraction(images)
+    fraction = anatomy.ventricle_fraction(images)
     assert ((fraction >= 0) & (fraction < 0.3)).all()
 
 
 @pytest.mark.parametrize("fill", [0, 1, 90, 255])
 def test_measuring_what_is_no_brain(fill):
-    assert phantom.ventricle_fraction(np.full((2, 64, 64), fill, np.uint8)).tolist() == [0, 0]
-    assert phantom.ventricle_fraction(np.zeros((0, 64, 64), np.uint8)).shape == (0,)
+    assert anatomy.ventricle_fraction(np.full((2, 64, 64), fill, np.uint8)).tolist() == [0, 0]
+    assert anatomy.ventricle_fraction(np.zeros((0, 64, 64), np.uint8)).shape == (0,)
 
 
 def test_cohens_d():
     rng = np.random.default_rng(0)
     a, b = rng.normal(1, 2, 40000), rng.normal(0, 2, 20000)
-    assert phantom.cohens_d(a, b) == pytest.approx(0.5, abs=0.03)
-    assert phantom.cohens_d([1, 2, 3], [2, 3, 4]) == -phantom.cohens_d([2, 3, 4], [1, 2, 3]) == -1
+    assert anatomy.cohens_d(a, b) == pytest.approx(0.5, abs=0.03)
+    assert anatomy.cohens_d([1, 2, 3], [2, 3, 4]) == -anatomy.cohens_d([2, 3, 4], [1, 2, 3]) == -1
 
 
 def test_make_dataset(tmp_path):

@@ -1,0 +1,264 @@
+"""The evidence: python evaluate.py --run NAME --data DIR, or --images FOLDER for any folder of generated slices.
+
+Writes report.json {section: {metric: {value, floor, ci_low, ci_high, n}}}, report.md and pictures. What cannot be
+measured is said in a sentence; the rest still comes, and the exit code is then 2.
+"""
+
+from __future__ import annotations
+
+from config import EvaluateConfig, parse
+
+if __name__ == "__main__":
+    cfg = parse(EvaluateConfig)  # before torch is imported, so that --help answers at once
+
+import csv
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dataset import IMAGE_TYPES, ADNIDataset, BadFile, load_splits, load_splits_as_trained, read_slice, to_square
+from evidence import PICTURES, SECTIONS, Evidence, Images
+from metrics import TooFew
+from modules import StableDiffusion
+from utils import (
+    RunLog,
+    UserError,
+    describe_hardware,
+    generator,
+    git_commit,
+    image_grid,
+    pick_amp_dtype,
+    pick_device,
+    png_bytes,
+    progress_bar,
+    run_script,
+    to_uint8,
+    write_atomic,
+)
+from vae import VAE, load_run, load_vae
+
+# What report.md says about each section.
+ABOUT = {
+    "random_vgg": """Distances from the training slices in 64 features of a VGG-16 with random weights. Less is better
+for frechet and kernel, more for the others. Blurred, noised and shuffled are positive controls: held-out slices,
+damaged.""",
+    "autoencoder": "The same in 64 features of an autoencoder trained on the training people.",
+    "inception": "The same in InceptionV3's 2048 features: frechet is FID, kernel is KID.",
+    "diversity": """MS-SSIM between pairs of generated images; the floor is that of pairs of training people. Above
+the floor, images are more alike than people are.""",
+    "unpaired": """Generated against unrelated held-out slices; the floor is training against held-out. They say only
+how alike strangers are.""",
+    "spectrum": """Mean distance of the radial power spectra from the training slices' in dB, and the signed
+difference in the upper half of the frequencies: below 0 is too smooth, above it too noisy.""",
+    "two_sample": """A small CNN tells generated from training slices, on people and samples it was not trained on:
+0.5 is indistinguishable, 1 is told apart every time.""",
+    "anatomy": """Standardised difference (Cohen's d, generated - training) and earth mover's distance (in standard
+deviations of the training slices) of what thresholds measure.""",
+    "class_difference": "Cohen's d between the first class and the last; the floor is that of the training slices.",
+    "class_fidelity": """AUC, on people held out, of a CNN trained on real, on generated, on both; real_to_generated
+is the AUC on generated images of the one trained on real. The floor is train_on_real.""",
+    "memorisation": """copy_rate is the share of generated images closer to a training slice, in pixels or in latents,
+than the 1st percentile of people held out; its floor is what each person held out gets by the threshold of the
+others. copy_rate_of_reconstructed is the rate of held-out slices that went through the run's VAE: what unsharpness
+alone explains. Distances are means, in units of the threshold.""",
+    "latent_spread": "Standard deviation of the latents as they were drawn; training latents have 1.",
+}
+CONTROLS = ("blurred", "noised", "shuffled")
+
+
+def images_of(data: ADNIDataset) -> Images:
+    return Images(torch.as_tensor(data.images), data.labels, np.array(data.people))
+
+
+def draw_images(cfg: EvaluateConfig, model: StableDiffusion, vae: VAE, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(uint8 [N, S, S], latents [N, C, h, w]) of the run, image k from (seed, k) as predict.py draws it."""
+    pixels, latents, bar = [], [], progress_bar(len(labels), what="drawing")
+    with bar:
+        for k in torch.arange(len(labels)).split(cfg.batch_size):
+            z = model.generate(vae.latent_shape, cfg.seed, k.tolist(), labels[k], cfg.guidance)
+            pixels.append(torch.from_numpy(to_uint8(vae.decode(z))))
+            latents.append(z.cpu())
+            bar.update(len(k))
+    return torch.cat(pixels), torch.cat(latents)
+
+
+def read_folder(folder: Path, classes: Sequence[str]) -> tuple[Images, list[str]]:
+    """The images of a folder, and sentences about what was left out.
+
+    predict.py's manifest.csv says which files count; without one all images below the folder do, and the folder right
+    above a file is its class if the data have such a class.
+    """
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}: name one that holds generated images with --images")
+    manifest = folder / "manifest.csv"
+    if manifest.exists():
+        rows = list(csv.DictReader(manifest.read_text().splitlines()))
+        if rows and not {"file", "class"} <= rows[0].keys():
+            raise UserError(f"{manifest} lacks the columns file and class: mend it, or move it out of the folder")
+        files = [(folder / r["file"], r["class"]) for r in rows]
+    else:
+        found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_TYPES)
+        files = [(p, p.parent.name) for p in found]
+    if not files:
+        raise UserError(f"{folder} holds no images: name a folder of {'/'.join(t[1:] for t in IMAGE_TYPES)} slices")
+
+    def read(path: Path) -> np.ndarray | str:
+        try:
+            image = read_slice(path)[0]
+            return to_square(image, max(image.shape))
+        except (BadFile, FileNotFoundError) as e:
+            return f"{path}: {'it is not there' if isinstance(e, FileNotFoundError) else e}"
+
+    with ThreadPoolExecutor() as pool, progress_bar(len(files), what="reading images") as bar:
+        images = []
+        for image in pool.map(read, [p for p, _ in files]):
+            images.append(image)
+            bar.update()
+    problems, bad = [], [i for i in images if isinstance(i, str)]
+    if bad:
+        problems.append(f"{len(bad)} of {len(files)} files cannot be used and were left out, first {bad[0]}")
+    sides = Counter(len(i) for i in images if not isinstance(i, str))
+    if not sides:
+        raise UserError(f"{folder} holds no image that can be used: {bad[0]}")
+    side = sides.most_common(1)[0][0]
+    if len(sides) > 1:
+        sizes = ", ".join(f"{n} of {s}x{s}" for s, n in sides.most_common())
+        problems.append(f"{folder} holds images of several sizes ({sizes}): only those of {side}x{side} were evaluated")
+    kept = [i for i, image in enumerate(images) if not isinstance(image, str) and len(image) == side]
+    labels = [classes.index(files[i][1]) if files[i][1] in classes else -1 for i in kept]
+    if len(classes) == 1:
+        labels = [0] * len(kept)
+    pixels = torch.from_numpy(np.stack([images[i] for i in kept]))
+    return Images(pixels, torch.tensor(labels), np.array([str(i) for i in kept])), problems
+
+
+def gather(cfg: EvaluateConfig) -> Evidence:
+    """Load the data split as the run split it, and draw or read the generated images."""
+    device = pick_device(cfg.device)
+    run = cfg.run or (None if cfg.images else "adni")
+    out = Path(cfg.out or (Path(cfg.checkpoints) / run / "report" if run and not cfg.images else "report"))
+    vae = model = meta = None
+    folder = Path(cfg.checkpoints) / (run or "")
+    if run and (not cfg.images or (folder / "diffusion" / f"{cfg.weights}.safetensors").exists()):
+        model, vae, meta, _ = load_run(folder, cfg.weights, device)
+    elif run:
+        vae, meta = load_vae(folder / "vae" / "best.safetensors", device)
+    if vae is not None and device.type == "cuda":
+        vae.amp_dtype = pick_amp_dtype(cfg.precision, device)
+        if model is not None:
+            model.amp_dtype = vae.amp_dtype
+    if cfg.guidance != 1.0 and not cfg.images and not model.num_classes:
+        raise UserError(f"run {run} is unconditional and has no class to be guided to: leave out --guidance")
+
+    problems, latents = [], None
+    if cfg.images:  # their size decides, and it is known before the data are read
+        peek, problems = read_folder(Path(cfg.images), [])
+        side = peek.pixels.shape[-1]
+    else:
+        side = vae.config["image_size"]
+    splits = load_splits_as_trained(cfg.data, cfg.cache, meta, side) if meta else load_splits(cfg, side)[0]
+    if cfg.held_out == "test" and "test" not in splits:
+        raise UserError(f"{cfg.data} has no test/ folder: take --held-out val")
+    held_out = splits["val"] if cfg.held_out == "val" else splits.get("test", splits["val"])
+    train, classes = images_of(splits["train"]), splits["train"].classes
+    if cfg.images:
+        generated, problems = read_folder(Path(cfg.images), classes)
+    else:
+        g = generator(cfg.seed, 8)
+        labels = train.labels[torch.randint(len(train), (cfg.num_images,), generator=g)]  # in the data's shares
+        pixels, latents = draw_images(cfg, model, vae, labels)
+        unknown = len(classes) > 1 and not model.num_classes
+        people = np.array([str(k) for k in range(len(labels))])
+        generated = Images(pixels, torch.full_like(labels, -1) if unknown else labels, people)
+    return Evidence(train, images_of(held_out), generated, classes, cfg, device, out, vae, latents, problems=problems)
+
+
+def rows_of(report: dict) -> dict[str, list[list[str]]]:
+    """{section: rows of [metric, value, interval, floor, n, blurred, noised, shuffled]}, controls beside what they
+    control."""
+    sections: dict[str, list[list[str]]] = {}
+    for section, metrics in report.items():
+        if section.rpartition("_")[2] in CONTROLS:
+            continue
+        for metric, r in metrics.items():
+            beside = [report[f"{section}_{c}"][metric]["value"] for c in CONTROLS if f"{section}_{c}" in report]
+            ends = f"{r['ci_low']:.4g} … {r['ci_high']:.4g}"
+            cells = [metric, f"{r['value']:.4g}", ends, f"{r['floor']:.4g}", f"{r['n']:g}"]
+            sections.setdefault(section, []).append(cells + [f"{v:.4g}" for v in beside])
+    return sections
+
+
+def table(report: dict) -> str:
+    """The report for the screen."""
+    lines = []
+    for section, rows in rows_of(report).items():
+        head = [section, "value", "95 % interval", "floor", "n", *CONTROLS][: len(rows[0])]
+        lines += [f"{a:<28}{b:>10}{c:>22}" + "".join(f"{x:>10}" for x in rest) for a, b, c, *rest in (head, *rows)]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def markdown(e: Evidence, facts: dict) -> str:
+    """report.md."""
+    lines = [f"# Evaluation of {facts['evaluated']}", ""]
+    lines += [
+        f"{facts['generated']} against {facts['train']} to train on and {facts['held out']} held out, {facts['size']}. "
+        f"{facts['date']}, {facts['hardware']}, code {facts['commit']}, {facts['seconds']:.0f} s.",
+        "",
+        "The **floor** is the same number with the people held out in the place of the generated images. Intervals "
+        f"(95 %) are by bootstrap over people, {e.cfg.resamples} resamples. More: docs/evaluation.md.",
+    ]
+    lines += [f"\n> {p}" for p in e.problems + e.notes]
+    for section, rows in rows_of(e.report).items():
+        head = ["", "value", "95 % interval", "floor", "n", *CONTROLS][: len(rows[0])]
+        lines += ["", f"## {section}", "", *([ABOUT[section], ""] if section in ABOUT else [])]
+        lines += ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+    lines += ["", *(f"![{name}]({name})" for name in PICTURES if (e.out / name).exists())]
+    return "\n".join(lines) + "\n"
+
+
+def main(cfg: EvaluateConfig) -> None:
+    start = time.time()
+    if cfg.inception_weights and not Path(cfg.inception_weights).is_file():
+        raise UserError(f"there is no file {cfg.inception_weights}: name one with Inception's weights, or leave it out")
+    e = gather(cfg)
+    for name in PICTURES:  # of an earlier report that had more
+        (e.out / name).unlink(missing_ok=True)
+    for section in SECTIONS:
+        try:
+            section(e)
+        except TooFew as problem:
+            e.problems.append(str(problem))
+    write_atomic(e.out / "generated.png", png_bytes(image_grid(e.generated.sample(36, cfg.seed).pixels.numpy())))
+    side = e.train.pixels.shape[-1]
+    facts = {
+        "evaluated": f"the images in {Path(cfg.images).name}" if cfg.images else f"run {cfg.run or 'adni'}",
+        "generated": f"{len(e.generated):,} generated images", "size": f"{side}x{side}",
+        "train": f"{len(e.train):,} slices of {len(set(e.train.people)):,} people",
+        "held out": f"{len(e.held_out):,} slices of {len(set(e.held_out.people)):,} people",
+        "date": time.strftime("%Y-%m-%d"), "hardware": describe_hardware(e.device), "commit": git_commit(),
+        "seconds": time.time() - start,
+    }  # fmt: skip
+    write_atomic(e.out / "report.json", json.dumps(e.report, indent=1).encode())
+    write_atomic(e.out / "report.md", markdown(e, facts).encode())
+    log = RunLog(e.out, cfg, "evaluate")
+    log.log(0, {f"{s}/{m}": r["value"] for s, rows in e.report.items() for m, r in rows.items()})
+    for name in PICTURES:
+        if (e.out / name).exists():
+            log.picture(0, name.removesuffix(".png"), e.out / name)
+    log.close()
+    print(table(e.report), *e.notes, sep="\n")
+    print(f"done in {facts['seconds']:.0f} s: {e.out / 'report.md'}, {e.out / 'report.json'}")
+    if e.problems:
+        raise UserError("; ".join(e.problems))
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(cfg))
