@@ -15,14 +15,13 @@ demo: $(DEMO)/report.txt
 $(DEMO)/report.txt: | $(BIN)/ready
 	$(PY) pre_train.py demo
 	$(PY) train.py demo
-	$(PY) predict.py demo --class-name AD --num-images 64 --guidance 1.5 --out $(DEMO)/new/AD
-	$(PY) predict.py demo --class-name NC --num-images 64 --guidance 1.5 --out $(DEMO)/new/NC
+	$(PY) predict.py demo --class-name AD NC --num-images 128 --guidance 1.5 --reject-copies --out $(DEMO)/new
 	$(PY) tsne.py demo
 	@{ echo; echo "The demo is done. All of it is synthetic: phantoms drawn by phantom.py, and images generated from them."; \
 	   echo; echo "Ventricle fraction, measured by thresholding, in the training phantoms:"; \
 	   $(PY) phantom.py cache/phantoms-64/train --measure; \
 	   echo "and in the generated images:"; $(PY) phantom.py $(DEMO)/new --measure; echo; \
-	   echo "Pictures:"; for f in new/AD/grid.png new/NC/grid.png new/AD/denoising.gif vae/reconstructions.gif diffusion/samples.gif \
+	   echo "Pictures:"; for f in new/grid.png new/denoising.gif vae/reconstructions.gif diffusion/samples.gif \
 	   diffusion/curves.png tsne/tsne.png; do echo "  $(DEMO)/$$f"; done; } > $@.tmp
 	@mv $@.tmp $@
 

@@ -48,6 +48,8 @@ def _measure(image: np.ndarray) -> tuple[float, ...]:
         return (0.0,) * len(MEASURES)
     brain = ndimage.binary_fill_holes(label == 1 + int(stats[1:, cv2.CC_STAT_AREA].argmax()))
     area = brain.sum()
+    if area > 0.95 * x.size:  # a picture of nothing, all of one grey
+        return (0.0,) * len(MEASURES)
 
     # Fluid is darker than halfway between grey matter and black.
     dark = (x < 0.50 * white) & brain
@@ -70,11 +72,15 @@ def _measure(image: np.ndarray) -> tuple[float, ...]:
     tissue = x[brain & ~dark]
     split, _ = cv2.threshold(np.clip(tissue, 0, 255).astype(np.uint8), 0, 255, cv2.THRESH_OTSU)
     grey, bright = tissue[tissue <= split], tissue[tissue > split]
-    contrast = (bright.mean() - grey.mean()) / (bright.mean() + grey.mean()) if len(grey) and len(bright) else 0.0
+    contrast = 0.0
+    if len(grey) and len(bright):
+        contrast = (np.median(bright) - np.median(grey)) / (np.median(bright) + np.median(grey))
 
     # Correlation with the mirror image, at the middle line that gives the most.
-    half, there = x[::2, ::2], brain[::2, ::2]
-    symmetry = max(_mirrored(half, there, middle) for middle in np.arange(round(cx) - 4, round(cx) + 5))
+    half, there = (
+        cv2.resize(v.astype(np.float32), None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA) for v in (x, brain)
+    )
+    symmetry = max(_mirrored(half, there > 0.5, m) for m in np.arange(round(cx - 0.5) - 4, round(cx - 0.5) + 5))
     return area / x.size, ventricles / area, dark.sum() / area, contrast, symmetry
 
 

@@ -14,22 +14,28 @@ Solver = Literal["dpm++2m", "ddim"]
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Where the slices are and how they are read: shared by every script that looks at data."""
+class SourceConfig:
+    """Where the slices are: shared by every script that looks at data."""
 
     data: str = field(default_factory=lambda: os.environ.get("ADNI_ROOT", "data"))
     """Folder with train/CLASS/*.png (and val/ or test/); `phantom` draws synthetic slices, `rangpur` is the course's
     copy of ADNI. Default: the environment variable ADNI_ROOT, else `data`."""
     cache: str = "cache"
     """Folder for decoded slices, so that images are decoded once and not every epoch."""
+    seed: int = 0
+    """Seed of everything random."""
+
+
+@dataclass(frozen=True)
+class DataConfig(SourceConfig):
+    """How slices are read and split. A trained run keeps these rules, and scripts that look at a run follow them."""
+
     subject_regex: str = r"^(.*)_"
     """How a person is read off a file's name: the first group, matched on the stem (default: up to the last `_`)."""
     val_fraction: float = 0.1
     """Share of the training people set aside for validation when the data has no val/ folder."""
     skip_bad_files: bool = False
     """Go on without unreadable, empty, all-black or wrongly sized files instead of stopping before the run."""
-    seed: int = 0
-    """Seed of everything random."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +143,7 @@ class TrainConfig(LoopConfig):
 
 
 @dataclass(frozen=True)
-class PredictConfig(MachineConfig):
+class PredictConfig(SourceConfig, MachineConfig):
     """Draw new MRIs from a trained run, into a folder that is laid out as training data is."""
 
     run: str = "pretrained"
@@ -167,18 +173,14 @@ class PredictConfig(MachineConfig):
     weights: Literal["best", "final"] = "best"
     """Weights with the lowest validation loss, or the last ones."""
     reject_copies: bool = False
-    """Draw again whatever is a copy of a training slice, so that the folder holds none. Needs --data."""
-    data: str = field(default_factory=lambda: os.environ.get("ADNI_ROOT", "data"))
-    """The slices the run was trained on, for --reject-copies."""
-    cache: str = "cache"
-    """Folder for decoded slices, for --reject-copies."""
+    """Draw again whatever is a copy of a training slice, so that the folder holds none. Needs the run's --data."""
 
 
 @dataclass(frozen=True)
 class EvaluateConfig(DataConfig, MachineConfig):
     """Gather the evidence about a generator: distances with floors, anatomy, class fidelity, copies. Writes a report.
 
-    People are split as the run split them, whatever the flags say.
+    With --run, people are split by the run's own rules and seed, whatever the flags say.
     """
 
     run: str | None = None
@@ -208,11 +210,8 @@ class EvaluateConfig(DataConfig, MachineConfig):
 
 
 @dataclass(frozen=True)
-class TsneConfig(DataConfig, MachineConfig):
-    """Map the latents by t-SNE, generated ones over real ones, and measure how far the classes separate.
-
-    People are split as the run split them, whatever the flags say.
-    """
+class TsneConfig(SourceConfig, MachineConfig):
+    """Map the latents by t-SNE, generated ones over real ones, and measure how far the classes separate."""
 
     generated: str | None = None
     """Folder written by predict.py; without it 128 latents are sampled from the run's U-Net, if there is one."""

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from config import EvaluateConfig
 
+FEWEST = 128  # images behind a covariance of 64 features
+
 
 @dataclass
 class Images:
@@ -125,7 +127,9 @@ def damaged(x: Tensor, seed: int) -> dict[str, Tensor]:
 def distances(e: Evidence) -> None:
     """Distances between sets in three kinds of features; controls are the held-out slices, damaged."""
     train, held_out, generated = e.equal()
-    n, side = len(train), min(64, train.pixels.shape[-1])
+    n, side = len(train), min(64, train.pixels.shape[-1] // 16 * 16)
+    if n < 20:
+        raise TooFew(f"distances between sets need at least 20 images of each set, and there are {n}")
     sets = {"": generated.pixels, **{f"_{k}": v for k, v in damaged(held_out.pixels, e.cfg.seed).items()}}
     everything = [train.pixels, held_out.pixels, *sets.values()]
     kinds = ["random_vgg", "autoencoder"] + ["inception"] * bool(e.cfg.inception_weights)
@@ -143,6 +147,8 @@ def distances(e: Evidence) -> None:
             if kind != "inception":  # in units of the training features' own spread; FID is by definition not
                 f = [(x - f[0].mean(0)) / f[0].var(0).mean().sqrt() for x in f]
             measure(e, kind, (train, held_out, generated), f[0], f[1], dict(zip(sets, f[2:])))
+    if n < FEWEST:
+        raise TooFew(f"{kinds[0]}.frechet needs at least {FEWEST} images of each set, and there are {n}")
 
 
 def measure(
@@ -155,7 +161,7 @@ def measure(
 ) -> None:
     """Every distance of `fakes` from the training features, and of the held-out ones: the floor."""
     train, others, generated = sets
-    n, cfg, few = len(train), e.cfg, 128
+    n, cfg = len(train), e.cfg
     # A resample of Inception's 2048 features takes seconds where one of 64 takes milliseconds.
     take = slice(None, 1 + (cfg.resamples if real.shape[1] <= 64 else min(20, cfg.resamples)))
     wt, wo, wg = (s.weights(cfg, i)[:, take] for i, s in enumerate(sets))
@@ -169,20 +175,16 @@ def measure(
 
     def numbers(fake: Tensor, people: np.ndarray, w: Tensor) -> dict[str, Tensor]:
         found = {}
-        if n >= few:
+        if n >= FEWEST:
             found["frechet"] = metrics.frechet(real, fake, wt, w)
         found["kernel"] = metrics.kernel_distance(real, fake, wt, w)
         return found | metrics.precision_recall(real, fake, train.people, people, wt, w)
 
-    if n < 20:
-        raise TooFew(f"{kind}: distances between sets need at least 20 images of each set, and there are {n}")
     floor = numbers(held_out, others.people, wo)
     for name, fake in fakes.items():
         people, w = (others.people, wo) if name else (generated.people, wg)
         for metric, values in numbers(fake, people, w).items():
             e.put(kind + name, metric, values, floor[metric], n, *ranges.get(metric, (-math.inf, math.inf)))
-    if n < few:
-        raise TooFew(f"{kind}.frechet needs at least {few} images of each set, and there are {n}")
 
 
 def strangers(s: Images, n: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -396,6 +398,7 @@ def memorisation(e: Evidence) -> None:
         draw_pairs(e.out / "closest_pairs.png", e, torch.stack(list(found.values())).amin(0), index)
 
 
+@torch.no_grad()
 def latent_spread(e: Evidence) -> None:
     """Standard deviation of the latents as drawn, per channel; training latents have 1. Samplers lose it first."""
     if e.latents is None:

@@ -41,7 +41,7 @@ def random_vgg(device: torch.device) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         vgg = vgg16(weights=None, num_classes=DIM)
-    grey = nn.Conv2d(1, 3, 1, bias=False)
+        grey = nn.Conv2d(1, 3, 1, bias=False)
     nn.init.constant_(grey.weight, 2.0)  # to three channels, about as spread as natural images are after whitening
     return nn.Sequential(grey, vgg).eval().to(device, memory_format=torch.channels_last)
 
@@ -94,10 +94,13 @@ def _fit(
 
 
 def train_autoencoder(images: Tensor, side: int, device: torch.device, steps: int, progress: Progress) -> nn.Module:
-    """The encoder of a small autoencoder: features [B, 64] that are about these images. Batches of 32."""
+    """The encoder of a small autoencoder: features [B, 64] that are about these images. Batches of 32.
+
+    side: a multiple of 16, at most the images' own.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        widths, rest = (16, 32, 64, 64), min(side, images.shape[-1]) // 16
+        widths, rest = (16, 32, 64, 64), side // 16
         encoder = nn.Sequential(
             *[_down(a, b) for a, b in zip((1, *widths), widths)], nn.Flatten(), nn.Linear(64 * rest**2, DIM)
         )

@@ -47,12 +47,12 @@ def unpaired(a: Tensor, b: Tensor) -> tuple[float, float]:
 def ms_ssim(a: Tensor, b: Tensor) -> Tensor:
     """Multi-scale SSIM (Wang et al. 2003), per image: [B]; as many of its five scales as the images' side allows.
 
-    The window of 11 pixels must fit the coarsest scale: five scales need more than 160 pixels, four 80, three 40.
+    Five scales need 176 pixels, four 99, three 44 (torchmetrics: side // (scales - 1)^2 above 10).
     """
     from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
     betas = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
-    scales = min(5, 1 + int(math.log2((min(a.shape[-2:]) - 1) / 10)))
+    scales = next(n for n in (5, 4, 3, 2) if min(a.shape[-2:]) // (n - 1) ** 2 > 10)
     betas = tuple(x / sum(betas[:scales]) for x in betas[:scales])
     return multiscale_structural_similarity_index_measure(
         a, b, data_range=1.0, sigma=1.5, betas=betas, normalize="relu", reduction="none"
@@ -81,7 +81,7 @@ def interval(values: Tensor | np.ndarray, low: float = -math.inf, high: float = 
     holds people twice, which moves distances and coverages to one side, so only its spread can be used.
     """
     values = np.asarray(values, dtype=np.float64)
-    value, sd = float(values[0]), float(np.std(values[1:], ddof=1))
+    value, sd = float(values[0]), float(np.nanstd(values[1:], ddof=1))
     return value, max(low, value - 1.96 * sd), min(high, value + 1.96 * sd)
 
 
@@ -115,7 +115,8 @@ def frechet(x: Tensor, y: Tensor, wx: Tensor, wy: Tensor) -> Tensor:
 def kernel_distance(x: Tensor, y: Tensor, wx: Tensor, wy: Tensor) -> Tensor:
     """Unbiased squared MMD with the kernel (a.b / D + 1)^3, KID's (Binkowski et al. 2018): [R].
 
-    An image is never compared with itself, nor with its copies in a resample.
+    An image is never compared with itself, nor with its copies in a resample. Slices of one person are compared, as KID
+    does: between sets of few people it is above 0 even if they come from one population, and so is its floor.
     """
 
     def mean(a: Tensor, b: Tensor, wa: Tensor, wb: Tensor, same: bool) -> Tensor:
@@ -143,6 +144,8 @@ def radii(x: Tensor, people: Sequence[str], k: int) -> Tensor:
     The nearest slices of one's own head are a millimetre away. With them the balls would be so small that no other
     person falls into any, and precision of real people would look poor.
     """
+    if len(x) <= k:
+        raise TooFew(f"a neighbourhood takes {k} slices of other people, and a set holds {len(x)} in all")
     own = torch.from_numpy(np.unique(np.asarray(people), return_inverse=True)[1]).to(x.device)
     out = []
     for i in range(0, len(x), BLOCK):
@@ -229,7 +232,7 @@ def power_spectrum(x: Tensor) -> Tensor:
     power = torch.fft.fft2(x[:, 0]).abs().square().flatten(1).double()
     total = torch.zeros(len(x), int(ring.max()) + 1, dtype=torch.float64, device=x.device)
     mean = total.index_add(1, ring, power) / ring.bincount().clamp(min=1)
-    return mean[:, 1 : s // 2].clamp(min=1e-12 * power.sum(1, keepdim=True)).log10()
+    return mean[:, 1 : s // 2].clamp(min=1e-12 * power.sum(1, keepdim=True) + 1e-30).log10()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

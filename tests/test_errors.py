@@ -216,4 +216,4 @@ def test_full_disk_under_the_cache_and_the_images(trained: Path, phantoms: Path,
     assert "No space left" in refused(*predict)
     (small_disk / "filler").unlink()
     assert "images in" in run(*predict).stdout  # the same command completes what is missing
-    assert len(list((small_disk / "out").glob("*_*.png"))) == 60
+    assert len(list((small_disk / "out").glob("train/*/*.png"))) == 60

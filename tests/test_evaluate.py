@@ -1,0 +1,281 @@
+"""The evidence as a whole: what is as good as real people passes, and damage is caught where it should be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import run, run_any
+from torchvision.transforms.functional import gaussian_blur
+
+import evidence
+import metrics
+import phantom
+from config import EvaluateConfig
+from evaluate import read_folder
+from evidence import Evidence, Images
+
+SIDE, CLASSES = 64, ["AD", "NC"]
+
+
+def people(seed: int, first: int, count: int, slices: int = 4) -> Images:
+    """Phantoms of `count` people: four slices each, or a random one of the four."""
+    drawn = [phantom.draw_person(seed, i, 4, SIDE) for i in range(first, first + count)]
+    kept = [np.arange(4) if slices == 4 else np.random.default_rng(first + i).integers(4, size=1) for i in range(count)]
+    pixels = torch.from_numpy(np.concatenate([images[k] for k, (_, images, _) in zip(kept, drawn)]))
+    labels = torch.tensor([CLASSES.index(name) for name, _, _ in drawn]).repeat_interleave(slices)
+    return Images(pixels, labels, np.repeat([f"P{i}" for i in range(first, first + count)], slices))
+
+
+@pytest.fixture(scope="module")
+def sets() -> tuple[Images, Images, Images]:
+    """(train, held out, as good as generated can be): 40, 30 and 120 people of one population; 160, 120, 120 slices."""
+    return people(0, 0, 40), people(0, 100, 30), people(0, 200, 120, slices=1)
+
+
+@pytest.fixture
+def look(sets, tmp_path: Path):
+    """look(section, generated) -> what the section puts into the report."""
+
+    def look(section, generated: Images, held_out: Images | None = None, **how) -> dict:
+        cfg = replace(EvaluateConfig(), resamples=40, training_pictures=False)
+        e = Evidence(sets[0], held_out or sets[1], generated, CLASSES, cfg, torch.device("cpu"), tmp_path, **how)
+        section(e)
+        return e.report
+
+    return look
+
+
+def as_images(x: torch.Tensor, like: Images) -> Images:
+    """float [N, 1, S, S] in [0, 1] -> the set with these pixels."""
+    return replace(like, pixels=(x.clamp(0, 1) * 255).round().to(torch.uint8)[:, 0])
+
+
+def blurred(s: Images) -> Images:
+    return as_images(gaussian_blur(s.images(), [7, 7], [1.0, 1.0]), s)
+
+
+def noised(s: Images, sd: float = 0.1) -> Images:
+    g = torch.Generator().manual_seed(0)
+    return as_images(s.images() + sd * torch.randn(s.images().shape, generator=g), s)
+
+
+def collapsed(s: Images) -> Images:
+    return replace(s, pixels=s.pixels[:1].expand_as(s.pixels).contiguous())
+
+
+def test_spectrum_sees_blur_and_noise(look, sets):
+    real, soft, grainy = (look(evidence.spectrum, f(sets[2]))["spectrum"] for f in (lambda s: s, blurred, noised))
+    assert abs(real["high_frequencies_db"]["value"]) < 1.5 and real["distance_db"]["value"] < 1.5
+    assert soft["high_frequencies_db"]["value"] < -6 and grainy["high_frequencies_db"]["value"] > 2.5
+    for damaged in (soft, grainy):
+        assert damaged["distance_db"]["ci_low"] > 3 * damaged["distance_db"]["floor"]
+
+
+def test_diversity_sees_one_image_repeated(look, sets):
+    real, dull = (look(evidence.diversity, s)["diversity"]["ms_ssim"] for s in (sets[2], collapsed(sets[2])))
+    assert real["value"] == pytest.approx(real["floor"], abs=0.05)
+    assert dull["value"] > 0.999 > real["ci_high"]
+
+
+def test_two_sample_test_is_at_chance_on_people_and_sure_of_damage(look, sets):
+    real, soft = (look(evidence.two_sample, s)["two_sample"] for s in (sets[2], blurred(sets[2])))
+    assert 0.25 < real["auc"]["value"] < 0.75 and 0.25 < real["auc"]["floor"] < 0.75
+    assert soft["auc"]["value"] > 0.95 and soft["accuracy"]["value"] > 0.85
+    assert soft["auc"]["ci_low"] > soft["auc"]["floor"]
+
+
+def test_two_sample_test_needs_people_and_images(look, sets):
+    with pytest.raises(metrics.TooFew, match="at least 4 people in each set, and one set has 2"):
+        look(evidence.two_sample, sets[2], held_out=replace(sets[1], people=sets[1].people[:120:60].repeat(60)))
+    with pytest.raises(metrics.TooFew, match="needs at least 40 images of each set, and there are 7"):
+        look(evidence.two_sample, sets[2].take(np.arange(7)))
+
+
+def test_anatomy_sees_shifted_ventricles_by_class(look, sets):
+    real = look(evidence.anatomical, sets[2])
+    for measure in ("brain_area_d", "ventricle_fraction_d", "contrast_d"):
+        assert abs(real["anatomy"][measure]["value"]) < 0.5, measure
+    d = real["class_difference"]["ventricle_fraction_d"]
+    assert d["value"] > 0.6 and d["floor"] > 0.6 and d["ci_low"] > 0.3
+    assert {"anatomy_AD", "anatomy_NC"} <= real.keys()
+    # only AD people: overall the ventricles are too wide, within the class they are not
+    ad = sets[2].take(torch.nonzero(sets[2].labels == 0)[:, 0])
+    one = look(evidence.anatomical, ad)
+    assert (
+        one["anatomy"]["ventricle_fraction_d"]["value"] > 0.3 > abs(one["anatomy_AD"]["ventricle_fraction_d"]["value"])
+    )
+    assert "anatomy_NC" not in one and "class_difference" not in one
+    pale = look(evidence.anatomical, as_images(sets[2].images() ** 0.4, sets[2]))
+    assert pale["anatomy"]["contrast_d"]["value"] < -2 and pale["anatomy"]["contrast_emd"]["value"] > 2
+
+
+def test_class_fidelity_sees_swapped_labels(look, sets):
+    made = people(0, 200, 160, slices=1)
+    real = look(evidence.class_fidelity, made)["class_fidelity"]
+    swapped = look(evidence.class_fidelity, replace(made, labels=1 - made.labels))["class_fidelity"]
+    assert real["train_on_real"]["value"] > 0.65 and real["real_to_generated"]["value"] > 0.65
+    assert real["train_on_generated"]["value"] > 0.65 and real["train_on_both"]["value"] > 0.65
+    assert swapped["train_on_generated"]["value"] < 0.4 and swapped["real_to_generated"]["value"] < 0.4
+    assert swapped["train_on_generated"]["floor"] == swapped["train_on_real"]["value"]
+
+
+def test_class_fidelity_names_the_class_that_is_missing(look, sets):
+    ad = sets[2].take(torch.nonzero(sets[2].labels == 0)[:, 0])
+    with pytest.raises(metrics.TooFew, match="at least 20 images of class NC, and 0 are generated"):
+        look(evidence.class_fidelity, ad)
+
+
+def test_memorisation_flags_training_slices_and_not_people(look, sets):
+    train, held_out, _ = sets
+    copy_rate = {
+        name: look(evidence.memorisation, s)["memorisation"]["copy_rate"]
+        for name, s in {
+            "copies": train, "noise": noised(train, 0.05), "bright": as_images(0.85 * train.images(), train),
+            "shift": replace(train, pixels=train.pixels.roll((3, -2), (1, 2))),
+            "mirror": replace(train, pixels=train.pixels.flip(2)), "held out": held_out,
+            "others": people(0, 500, 150, 1),
+        }.items()
+    }  # fmt: skip
+    assert copy_rate["copies"]["value"] >= 0.99 and copy_rate["copies"]["ci_low"] > 0.95
+    for name in ("noise", "bright", "shift", "mirror"):
+        assert copy_rate[name]["value"] >= 0.95, name
+    assert copy_rate["held out"]["value"] <= 0.02 and copy_rate["others"]["value"] <= 0.04
+    assert copy_rate["others"]["ci_low"] < 0.01 < copy_rate["others"]["ci_high"] < 0.2
+
+
+def test_latent_spread_is_the_standard_deviation_per_channel(sets, tmp_path: Path):
+    from vae import VAE
+
+    vae = VAE(SIDE, 8, 2, (8, 16), 1, False).eval()
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(120, 2, 8, 8, generator=g) * torch.tensor([0.5, 2.0])[:, None, None] + 3
+    e = Evidence(*sets, CLASSES, EvaluateConfig(), torch.device("cpu"), tmp_path, vae=vae, latents=z)
+    evidence.latent_spread(e)
+    for c, sd in enumerate((0.5, 2.0)):
+        r = e.report["latent_spread"][f"channel_{c}"]
+        assert r["value"] == pytest.approx(sd, rel=0.02) and r["ci_low"] < sd < r["ci_high"] and r["n"] == 120
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The script
+
+
+def write(folder: Path, s: Images) -> Path:
+    for k, (image, y) in enumerate(zip(s.pixels.numpy(), s.labels.tolist())):
+        (folder / CLASSES[y]).mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(folder / CLASSES[y] / f"{s.people[k]}_{k}.png"), image)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(sets, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("evaluate")
+    write(home / "data" / "train", sets[0])
+    write(home / "data" / "val", sets[1])
+    write(home / "generated", sets[2])
+    return home
+
+
+@pytest.fixture(scope="module")
+def report(data: Path) -> Path:
+    flags = ["--data", data / "data", "--cache", data / "cache", "--wandb", "disabled", "--resamples", "40"]
+    # 120 images are fewer than the 128 that a Fréchet distance needs; everything else comes.
+    done = run_any("evaluate.py", "--images", data / "generated", *flags, "--out", data / "report")
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    assert "random_vgg.frechet needs at least 128 images of each set, and there are 120" in done.stderr
+    assert "memorisation" in done.stdout and "95 % interval" in done.stdout
+    return data / "report"
+
+
+def test_report_of_a_folder(report: Path):
+    numbers = json.loads((report / "report.json").read_text())
+    sections = set("random_vgg random_vgg_blurred autoencoder autoencoder_shuffled diversity unpaired spectrum".split())
+    sections |= set("two_sample anatomy anatomy_AD class_difference class_fidelity memorisation".split())
+    assert sections <= numbers.keys(), sections - numbers.keys()
+    for section, rows in numbers.items():
+        for metric, r in rows.items():
+            assert r.keys() == {"value", "floor", "ci_low", "ci_high", "n"}, (section, metric)
+            assert r["ci_low"] <= r["value"] <= r["ci_high"] and r["n"] > 0, (section, metric)
+    for kind in ("random_vgg", "autoencoder"):
+        real, floor = numbers[kind], numbers[kind]["precision"]["floor"]
+        for metric in ("precision", "recall", "coverage"):
+            assert real[metric]["value"] > 0.75 * real[metric]["floor"], (kind, metric)
+        shuffled = numbers[f"{kind}_shuffled"]
+        assert shuffled["precision"]["value"] < 0.1 * floor and shuffled["coverage"]["value"] < 0.1
+        assert shuffled["kernel"]["ci_low"] > 10 * abs(real["kernel"]["value"])
+    # the random network sees blur, the trained one sees noise
+    assert numbers["random_vgg_blurred"]["kernel"]["value"] > 5 * numbers["random_vgg"]["kernel"]["ci_high"]
+    assert numbers["autoencoder_noised"]["coverage"]["value"] < 0.8 * numbers["autoencoder"]["coverage"]["value"]
+
+
+def test_report_for_people(report: Path):
+    text = (report / "report.md").read_text()
+    for word in (
+        "## memorisation",
+        "copy_rate",
+        "120 generated images",
+        "160 slices of 40 people",
+        "needs at least 128",
+    ):
+        assert word in text, word
+    for name in ("generated.png", "spectrum.png", "anatomy.png", "memorisation.png", "closest_pairs.png"):
+        assert f"![{name}]({name})" in text and cv2.imread(str(report / name)).std() > 5
+
+
+def test_report_of_a_run_that_is_too_small_for_some_metrics(trained: Path, phantoms: Path, tmp_path: Path):
+    done = run_any(
+        "evaluate.py", "--checkpoints", trained, "--run", "tiny", "--data", phantoms, "--cache", tmp_path, "--wandb",
+        "disabled", "--num-images", "24", "--resamples", "20", "--no-training-pictures",
+    )  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    for sentence in ("distances between sets need at least 20", "diversity.ms_ssim needs images of at least 48 pixels",
+                     "it needs 100, not 16"):  # fmt: skip
+        assert sentence in done.stderr, sentence
+    numbers = json.loads((trained / "tiny" / "report" / "report.json").read_text())
+    assert numbers["latent_spread"].keys() == {"channel_0", "channel_1"} and "spectrum" in numbers
+    assert not (trained / "tiny" / "report" / "closest_pairs.png").exists()
+    shutil.rmtree(trained / "tiny" / "report")
+
+
+def test_folders_that_cannot_be_evaluated(data: Path, tmp_path: Path):
+    flags = ["--data", data / "data", "--cache", data / "cache", "--out", tmp_path / "report"]
+
+    def refused(*args: str | Path) -> str:
+        done = run_any("evaluate.py", *args, *flags)
+        assert done.returncode == 2 and "Traceback" not in done.stderr and not (tmp_path / "report").exists()
+        return done.stderr
+
+    (tmp_path / "empty").mkdir()
+    assert "holds no images" in refused("--images", tmp_path / "empty")
+    assert "there is no folder" in refused("--images", tmp_path / "none")
+    assert "there are no weights" in refused("--run", "none", "--checkpoints", tmp_path)
+    assert "has no test/ folder" in refused("--images", data / "generated", "--held-out", "test")
+    assert "Inception" in refused("--images", data / "generated", "--inception-weights", tmp_path / "none.pth")
+
+
+def test_mixed_sizes_and_bad_files_are_said_and_left_out(sets, tmp_path: Path):
+    folder = write(tmp_path / "mixed", sets[2].take(np.arange(10)))
+    cv2.imwrite(str(folder / "AD" / "small_1.png"), np.full((32, 32), 9, np.uint8))
+    (folder / "NC" / "torn_1.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    found, problems = read_folder(folder, CLASSES)
+    assert len(found) == 10 and found.pixels.shape[-1] == SIDE
+    assert "1 of 12 files cannot be used" in problems[0] and "truncated" in problems[0]
+    assert "10 of 64x64, 1 of 32x32" in problems[1] and "only those of 64x64" in problems[1]
+    assert sorted(found.labels.tolist()) == sorted(sets[2].labels[:10].tolist())
+    flat, _ = read_folder(folder / "AD", CLASSES)  # a folder without classes below it: its own name is one
+    assert set(flat.labels.tolist()) == {0}
+
+
+def test_predicted_folder_is_read_by_its_manifest(trained: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    run("predict.py", "--checkpoints", trained, "--run", "tiny", "--num-images", "5", "--out", out)
+    found, problems = read_folder(out, CLASSES)
+    assert len(found) == 5 and not problems  # grid.png and denoising.png are not samples
+    assert found.labels.tolist() == [0, 1, 0, 1, 0]
