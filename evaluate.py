@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dataset import IMAGE_TYPES, ADNIDataset, BadFile, load_splits, load_splits_as_trained, read_slice, to_square
 from evidence import PICTURES, SECTIONS, Evidence, Images
+from features import inception
 from metrics import TooFew
 from modules import StableDiffusion
 from utils import (
@@ -228,6 +229,8 @@ def main(cfg: EvaluateConfig) -> None:
     start = time.time()
     if cfg.inception_weights and not Path(cfg.inception_weights).is_file():
         raise UserError(f"there is no file {cfg.inception_weights}: name one with Inception's weights, or leave it out")
+    if cfg.inception_weights:
+        inception(cfg.inception_weights, pick_device(cfg.device))  # a wrong file is refused before any work
     e = gather(cfg)
     for name in PICTURES:  # of an earlier report that had more
         (e.out / name).unlink(missing_ok=True)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils import UserError
+
 DIM = 64  # of the embeddings: few enough for a covariance of a few hundred images to have full rank
 Progress = Callable[[int], object]
 
@@ -50,7 +52,11 @@ def inception(weights: str, device: torch.device) -> nn.Module:
     """InceptionV3 as FID has it (torchmetrics, torch-fidelity), from a file of its weights; grey in [-1, 1]."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    network = FrechetInceptionDistance(feature=2048, feature_extractor_weights_path=weights).inception
+    try:
+        network = FrechetInceptionDistance(feature=2048, feature_extractor_weights_path=weights).inception
+    except Exception as e:  # whatever a file can be that is not these weights; torch.load runs no code from it
+        reason = next(iter(str(e).splitlines()), type(e).__name__)
+        raise UserError(f"{weights} does not hold the weights of FID's InceptionV3 ({reason[:120]})") from None
 
     class Grey(nn.Module):
         def __init__(self) -> None:

@@ -97,18 +97,22 @@ def weighted_mean(x: Tensor, weights: Tensor) -> Tensor:
 def frechet(x: Tensor, y: Tensor, wx: Tensor, wy: Tensor) -> Tensor:
     """Fréchet distance of two Gaussians fitted to the features (Heusel et al. 2017): [R].
 
-    tr sqrt(Sx Sy) is the nuclear norm of A B^T, where A and B are the centred features over sqrt(n - 1); with the
-    triangles of their QR decompositions in their place it takes no matrix root, whatever the rank.
+    tr sqrt(Sx Sy) is the nuclear norm of A B^T, where A^T A = Sx and B^T B = Sy: no matrix root is taken, whatever the
+    rank. A are the centred features over sqrt(n - 1), or something smaller with the same A^T A.
     """
+
+    def moments(f: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mean = w @ f / w.sum()
+        a = (f - mean) * (w / (w.sum() - 1)).sqrt()[:, None]
+        if len(a) > a.shape[1]:
+            values, vectors = torch.linalg.eigh(a.T @ a)
+            a = values.clamp(min=0).sqrt()[:, None] * vectors.T
+        return mean, a.square().sum(), a
+
     out = []
     for r in range(wx.shape[1]):
-        parts = []
-        for f, w in ((x, wx[:, r]), (y, wy[:, r])):
-            mean = w @ f / w.sum()
-            a = (f - mean) * (w / (w.sum() - 1)).sqrt()[:, None]
-            parts.append((mean, a.square().sum(), torch.linalg.qr(a, mode="r")[1]))
-        (mx, tx, rx), (my, ty, ry) = parts
-        out.append((mx - my).square().sum() + tx + ty - 2 * torch.linalg.svdvals(rx @ ry.T).sum())
+        (mx, tx, a), (my, ty, b) = moments(x, wx[:, r]), moments(y, wy[:, r])
+        out.append((mx - my).square().sum() + tx + ty - 2 * torch.linalg.svdvals(a @ b.T).sum())
     return torch.stack(out)
 
 

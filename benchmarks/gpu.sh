@@ -18,5 +18,6 @@ mkdir -p "$OUT"
     $PY predict.py --run gpu --num-images $n --batch-size 64 --out "$OUT/out-$n"
   done
   $PY tsne.py --run gpu --data "$DATA" --wandb offline
+  time $PY evaluate.py --run gpu --data "$DATA" --wandb offline --no-training-pictures
 } 2>&1 | tee "$OUT/log.txt"
 cp checkpoints/gpu/{vae/reconstructions.png,diffusion/samples.png,diffusion/curves.png} "$OUT"

@@ -257,6 +257,10 @@ def test_folders_that_cannot_be_evaluated(data: Path, tmp_path: Path):
     assert "there is no folder" in refused("--images", tmp_path / "none")
     assert "there are no weights" in refused("--run", "none", "--checkpoints", tmp_path)
     assert "has no test/ folder" in refused("--images", data / "generated", "--held-out", "test")
+    (tmp_path / "not.pth").write_bytes(b"no weights")
+    assert "does not hold the weights" in refused(
+        "--images", data / "generated", "--inception-weights", tmp_path / "not.pth"
+    )
     assert "Inception" in refused("--images", data / "generated", "--inception-weights", tmp_path / "none.pth")
 
 
