@@ -79,10 +79,6 @@ class ADNIDataset(torch.utils.data.Dataset):
         for i in range(0, len(self), size):
             yield self.batch(torch.arange(i, min(i + size, len(self))), device)
 
-    def people_hash(self) -> str:
-        """12 hex digits that say who is in it: weights carry those of the people held out."""
-        return hashlib.sha256("\n".join(sorted(set(self.people))).encode()).hexdigest()[:12]
-
     def summary(self) -> str:
         """e.g. "1,600 slices of 50 people (NC 1,600)"."""
         counts = Counter(self.labels.tolist())
@@ -358,6 +354,17 @@ def load_splits(cfg: DataConfig, image_size: int) -> tuple[dict[str, ADNIDataset
     return splits, f"{fingerprint(slices, times=False)}-{len(splits['train'])}-{len(splits['val'])}"
 
 
+def carved_people(splits: dict[str, ADNIDataset]) -> str:
+    """12 hex digits that say which people of train/ were set aside to validate on; "" where the data has a val/ folder.
+
+    Weights carry it: with another choice, people a network was trained on would be taken for unseen ones.
+    """
+    val = splits["val"]
+    if not val.files[0].startswith("train/"):
+        return ""
+    return hashlib.sha256("\n".join(sorted(set(val.people))).encode()).hexdigest()[:12]
+
+
 def load_splits_as_trained(data: str, cache: str, meta: dict, image_size: int) -> dict[str, ADNIDataset]:
     """The splits of the run whose weights carry this meta: its seed and rules, so that the people held out are its own.
 
@@ -365,8 +372,8 @@ def load_splits_as_trained(data: str, cache: str, meta: dict, image_size: int) -
     """
     rules = {k: meta["config"][k] for k in ("subject_regex", "val_fraction", "skip_bad_files", "seed")}
     splits, _ = load_splits(DataConfig(data=data, cache=cache, **rules), image_size)
-    held_out = splits["val"].people_hash()
-    if splits["train"].summary() != meta["data"] or meta.get("held_out", held_out) != held_out:
+    own = carved_people(splits)
+    if splits["train"].summary() != meta["data"] or meta.get("held_out", own) != own:
         raise UserError(
             f"{data} holds {splits['train'].summary()}, and the run was trained on {meta['data']} or with other "
             "people held out: give its own --data"

@@ -32,6 +32,7 @@ from utils import (
     RunLog,
     UserError,
     describe_hardware,
+    file_hash,
     generator,
     git_commit,
     image_grid,
@@ -148,7 +149,7 @@ def gather(cfg: EvaluateConfig) -> Evidence:
     vae = model = meta = None
     folder = Path(cfg.checkpoints) / (run or "")
     if run and (not cfg.images or (folder / "diffusion" / f"{cfg.weights}.safetensors").exists()):
-        model, vae, meta, _ = load_run(folder, cfg.weights, device)
+        model, vae, meta, file = load_run(folder, cfg.weights, device)
     elif run:
         vae, meta = load_vae(folder / "vae" / "best.safetensors", device)
     if vae is not None and device.type == "cuda":
@@ -178,7 +179,16 @@ def gather(cfg: EvaluateConfig) -> Evidence:
         unknown = len(classes) > 1 and not model.num_classes
         people = np.array([str(k) for k in range(len(labels))])
         generated = Images(pixels, torch.full_like(labels, -1) if unknown else labels, people)
-    return Evidence(train, images_of(held_out), generated, classes, cfg, device, out, vae, latents, problems=problems)
+    if cfg.images:
+        source = f"the folder {Path(cfg.images).name}"
+    else:
+        source = (
+            f"run {run}, {cfg.weights} weights ({file_hash(file)}, epoch {meta['epoch']}, code {meta['commit']}), "
+            f"default sampling, guidance {cfg.guidance:g}, seed {cfg.seed}"
+        )
+    return Evidence(
+        train, images_of(held_out), generated, classes, cfg, device, out, vae, latents, source, problems=problems
+    )
 
 
 def rows_of(report: dict) -> dict[str, list[list[str]]]:
@@ -208,8 +218,11 @@ def table(report: dict) -> str:
 
 def markdown(e: Evidence, facts: dict) -> str:
     """report.md."""
-    lines = [f"# Evaluation of {facts['evaluated']}", ""]
-    lines += [
+    lines = [
+        "# Evaluation",
+        "",
+        f"Images of {e.source}.",
+        "",
         f"{facts['generated']} against {facts['train']} to train on and {facts['held out']} held out, {facts['size']}. "
         f"{facts['date']}, {facts['hardware']}, code {facts['commit']}, {facts['seconds']:.0f} s.",
         "",
@@ -227,8 +240,6 @@ def markdown(e: Evidence, facts: dict) -> str:
 
 def main(cfg: EvaluateConfig) -> None:
     start = time.time()
-    if cfg.inception_weights and not Path(cfg.inception_weights).is_file():
-        raise UserError(f"there is no file {cfg.inception_weights}: name one with Inception's weights, or leave it out")
     if cfg.inception_weights:
         inception(cfg.inception_weights, pick_device(cfg.device))  # a wrong file is refused before any work
     e = gather(cfg)
@@ -242,7 +253,6 @@ def main(cfg: EvaluateConfig) -> None:
     write_atomic(e.out / "generated.png", png_bytes(image_grid(e.generated.sample(36, cfg.seed).pixels.numpy())))
     side = e.train.pixels.shape[-1]
     facts = {
-        "evaluated": f"the images in {Path(cfg.images).name}" if cfg.images else f"run {cfg.run or 'adni'}",
         "generated": f"{len(e.generated):,} generated images", "size": f"{side}x{side}",
         "train": f"{len(e.train):,} slices of {len(set(e.train.people)):,} people",
         "held out": f"{len(e.held_out):,} slices of {len(set(e.held_out.people)):,} people",

@@ -73,6 +73,7 @@ class Evidence:
     out: Path
     vae: VAE | None = None
     latents: Tensor | None = None  # as drawn, [N, C, h, w]
+    source: str = ""  # where the generated images come from
     report: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from dataset import ADNIDataset, load_splits
+from dataset import ADNIDataset, carved_people, load_splits
 from metrics import psnr, ssim, unit
 from utils import (
     RunLog,
@@ -191,7 +191,7 @@ def main(cfg: PretrainConfig) -> None:
     log.close()
     if step < total:
         leave_early(stop, step / steps_per_epoch)
-    meta |= {"finished": True, "data": train.summary(), "held_out": val.people_hash()}
+    meta |= {"finished": True, "data": train.summary(), "held_out": carved_people(splits)}
     meta |= {"hardware": describe_hardware(device)}
     final = {**meta, "epoch": cfg.epochs, "metrics": log.rows[-1]}
     tensors, of_best = load_weights(folder / "best.safetensors", "vae")

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from dataset import load_splits_as_trained
-from metrics import CopyDetector, is_copy
+from metrics import CopyDetector, TooFew, is_copy
 from modules import StableDiffusion, make_grid
 from utils import (
     UserError,
@@ -110,8 +110,11 @@ def copy_detector(cfg: PredictConfig, vae: VAE, meta: dict, device: torch.device
     splits = load_splits_as_trained(cfg.data, cfg.cache, meta, vae.config["image_size"])
     held_out = splits.get("test", splits["val"])
     bar = progress_bar(len(splits["train"]) + len(held_out), what="learning what copies are")
-    with bar:
-        return CopyDetector(splits["train"].images, held_out.images, vae.embed, on_batch=bar.update)
+    try:
+        with bar:
+            return CopyDetector(splits["train"].images, held_out.images, vae.embed, on_batch=bar.update)
+    except TooFew as e:
+        raise UserError(f"--reject-copies cannot be done on {cfg.data}: {e}") from None
 
 
 def datasheet(cfg: PredictConfig, meta: dict, how: dict, rows: list[list], checkpoint: str) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataset import ADNIDataset, load_splits
+from dataset import ADNIDataset, carved_people, load_splits
 from metrics import psnr, ssim, unit, unpaired
 from modules import (
     CosineAnnealingWarmupScheduler,
@@ -189,7 +189,7 @@ def main(cfg: TrainConfig) -> None:
     vae, vae_meta = load_vae(vae_file, device)
     splits, fingerprint = load_splits(cfg, vae.config["image_size"])
     train, val = splits["train"], splits["val"]
-    if vae_meta.get("held_out", val.people_hash()) != val.people_hash():
+    if vae_meta.get("held_out", carved_people(splits)) != carved_people(splits):
         raise UserError(
             f"{vae_file} was trained with other people held out: take the --data, --seed, --val-fraction and "
             "--subject-regex of its training, or train it again with pre_train.py --fresh"
@@ -250,7 +250,7 @@ def main(cfg: TrainConfig) -> None:
     meta = {
         "kind": "diffusion", "model": model.unet.config, "scheduler": model.scheduler.config,
         "prediction": cfg.prediction, "classes": train.classes, "vae": file_hash(vae_file), "config": asdict(cfg),
-        "commit": git_commit(), "data": train.summary(), "held_out": val.people_hash(),
+        "commit": git_commit(), "data": train.summary(), "held_out": carved_people(splits),
         "hardware": describe_hardware(device),
     }  # fmt: skip
     log, stop = RunLog(folder, cfg, "diffusion", step), StopSignal()

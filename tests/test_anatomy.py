@@ -47,7 +47,7 @@ def test_measures_follow_the_truth(crowd):
 
 def test_brain_area_is_a_share_of_the_image(crowd):
     _, _, true, measured = crowd
-    np.testing.assert_allclose(measured["brain_area"], true["brain_area"], rtol=0.08)
+    np.testing.assert_allclose(measured["brain_area"], true["brain_area"], rtol=0.06)  # found: 2.7 and 3.7 %
 
 
 def test_brightness_changes_nothing(crowd):
@@ -80,7 +80,8 @@ def test_less_contrast_between_grey_and_white_measures_as_less(size, monkeypatch
         monkeypatch.setattr(phantom, "GM", grey)
         measured.append(anatomy.measure(draw(size, range(10))[0]))
     more, usual, less = (m["contrast"] for m in measured)
-    # Found: 0.22, 0.20, 0.16. Partial volume at the sulci counts as grey, which compresses the scale.
+    # Found: 0.25, 0.21, 0.16 at 128 pixels and 0.23, 0.22, 0.17 at 64.
+    # Partial volume at the sulci counts as grey, which compresses the scale.
     assert (less < usual).all() and (more > less).all()
     assert more.mean() > 1.02 * usual.mean() and less.mean() < 0.9 * usual.mean()
     np.testing.assert_allclose(measured[2]["brain_area"], measured[1]["brain_area"], rtol=0.02)  # and it alone
@@ -90,14 +91,14 @@ def test_symmetry(crowd):
     size, images, _, measured = crowd
     even = ((images.astype(float) + images[:, :, ::-1]) / 2).round().astype(np.uint8)
     whole = anatomy.measure(even)["symmetry"]
-    assert (whole > 0.95).all() and (whole <= 1 + 1e-6).all()  # found: 0.96 ... 0.99
-    assert (measured["symmetry"] < whole - 0.1).all()  # heads are not symmetric to the pixel
+    assert (whole > 0.999).all() and (whole <= 1 + 1e-6).all()  # found: 1.0
+    assert (measured["symmetry"] < whole - 0.1).all()  # found: 0.78 at most
     half = even.copy()
     half[:, :, size // 2 :] = np.roll(even, SLICES, axis=0)[:, :, size // 2 :]  # the same level of the next person
-    assert (anatomy.measure(half)["symmetry"] < whole - 0.1).all()
+    assert (anatomy.measure(half)["symmetry"] < whole - 0.1).all()  # found: 0.83 at most
     # Neither a mirror nor a shift sideways changes it.
-    np.testing.assert_allclose(anatomy.measure(images[:, :, ::-1])["symmetry"], measured["symmetry"], atol=0.03)
-    np.testing.assert_allclose(anatomy.measure(np.roll(images, 2, 2))["symmetry"], measured["symmetry"], atol=0.03)
+    np.testing.assert_allclose(anatomy.measure(images[:, :, ::-1])["symmetry"], measured["symmetry"], atol=1e-3)
+    np.testing.assert_allclose(anatomy.measure(np.roll(images, 2, 2))["symmetry"], measured["symmetry"], atol=1e-3)
 
 
 def test_a_wider_picture_holds_the_same_brain(crowd):

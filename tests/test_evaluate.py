@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import run, run_any
+from conftest import run_any
 from torchvision.transforms.functional import gaussian_blur
 
 import evidence
@@ -118,10 +117,8 @@ def test_anatomy_sees_shifted_ventricles_by_class(look, sets):
 
 def test_class_fidelity_sees_swapped_labels(look, sets):
     made = people(0, 200, 160, slices=1)
-    real = look(evidence.class_fidelity, made)["class_fidelity"]
     swapped = look(evidence.class_fidelity, replace(made, labels=1 - made.labels))["class_fidelity"]
-    assert real["train_on_real"]["value"] > 0.65 and real["real_to_generated"]["value"] > 0.65
-    assert real["train_on_generated"]["value"] > 0.65 and real["train_on_both"]["value"] > 0.65
+    assert swapped["train_on_real"]["value"] > 0.65
     assert swapped["train_on_generated"]["value"] < 0.4 and swapped["real_to_generated"]["value"] < 0.4
     assert swapped["train_on_generated"]["floor"] == swapped["train_on_real"]["value"]
 
@@ -210,6 +207,9 @@ def test_report_of_a_folder(report: Path):
         shuffled = numbers[f"{kind}_shuffled"]
         assert shuffled["precision"]["value"] < 0.1 * floor and shuffled["coverage"]["value"] < 0.1
         assert shuffled["kernel"]["ci_low"] > 10 * abs(real["kernel"]["value"])
+    fidelity = numbers["class_fidelity"]
+    for metric in ("train_on_real", "train_on_generated", "train_on_both", "real_to_generated"):
+        assert fidelity[metric]["value"] > 0.65, metric
     # the random network sees blur, the trained one sees noise
     assert numbers["random_vgg_blurred"]["kernel"]["value"] > 5 * numbers["random_vgg"]["kernel"]["ci_high"]
     assert numbers["autoencoder_noised"]["coverage"]["value"] < 0.8 * numbers["autoencoder"]["coverage"]["value"]
@@ -227,21 +227,6 @@ def test_report_for_people(report: Path):
         assert word in text, word
     for name in ("generated.png", "spectrum.png", "anatomy.png", "memorisation.png", "closest_pairs.png"):
         assert f"![{name}]({name})" in text and cv2.imread(str(report / name)).std() > 5
-
-
-def test_report_of_a_run_that_is_too_small_for_some_metrics(trained: Path, phantoms: Path, tmp_path: Path):
-    done = run_any(
-        "evaluate.py", "--checkpoints", trained, "--run", "tiny", "--data", phantoms, "--cache", tmp_path, "--wandb",
-        "disabled", "--num-images", "24", "--resamples", "20", "--no-training-pictures",
-    )  # fmt: skip
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    for sentence in ("distances between sets need at least 20", "diversity.ms_ssim needs images of at least 48 pixels",
-                     "it needs 100, not 16"):  # fmt: skip
-        assert sentence in done.stderr, sentence
-    numbers = json.loads((trained / "tiny" / "report" / "report.json").read_text())
-    assert numbers["latent_spread"].keys() == {"channel_0", "channel_1"} and "spectrum" in numbers
-    assert not (trained / "tiny" / "report" / "closest_pairs.png").exists()
-    shutil.rmtree(trained / "tiny" / "report")
 
 
 def test_folders_that_cannot_be_evaluated(data: Path, tmp_path: Path):
@@ -275,11 +260,3 @@ def test_mixed_sizes_and_bad_files_are_said_and_left_out(sets, tmp_path: Path):
     assert sorted(found.labels.tolist()) == sorted(sets[2].labels[:10].tolist())
     flat, _ = read_folder(folder / "AD", CLASSES)  # a folder without classes below it: its own name is one
     assert set(flat.labels.tolist()) == {0}
-
-
-def test_predicted_folder_is_read_by_its_manifest(trained: Path, tmp_path: Path):
-    out = tmp_path / "out"
-    run("predict.py", "--checkpoints", trained, "--run", "tiny", "--num-images", "5", "--out", out)
-    found, problems = read_folder(out, CLASSES)
-    assert len(found) == 5 and not problems  # grid.png and denoising.png are not samples
-    assert found.labels.tolist() == [0, 1, 0, 1, 0]

@@ -311,7 +311,10 @@ def test_weighted_distances_are_those_of_repeated_data(wx, wy, seed):
     wide = [torch.cat([ones(x), column(w)], 1) for w in (wx, wy)]
     rx, ry = repeated(x, wx), repeated(y, wy)
     got = metrics.frechet(x, y, *wide)
-    assert got.tolist() == pytest.approx([frechet(x, y), frechet(rx, ry)], rel=1e-9, abs=1e-9)
+    assert got[0].item() == pytest.approx(frechet(x, y), rel=1e-9, abs=1e-9)
+    # Fewer images than features leave eigenvalues of about 1e-16 instead of 0, whose roots count (found: 2e-8).
+    full = min(sum(n > 0 for n in w) for w in (wx, wy)) > x.shape[1]
+    assert got[1].item() == pytest.approx(frechet(rx, ry), rel=1e-9 if full else 2e-7, abs=1e-9 if full else 2e-7)
     got = metrics.kernel_distance(x, y, *wide)
     images = [np.repeat(np.arange(9), w) for w in (wx, wy)]
     assert got[0].item() == pytest.approx(kernel(x, y), rel=1e-9, abs=1e-9)
@@ -410,6 +413,8 @@ def test_interval_is_the_spread_of_resamples_around_the_value():
     sd = values[1:].std(ddof=1)
     assert metrics.interval(torch.from_numpy(values)) == pytest.approx((3, 3 - 1.96 * sd, 3 + 1.96 * sd))
     assert metrics.interval(values, 1, 4) == (3, 1, 4)
+    # A resample without one of the classes has no AUC.
+    assert metrics.interval([*values, math.nan]) == pytest.approx((3, 3 - 1.96 * sd, 3 + 1.96 * sd))
 
 
 def test_intervals_by_people_hold_the_truth_and_those_by_slice_do_not():
@@ -432,7 +437,7 @@ def test_intervals_by_people_hold_the_truth_and_those_by_slice_do_not():
 
 
 def test_halves_of_people_are_at_the_floor_and_damage_is_far_above_it():
-    # One slice per person; same-person pairs are the next test's.
+    # One slice per person; the next test has several.
     x, px = crowd(300, 1, 8, 0)
     y, py = crowd(300, 1, 8, 1)
     z, _ = crowd(300, 1, 8, 2)
@@ -447,6 +452,18 @@ def test_halves_of_people_are_at_the_floor_and_damage_is_far_above_it():
         assert kernel(x, worse) > 2 * high
     # More damage, more distance.
     assert frechet(x, y + 1) > 2 * frechet(x, y + 0.5) and kernel(x, y + 1) > 2 * kernel(x, y + 0.5)
+
+
+def test_several_slices_per_person_lift_the_kernel_distance():
+    # Its docstring warns of this: pairs of slices of one person enter the means within a set. Compare with a floor.
+    several, single = [], []
+    for seed in range(20):
+        (x, _), (y, _) = crowd(60, 5, 16, 2 * seed), crowd(60, 5, 16, 2 * seed + 1)
+        several.append(kernel(x, y))
+        single.append(kernel(x[::5], y[::5]))
+    assert min(several) > 0.05  # found: 0.20 on average, sd 0.04
+    assert abs(np.mean(single)) < 3 * np.std(single) / math.sqrt(20)
+    assert max(several) < 3 * np.median(several)  # the floor is about the same whoever is drawn
 
 
 def test_precision_and_recall_tell_collapse_from_noise():
@@ -563,10 +580,10 @@ def test_thumbnails_forget_place_and_brightness_but_not_the_person(heads):
     small = torch.nn.functional.interpolate(metrics.align(x), size=(24, 24), mode="area").flatten(1)
     np.testing.assert_allclose((plain[0] - plain[1:]).square().sum(1), 2 - 2 * np.corrcoef(small)[0, 1:], atol=1e-5)
     apart = (plain[:, None] - plain[None]).norm(dim=2)[~torch.eye(20, dtype=torch.bool)]
-    for dy, dx in ((3, 3), (-3, 1), (0, -3)):  # 3 of 64 pixels: 5 %
+    for dy, dx in ((4, 4), (-4, 1), (0, -4)):  # 4 of 64 pixels: 6 %
         for brightness in (0.8, 1.0, 1.2):
             moved = (x.roll((dy, dx), (2, 3)) * brightness).clamp(0, 1)
-            assert (metrics.thumbnails(moved) - plain).norm(dim=1).max() < 0.1
+            assert (metrics.thumbnails(moved) - plain).norm(dim=1).max() < 0.1  # found: 0.001
     assert apart.min() > 0.15  # found: 0.19
 
 
@@ -615,9 +632,10 @@ def test_changed_copies_are_still_copies(heads, detector, change):
     assert (index == torch.arange(160)).double().mean() >= 0.95
 
 
-def test_people_never_seen_are_not_copies(heads, detector):
-    distances, _ = detector.distances(heads[2])
-    assert metrics.is_copy(distances).double().mean() <= 0.04  # found: 2 of 80; 1 % is what the threshold allows
+def test_people_never_seen_are_not_copies(detector):
+    # The 1st percentile of 120 slices lies just above their second smallest: about 1.8 % are expected, not 1 %.
+    distances, _ = detector.distances(people(range(70, 190)))
+    assert metrics.is_copy(distances).double().mean() <= 0.04  # found: 2.3 %; 0 to 5 % in groups of 20 people
     assert metrics.is_copy(detector.held_out).double().mean() <= 0.02
     assert detector.held_out["pixel"].quantile(0.01).item() == pytest.approx(1, rel=1e-5)
 

@@ -18,6 +18,8 @@ from conftest import ROOT, TINY_UNET, TINY_VAE, run, run_any, start
 from PIL import Image
 from safetensors.torch import load_file
 
+import phantom
+from evaluate import read_folder
 from utils import read_jsonl
 
 
@@ -255,11 +257,18 @@ def test_a_generated_folder_can_be_trained_on(six: Path, tmp_path: Path):
 def test_copies_are_drawn_again(six: Path, trained: Path, phantoms: Path, tmp_path: Path):
     """Two of the training slices are replaced by what the model is about to draw: it then draws others."""
     data = Path(shutil.copytree(phantoms, tmp_path / "data"))
+    flags = ["--num-images", "6", "--reject-copies", "--data", data, "--cache", tmp_path / "cache"]
+    where = ["--checkpoints", trained, "--run", "tiny", "--out", tmp_path / "few"]
+    few = run_any("predict.py", *where, *flags)
+    assert few.returncode == 2 and "needs 100, not 16" in few.stderr and "--reject-copies" in few.stderr
+    for i in range(30):  # more people to measure the threshold on
+        name, drawn, _ = phantom.draw_person(9, i, 4, 64)
+        for j, image in enumerate(drawn):
+            cv2.imwrite(str(data / "val" / name / f"more{i}_{j}.png"), image)
     slices = sorted((data / "train").rglob("*.png"))
     for k in (1, 4):
         image = cv2.imread(str(six / NAMES[k]), 0)
         cv2.imwrite(str(slices[10 * k]), image)
-    flags = ["--num-images", "6", "--reject-copies", "--data", data, "--cache", tmp_path / "cache"]
     predict(trained, tmp_path / "out", *flags)
     rows = list(csv.DictReader((tmp_path / "out" / "manifest.csv").open()))
     index = [int(r["index"]) for r in rows]
@@ -275,8 +284,6 @@ def test_copies_are_drawn_again(six: Path, trained: Path, phantoms: Path, tmp_pa
 
 
 def test_reject_copies_needs_the_data_of_the_run(trained: Path, tmp_path: Path):
-    import phantom
-
     other = phantom.make_dataset(tmp_path / "other", people=20, slices=4, size=64, progress=False)
     flags = ["--checkpoints", trained, "--run", "tiny", "--out", tmp_path / "out", "--reject-copies"]
     refused = run_any("predict.py", *flags, "--data", other, "--cache", tmp_path / "cache")
@@ -299,6 +306,16 @@ def test_full_grid_weights_take_normal_and_every_fast_sampling(copied: Path, pha
     predict(copied, tmp_path / "five", "--num-images", "1", "--grid", "uniform", "--num-steps", "5", "--solver", "ddim")
     record = json.loads((tmp_path / "five" / "command.json").read_text())
     assert record["timesteps"] == [0, 250, 500, 749, 999] and record["eta"] == 0
+
+
+def test_a_vae_that_saw_the_people_held_out_is_refused(phantoms: Path, tmp_path: Path):
+    """Without val/, people are set aside by seed: another seed would validate on people the VAE was trained on."""
+    data = tmp_path / "data"
+    shutil.copytree(phantoms / "train", data / "train")
+    run("pre_train.py", *where(tmp_path, data), *TINY_VAE, "--epochs", "1")
+    refused = run_any("train.py", *where(tmp_path, data), *TINY_UNET, "--epochs", "1", "--seed", "1")
+    assert refused.returncode == 2 and "trained with other people held out" in refused.stderr
+    assert "writes to" in run("train.py", *where(tmp_path, data), *TINY_UNET, "--dry-run").stdout
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -357,3 +374,28 @@ def test_dry_run_prints_the_plan_and_writes_nothing(trained: Path, phantoms: Pat
     for word in ("80 slices of 20 people", "M parameters", "steps of 16", "memory", "writes to", "conditional"):
         assert word in plan, word
     assert [p for p in sorted(trained.rglob("*")) if "cache" not in p.parts] == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def test_report_of_a_run_that_is_too_small_for_some_metrics(trained: Path, phantoms: Path, tmp_path: Path):
+    done = run_any(
+        "evaluate.py", "--checkpoints", trained, "--run", "tiny", "--data", phantoms, "--cache", tmp_path, "--wandb",
+        "disabled", "--num-images", "24", "--resamples", "20", "--no-training-pictures",
+    )  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    for sentence in ("distances between sets need at least 20", "diversity.ms_ssim needs images of at least 48 pixels",
+                     "it needs 100, not 16"):  # fmt: skip
+        assert sentence in done.stderr, sentence
+    numbers = json.loads((trained / "tiny" / "report" / "report.json").read_text())
+    assert numbers["latent_spread"].keys() == {"channel_0", "channel_1"} and "spectrum" in numbers
+    assert not (trained / "tiny" / "report" / "closest_pairs.png").exists()
+    shutil.rmtree(trained / "tiny" / "report")
+
+
+def test_predicted_folder_is_read_by_its_manifest(six: Path):
+    found, problems = read_folder(six, ["AD", "NC"])
+    assert len(found) == 6 and not problems  # grid.png and denoising.png are not samples
+    assert found.labels.tolist() == [0, 1, 0, 1, 0, 1]
