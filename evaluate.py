@@ -169,6 +169,9 @@ def gather(cfg: EvaluateConfig) -> Evidence:
     if cfg.held_out == "test" and "test" not in splits:
         raise UserError(f"{cfg.data} has no test/ folder: take --held-out val")
     held_out = splits["val"] if cfg.held_out == "val" else splits.get("test", splits["val"])
+    for name, data in (("train on", splits["train"]), ("hold out", held_out)):
+        if len(set(data.people)) < 2:
+            raise UserError(f"{cfg.data} has one person to {name}: floors and intervals need at least two")
     train, classes = images_of(splits["train"]), splits["train"].classes
     if cfg.images:
         generated, problems = read_folder(Path(cfg.images), classes)

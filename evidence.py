@@ -90,6 +90,8 @@ class Evidence:
     def record(
         self, section: str, metric: str, value: float, floor: float, ci_low: float, ci_high: float, n: int
     ) -> None:
+        if not all(map(math.isfinite, (value, floor, ci_low, ci_high))):
+            return self.notes.append(f"{section}.{metric} is not defined for these images.")
         numbers = {"value": value, "floor": floor, "ci_low": ci_low, "ci_high": ci_high, "n": n}
         self.report.setdefault(section, {})[metric] = {k: round(v, 6) for k, v in numbers.items()}
 
