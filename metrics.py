@@ -106,7 +106,8 @@ def frechet(x: Tensor, y: Tensor, wx: Tensor, wy: Tensor) -> Tensor:
         a = (f - mean) * (w / (w.sum() - 1)).sqrt()[:, None]
         if len(a) > a.shape[1]:
             values, vectors = torch.linalg.eigh(a.T @ a)
-            a = values.clamp(min=0).sqrt()[:, None] * vectors.T
+            kept = values > values[-1] * 1e-14 * len(values)  # the rest is rounding of zero
+            a = (values * kept).sqrt()[:, None] * vectors.T
         return mean, a.square().sum(), a
 
     out = []
