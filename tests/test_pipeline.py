@@ -166,7 +166,7 @@ def test_single_class_and_unconditional_train_without_labels(copied: Path, phant
     run("train.py", "--data", phantoms, *base, "--unconditional")
     assert not any("label" in k for k in load_file(copied / "tiny" / "diffusion" / "final.safetensors"))
     run("predict.py", "--checkpoints", copied, "--run", "tiny", "--num-images", "2", "--out", tmp_path / "out")
-    assert sorted(images(tmp_path / "out")) == ["any_00000.png", "any_00001.png"]
+    assert sorted(images(tmp_path / "out")) == ["train/any/s0i00000_0.png", "train/any/s0i00001_0.png"]
     refused = run_any(
         "predict.py", "--checkpoints", copied, "--run", "tiny", "--class-name", "AD", "--out", tmp_path / "x"
     )
