@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils import UserError, progress_bar, run_script, write_atomic
+from utils import UserError, progress_bar, run_script, visit, write_atomic
 
 IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 SPLITS = ("train", "val", "test")
@@ -63,27 +63,25 @@ class ADNIDataset(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         return self.batch(torch.tensor([i]))[0], int(self.labels[i])
 
-    def to(self, device: torch.device) -> ADNIDataset:
-        """Move the slices to a GPU if they take less than a quarter of its free memory."""
-        if device.type == "cuda" and self.images.numel() < torch.cuda.mem_get_info(device)[0] / 4:
-            self.images = self.images.to(device)
-        return self
+    def batches(self, size: int, device: torch.device | str = "cpu") -> Iterator[Tensor]:
+        """All slices in order, float32 [B, 1, S, S] in [-1, 1] on the device."""
+        for (x,) in visit([self.images], torch.arange(len(self)).split(size), torch.device(device)):
+            yield to_float(x)
 
     def batch(self, index: Tensor, device: torch.device | str = "cpu") -> Tensor:
         """Slices by index, int64 [B] -> float32 [B, 1, S, S] in [-1, 1] on the device."""
-        x = self.images[index.to(self.images.device)].to(device, non_blocking=True)
-        return x[:, None].float() / 127.5 - 1
-
-    def batches(self, size: int, device: torch.device | str = "cpu") -> Iterator[Tensor]:
-        """All slices in order."""
-        for i in range(0, len(self), size):
-            yield self.batch(torch.arange(i, min(i + size, len(self))), device)
+        return to_float(self.images[index.to(self.images.device)].to(device))
 
     def summary(self) -> str:
         """e.g. "1,600 slices of 50 people (NC 1,600)"."""
         counts = Counter(self.labels.tolist())
         by_class = ", ".join(f"{c} {counts[i]:,}" for i, c in enumerate(self.classes))
         return f"{len(self):,} slices of {len(set(self.people)):,} people ({by_class})"
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 [B, S, S] -> float32 [B, 1, S, S] in [-1, 1]."""
+    return images[:, None].float() / 127.5 - 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -379,6 +377,52 @@ def load_splits_as_trained(data: str, cache: str, meta: dict, image_size: int) -
             "people held out: give its own --data"
         )
     return splits
+
+
+def read_images(folder: Path) -> tuple[Tensor, list[str], list[str]]:
+    """Generated images of a folder: (uint8 [N, S, S], class names, sentences about what was left out).
+
+    predict.py's manifest.csv says which files count and of which class they are; without one all images below the
+    folder do, and the folder right above a file names its class.
+    """
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}: name one that holds generated images")
+    manifest = folder / "manifest.csv"
+    if manifest.exists():
+        rows = list(csv.DictReader(manifest.read_text().splitlines()))
+        if rows and not {"file", "class"} <= rows[0].keys():
+            raise UserError(f"{manifest} lacks the columns file and class: mend it, or move it out of the folder")
+        files = [(folder / r["file"], r["class"]) for r in rows]
+    else:
+        found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_TYPES)
+        files = [(p, p.parent.name) for p in found]
+    if not files:
+        raise UserError(f"{folder} holds no images: name a folder of {'/'.join(t[1:] for t in IMAGE_TYPES)} slices")
+
+    def read(path: Path) -> np.ndarray | str:
+        try:
+            image = read_slice(path)[0]
+            return to_square(image, max(image.shape))
+        except (BadFile, FileNotFoundError) as e:
+            return f"{path}: {'it is not there' if isinstance(e, FileNotFoundError) else e}"
+
+    with ThreadPoolExecutor() as pool, progress_bar(len(files), what="reading images") as bar:
+        images = []
+        for image in pool.map(read, [p for p, _ in files]):
+            images.append(image)
+            bar.update()
+    problems, bad = [], [i for i in images if isinstance(i, str)]
+    if bad:
+        problems.append(f"{len(bad)} of {len(files)} files cannot be used and were left out, first {bad[0]}")
+    sides = Counter(len(i) for i in images if not isinstance(i, str))
+    if not sides:
+        raise UserError(f"{folder} holds no image that can be used: {bad[0]}")
+    side = sides.most_common(1)[0][0]
+    if len(sides) > 1:
+        sizes = ", ".join(f"{n} of {s}x{s}" for s, n in sides.most_common())
+        problems.append(f"{folder} holds images of several sizes ({sizes}): only those of {side}x{side} count")
+    kept = [i for i, image in enumerate(images) if not isinstance(image, str) and len(image) == side]
+    return torch.from_numpy(np.stack([images[i] for i in kept])), [files[i][1] for i in kept], problems
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,19 +11,15 @@ from config import EvaluateConfig, parse
 if __name__ == "__main__":
     cfg = parse(EvaluateConfig)  # before torch is imported, so that --help answers at once
 
-import csv
 import json
 import time
-from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dataset import IMAGE_TYPES, ADNIDataset, BadFile, load_splits, load_splits_as_trained, read_slice, to_square
+from dataset import ADNIDataset, load_splits, load_splits_as_trained, read_images
 from evidence import PICTURES, SECTIONS, Evidence, Images
 from features import inception
 from metrics import TooFew
@@ -36,7 +32,6 @@ from utils import (
     generator,
     git_commit,
     image_grid,
-    pick_amp_dtype,
     pick_device,
     png_bytes,
     progress_bar,
@@ -44,7 +39,7 @@ from utils import (
     to_uint8,
     write_atomic,
 )
-from vae import VAE, load_run, load_vae
+from vae import VAE, load_run
 
 # What report.md says about each section.
 ABOUT = {
@@ -76,6 +71,7 @@ CONTROLS = ("blurred", "noised", "shuffled")
 
 
 def images_of(data: ADNIDataset) -> Images:
+    """A split as the sections of an evaluation take it."""
     return Images(torch.as_tensor(data.images), data.labels, np.array(data.people))
 
 
@@ -91,80 +87,21 @@ def draw_images(cfg: EvaluateConfig, model: StableDiffusion, vae: VAE, labels: T
     return torch.cat(pixels), torch.cat(latents)
 
 
-def read_folder(folder: Path, classes: Sequence[str]) -> tuple[Images, list[str]]:
-    """The images of a folder, and sentences about what was left out.
-
-    predict.py's manifest.csv says which files count; without one all images below the folder do, and the folder right
-    above a file is its class if the data have such a class.
-    """
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}: name one that holds generated images with --images")
-    manifest = folder / "manifest.csv"
-    if manifest.exists():
-        rows = list(csv.DictReader(manifest.read_text().splitlines()))
-        if rows and not {"file", "class"} <= rows[0].keys():
-            raise UserError(f"{manifest} lacks the columns file and class: mend it, or move it out of the folder")
-        files = [(folder / r["file"], r["class"]) for r in rows]
-    else:
-        found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_TYPES)
-        files = [(p, p.parent.name) for p in found]
-    if not files:
-        raise UserError(f"{folder} holds no images: name a folder of {'/'.join(t[1:] for t in IMAGE_TYPES)} slices")
-
-    def read(path: Path) -> np.ndarray | str:
-        try:
-            image = read_slice(path)[0]
-            return to_square(image, max(image.shape))
-        except (BadFile, FileNotFoundError) as e:
-            return f"{path}: {'it is not there' if isinstance(e, FileNotFoundError) else e}"
-
-    with ThreadPoolExecutor() as pool, progress_bar(len(files), what="reading images") as bar:
-        images = []
-        for image in pool.map(read, [p for p, _ in files]):
-            images.append(image)
-            bar.update()
-    problems, bad = [], [i for i in images if isinstance(i, str)]
-    if bad:
-        problems.append(f"{len(bad)} of {len(files)} files cannot be used and were left out, first {bad[0]}")
-    sides = Counter(len(i) for i in images if not isinstance(i, str))
-    if not sides:
-        raise UserError(f"{folder} holds no image that can be used: {bad[0]}")
-    side = sides.most_common(1)[0][0]
-    if len(sides) > 1:
-        sizes = ", ".join(f"{n} of {s}x{s}" for s, n in sides.most_common())
-        problems.append(f"{folder} holds images of several sizes ({sizes}): only those of {side}x{side} were evaluated")
-    kept = [i for i, image in enumerate(images) if not isinstance(image, str) and len(image) == side]
-    labels = [classes.index(files[i][1]) if files[i][1] in classes else -1 for i in kept]
-    if len(classes) == 1:
-        labels = [0] * len(kept)
-    pixels = torch.from_numpy(np.stack([images[i] for i in kept]))
-    return Images(pixels, torch.tensor(labels), np.array([str(i) for i in kept])), problems
-
-
 def gather(cfg: EvaluateConfig) -> Evidence:
     """Load the data split as the run split it, and draw or read the generated images."""
     device = pick_device(cfg.device)
     run = cfg.run or (None if cfg.images else "adni")
     out = Path(cfg.out or (Path(cfg.checkpoints) / run / "report" if run and not cfg.images else "report"))
-    vae = model = meta = None
-    folder = Path(cfg.checkpoints) / (run or "")
-    if run and (not cfg.images or (folder / "diffusion" / f"{cfg.weights}.safetensors").exists()):
-        model, vae, meta, file = load_run(folder, cfg.weights, device)
-    elif run:
-        vae, meta = load_vae(folder / "vae" / "best.safetensors", device)
-    if vae is not None and device.type == "cuda":
-        vae.amp_dtype = pick_amp_dtype(cfg.precision, device)
-        if model is not None:
-            model.amp_dtype = vae.amp_dtype
+    model = vae = meta = None
+    if run:
+        model, vae, meta, file = load_run(Path(cfg.checkpoints) / run, cfg.weights, device, cfg.precision)
     if cfg.guidance != 1.0 and not cfg.images and not model.num_classes:
         raise UserError(f"run {run} is unconditional and has no class to be guided to: leave out --guidance")
 
     problems, latents = [], None
-    if cfg.images:  # their size decides, and it is known before the data are read
-        peek, problems = read_folder(Path(cfg.images), [])
-        side = peek.pixels.shape[-1]
-    else:
-        side = vae.config["image_size"]
+    if cfg.images:  # their size decides
+        pixels, names, problems = read_images(Path(cfg.images))
+    side = pixels.shape[-1] if cfg.images else vae.config["image_size"]
     splits = load_splits_as_trained(cfg.data, cfg.cache, meta, side) if meta else load_splits(cfg, side)[0]
     if cfg.held_out == "test" and "test" not in splits:
         raise UserError(f"{cfg.data} has no test/ folder: take --held-out val")
@@ -174,17 +111,17 @@ def gather(cfg: EvaluateConfig) -> Evidence:
             raise UserError(f"{cfg.data} has one person to {name}: floors and intervals need at least two")
     train, classes = images_of(splits["train"]), splits["train"].classes
     if cfg.images:
-        generated, problems = read_folder(Path(cfg.images), classes)
+        labels = [classes.index(name) if name in classes else -1 for name in names]
+        labels = torch.zeros(len(names), dtype=torch.int64) if len(classes) == 1 else torch.tensor(labels)
+        generated = Images(pixels, labels, np.arange(len(names)).astype(str))
+        source = f"the folder {Path(cfg.images).name}"
     else:
         g = generator(cfg.seed, 8)
         labels = train.labels[torch.randint(len(train), (cfg.num_images,), generator=g)]  # in the data's shares
         pixels, latents = draw_images(cfg, model, vae, labels)
         unknown = len(classes) > 1 and not model.num_classes
-        people = np.array([str(k) for k in range(len(labels))])
-        generated = Images(pixels, torch.full_like(labels, -1) if unknown else labels, people)
-    if cfg.images:
-        source = f"the folder {Path(cfg.images).name}"
-    else:
+        labels = torch.full_like(labels, -1) if unknown else labels
+        generated = Images(pixels, labels, np.arange(len(labels)).astype(str))
         source = (
             f"run {run}, {cfg.weights} weights ({file_hash(file)}, epoch {meta['epoch']}, code {meta['commit']}), "
             f"default sampling, guidance {cfg.guidance:g}, seed {cfg.seed}"

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from config import EvaluateConfig
 
 FEWEST = 128  # images behind a covariance of 64 features
+RANGES = {"precision": (0, 1), "recall": (0, 1), "coverage": (0, 1), "density": (0, math.inf), "frechet": (0, math.inf)}
 
 
 @dataclass
@@ -168,13 +169,6 @@ def measure(
     # A resample of Inception's 2048 features takes seconds where one of 64 takes milliseconds.
     take = slice(None, 1 + (cfg.resamples if real.shape[1] <= 64 else min(20, cfg.resamples)))
     wt, wo, wg = (s.weights(cfg, i)[:, take] for i, s in enumerate(sets))
-    ranges = {
-        "precision": (0, 1),
-        "recall": (0, 1),
-        "coverage": (0, 1),
-        "density": (0, math.inf),
-        "frechet": (0, math.inf),
-    }
 
     def numbers(fake: Tensor, people: np.ndarray, w: Tensor) -> dict[str, Tensor]:
         found = {}
@@ -187,7 +181,7 @@ def measure(
     for name, fake in fakes.items():
         people, w = (others.people, wo) if name else (generated.people, wg)
         for metric, values in numbers(fake, people, w).items():
-            e.put(kind + name, metric, values, floor[metric], n, *ranges.get(metric, (-math.inf, math.inf)))
+            e.put(kind + name, metric, values, floor[metric], n, *RANGES.get(metric, (-math.inf, math.inf)))
 
 
 def strangers(s: Images, n: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -383,9 +377,8 @@ def memorisation(e: Evidence) -> None:
         crossed += copies({k: d[mine] for k, d in others.items()}, at) * mine.double().mean().item()
     rate, floor = metrics.is_copy(found).double().mean().item(), crossed
     e.record("memorisation", "copy_rate", rate, floor, min(low.low, rate), max(high.high, rate), n)
-    if (
-        e.vae is not None and e.vae.config["image_size"] == e.train.pixels.shape[-1]
-    ):  # unsharp images are closer to everything: how much of the copy rate is that?
+    # Unsharp images are closer to everything: how much of the copy rate is that?
+    if e.vae is not None and e.vae.config["image_size"] == e.train.pixels.shape[-1]:
         with progress_bar(len(e.held_out), what="held out, through the VAE") as bar:
             seen = []
             for x in metrics.batches(e.held_out.pixels):
@@ -406,20 +399,15 @@ def latent_spread(e: Evidence) -> None:
     """Standard deviation of the latents as drawn, per channel; training latents have 1. Samplers lose it first."""
     if e.latents is None:
         return
-    moments = [
-        torch.cat([torch.stack(m, 1) for m in parts])
-        for parts in (
-            [(z.mean((2, 3)), z.square().mean((2, 3))) for z in e.latents.split(64)],
-            [
-                (m.mean((2, 3)), (m.square() + s.square()).mean((2, 3)))
-                for m, s in (e.vae.encode(2 * x.to(e.device) - 1) for x in metrics.batches(e.held_out.pixels))
-            ],
-        )
-    ]  # each [N, 2, C]
-    weights = [e.generated.weights(e.cfg), e.held_out.weights(e.cfg)]
+    drawn = torch.stack([e.latents.mean((2, 3)), e.latents.square().mean((2, 3))], 1)  # first two moments [N, 2, C]
+    real = []
+    for x in metrics.batches(e.held_out.pixels):
+        mean, std = e.vae.encode(2 * x.to(e.device) - 1)
+        real.append(torch.stack([mean.mean((2, 3)), (mean.square() + std.square()).mean((2, 3))], 1).cpu())
     spread = []
-    for m, w in zip(moments, weights):
-        first, second = torch.einsum("nkc,nr->kcr", m.cpu().double(), w) / w.sum(0)
+    for moments, s in ((drawn, e.generated), (torch.cat(real), e.held_out)):
+        w = s.weights(e.cfg)
+        first, second = torch.einsum("nkc,nr->kcr", moments.double(), w) / w.sum(0)
         spread.append((second - first.square()).clamp(min=0).sqrt())
     for c in range(spread[0].shape[0]):
         e.put("latent_spread", f"channel_{c}", spread[0][c], spread[1][c], len(e.generated), 0)

@@ -191,6 +191,8 @@ def auc_between_people(features: Tensor, labels: Tensor, people: Sequence[str], 
     features [N, D], labels int64 [N] of at least two classes. 0.5 is chance.
     """
     own = torch.from_numpy(np.unique(np.asarray(people), return_inverse=True)[1])
+    if min(len(own[labels == c].unique()) for c in labels.unique()) < 2:
+        raise TooFew("telling the classes apart takes at least two people of each")
     votes = []
     for i in range(0, len(features), BLOCK):
         d = distances_to(features[i : i + BLOCK], features)

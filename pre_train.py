@@ -17,15 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from dataset import ADNIDataset, carved_people, load_splits
+from dataset import ADNIDataset, carved_people, load_splits, to_float
 from metrics import psnr, ssim, unit
 from utils import (
     RunLog,
     StopSignal,
     UserError,
     check_same_run,
+    compile_networks,
     describe_cost,
     describe_hardware,
+    fit,
     frozen,
     generator,
     git_commit,
@@ -43,8 +45,10 @@ from utils import (
     run_script,
     save_state,
     save_weights,
+    shuffled,
     to_uint8,
     training_cost,
+    visit,
 )
 from vae import VAE, vae_loss
 
@@ -131,10 +135,19 @@ def main(cfg: PretrainConfig) -> None:
             return
         print(f"resuming {folder} at epoch {step / steps_per_epoch:.2f}")
 
-    train.to(device), val.to(device)
+    train.images, val.images = fit(train.images, device), fit(val.images, device)
     meta = {"kind": "vae", "model": vae.config, "classes": train.classes, "config": asdict(cfg), "commit": git_commit()}
     shown = val.batch(torch.linspace(0, len(val) - 1, min(8, len(val))).long(), device)
     log, stop = RunLog(folder, cfg, "vae", step), StopSignal()
+
+    def trial() -> None:
+        x = train.batch(torch.zeros(batch, dtype=torch.int64), device)
+        x_hat, mean, logvar = vae(x, torch.zeros(batch, *vae.latent_shape, device=device))
+        loss = vae_loss(x_hat, x, mean, logvar, cfg.reconstruction, cfg.kl_weight)[0]
+        scaler.scale(loss).backward()
+        vae.zero_grad()
+
+    compile_networks(cfg.compile, False, [vae.encoder, vae.decoder], trial, device)
 
     def save() -> None:
         saved = {name: part.state_dict() for name, part in parts.items()}
@@ -142,7 +155,7 @@ def main(cfg: PretrainConfig) -> None:
         save_state(folder / "last.pt", {**saved, **numbers, "config": asdict(cfg), "data": fingerprint})
 
     bar, clock, clock_step, saved_at = progress_bar(total * batch, step * batch), time.time(), step, time.time()
-    order_of = -1  # the epoch whose order is at hand
+    visits = visit([train.images], shuffled(len(train), batch, step, cfg.seed, 1), device)
     while True:
         epoch, place = divmod(step, steps_per_epoch)
         if place == 0 and step > evaluated:
@@ -174,10 +187,8 @@ def main(cfg: PretrainConfig) -> None:
             saved_at = time.time()
         if step >= total or stop:
             break
-        if epoch != order_of:
-            order, order_of = torch.randperm(len(train), generator=generator(cfg.seed, 1, epoch)), epoch
+        x = to_float(next(visits)[0])
         g = generator(cfg.seed, 2, step, device=device)  # a step's randomness is its own: resuming needs no state
-        x = train.batch(order[place * batch : (place + 1) * batch], device)
         if cfg.flip or cfg.shift or cfg.rotate or cfg.brightness:
             x = augment(x, cfg, g)
         noise = torch.randn((len(x), *vae.latent_shape), generator=g, device=device)

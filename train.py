@@ -11,7 +11,8 @@ if __name__ == "__main__":
     cfg = parse(TrainConfig)  # before torch is imported, so that --help answers at once
 
 import time
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +33,12 @@ from utils import (
     StopSignal,
     UserError,
     check_same_run,
+    compile_networks,
     describe_cost,
     describe_hardware,
+    empty_anywhere,
     file_hash,
+    fit,
     frozen,
     generator,
     git_commit,
@@ -51,39 +55,49 @@ from utils import (
     run_script,
     save_state,
     save_weights,
+    shuffled,
     to_uint8,
     training_cost,
+    visit,
     visualise_denoising_process,
 )
 from vae import VAE, load_vae
 
 
 class Latents:
-    """All slices of a split as posterior mean and std, float16, redrawn at every visit; mirrored ones beside them."""
+    """All slices of a split as posterior mean and std, float16, redrawn at every visit; mirrored ones beside them.
 
-    def __init__(self, vae: VAE, data: ADNIDataset, batch: int, device: torch.device, mirror: bool, what: str):
-        # Half precision rounds a latent of size 1 by 5e-4, far below the posterior's own std. As much as fits stays
-        # on the device, and then a step of training touches no image and no VAE.
-        self.moments = torch.empty(1 + mirror, len(data), 2, *vae.latent_shape, dtype=torch.float16)
+    Public: `moments` [N, 1 or 2 (mirrored), 2 (mean, std), C, h, w] and `labels` int64 [N], on the device if they fit.
+    """
+
+    def __init__(self, vae: VAE, data: ADNIDataset, batch: int, device: torch.device, cfg: TrainConfig, what: str):
+        # Half precision rounds a latent of size 1 by 5e-4, far below the posterior's own std. With all of them at hand
+        # a step of training touches no image and no VAE.
+        shape = (len(data), 1 + cfg.flip, 2, *vae.latent_shape)
+        self.moments = empty_anywhere(shape, torch.float16, Path(cfg.cache))
         bar = progress_bar(len(data), what=what)
         with frozen(vae), bar:
             for i, x in zip(range(0, len(data), batch), data.batches(batch, device)):
-                for m in range(1 + mirror):
-                    self.moments[m, i : i + len(x)] = torch.stack(vae.encode(x.flip(3) if m else x), dim=1).cpu()
+                for m in range(1 + cfg.flip):
+                    self.moments[i : i + len(x), m] = torch.stack(vae.encode(x.flip(3) if m else x), dim=1).cpu()
                 bar.update(len(x))
-        if device.type == "cuda" and self.moments.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
-            self.moments = self.moments.to(device)
-        self.labels, self.device = data.labels.to(device), device
+        self.moments, self.device = fit(self.moments, device), device
+        self.labels = data.labels.to(self.moments.device)
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def draw(self, index: Tensor, g: torch.Generator) -> Tensor:
-        """A posterior sample of each slice [B, C, h, w], of its mirror image half of the time if there are any."""
-        mirrored = torch.randint(len(self.moments), (len(index),), generator=g, device=self.device)
-        where = self.moments.device
-        mean, std = self.moments[mirrored.to(where), index.to(where)].to(self.device).float().unbind(1)
-        return mean + std * torch.randn(mean.shape, generator=g, device=self.device)
+    def visit(self, order: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+        """(moments, labels) [B, ...] on the device for every index of `order`."""
+        return visit([self.moments, self.labels], order, self.device)
+
+
+def draw(moments: Tensor, g: torch.Generator) -> Tensor:
+    """A posterior sample of each slice [B, C, h, w], of its mirror image half of the time if there are any."""
+    b, mirrored = moments.shape[:2]
+    which = torch.randint(mirrored, (b,), generator=g, device=moments.device)
+    mean, std = moments[torch.arange(b, device=moments.device), which].float().unbind(1)
+    return mean + std * torch.randn(mean.shape, generator=g, device=moments.device)
 
 
 def loss_by_timestep(
@@ -98,20 +112,27 @@ def loss_by_timestep(
     return loss, torch.zeros(2, bins, device=z.device).scatter_add_(1, where, hit)
 
 
+def training_loss(
+    model: StableDiffusion, moments: Tensor, y: Tensor, cfg: TrainConfig, bins: int, g: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """What `loss_by_timestep` gives for a visit to these slices: posterior, labels, timesteps and noise drawn by g."""
+    z, y = draw(moments, g), model.drop_labels(y, cfg.class_dropout, g)
+    places = torch.searchsorted(model.scheduler.timesteps, model.scheduler.sample_timesteps(len(z), g))
+    return loss_by_timestep(model, z, y, places, bins, g)
+
+
 def losses(model: StableDiffusion, val: Latents, trained: Tensor, cfg: TrainConfig) -> dict[str, float]:
     """Loss in training (its sums [2, bins] by timestep) and on people never trained on, whole and by timestep.
 
     Validation takes the same noise and timesteps at every call.
     """
     timesteps, bins = model.scheduler.timesteps, trained.shape[1]
-    sums = torch.zeros(2, bins, device=val.device)
+    sums, order = torch.zeros(2, bins, device=val.device), torch.arange(len(val)).split(64)
     with frozen(model):
-        for i in range(0, len(val), cfg.batch_size):
-            index = torch.arange(i, min(i + cfg.batch_size, len(val)))
-            g = generator(cfg.seed, 5, i, device=val.device)
+        for index, (moments, y) in zip(order, val.visit(order)):
+            g = generator(cfg.seed, 5, int(index[0]), device=val.device)
             places = (index.to(val.device) * 7919 + 13) % len(timesteps)  # a prime stride: another place every slice
-            z = val.draw(index, g)
-            sums += loss_by_timestep(model, z, val.labels[index.to(val.device)], places, bins, g)[1]
+            sums += loss_by_timestep(model, draw(moments, g), y, places, bins, g)[1]
     numbers = {}
     for name, (total, count) in (("train", trained), ("val", sums)):
         numbers[f"loss/{name}"] = (total.sum() / count.sum()).item()
@@ -125,12 +146,12 @@ def denoising_quality(
 ) -> dict[str, float]:
     """PSNR and SSIM of the one-step estimate of x0 against its own image, at up to ten timesteps, on 16 slices."""
     index = torch.linspace(0, len(val) - 1, min(16, len(val))).long()
-    x, y = unit(val.batch(index, latents.device)), latents.labels[index.to(latents.device)]
+    x, (moments, y) = unit(val.batch(index, latents.device)), next(latents.visit([index]))
     timesteps, numbers = model.scheduler.timesteps, {}
     with frozen(model, vae):
         for place in np.unique(np.linspace(0, len(timesteps) - 1, min(10, len(timesteps))).round().astype(int)):
             g = generator(cfg.seed, 6, device=latents.device)
-            z, t = latents.draw(index, g), timesteps[place].expand(len(index))
+            z, t = draw(moments, g), timesteps[place].expand(len(index))
             _, x0 = model(z, t, torch.randn(z.shape, generator=g, device=z.device), y)
             x0 = unit(vae.decode(x0))
             numbers[f"denoising PSNR/t={timesteps[place]}"] = psnr(x0, x).mean().item()
@@ -245,8 +266,8 @@ def main(cfg: TrainConfig) -> None:
             return
         print(f"resuming {folder} at epoch {step / steps_per_epoch:.2f}")
 
-    latents = Latents(vae, train, cfg.batch_size, device, cfg.flip, "encoding training slices")
-    val_latents = Latents(vae, val, cfg.batch_size, device, False, "encoding validation slices")
+    latents = Latents(vae, train, cfg.batch_size, device, cfg, "encoding training slices")
+    val_latents = Latents(vae, val, cfg.batch_size, device, replace(cfg, flip=False), "encoding validation slices")
     meta = {
         "kind": "diffusion", "model": model.unet.config, "scheduler": model.scheduler.config,
         "prediction": cfg.prediction, "classes": train.classes, "vae": file_hash(vae_file), "config": asdict(cfg),
@@ -255,13 +276,21 @@ def main(cfg: TrainConfig) -> None:
     }  # fmt: skip
     log, stop = RunLog(folder, cfg, "diffusion", step), StopSignal()
 
+    def trial() -> None:
+        moments, y = next(latents.visit([torch.zeros(batch, dtype=torch.int64)]))
+        loss, _ = training_loss(model, moments, y, cfg, bins, generator(0, device=device))
+        scaler.scale(loss.mean()).backward()
+        model.zero_grad()
+
+    compile_networks(cfg.compile, False, [model.unet], trial, device)
+
     def save() -> None:
         saved = {name: part.state_dict() for name, part in parts.items()}
         numbers = {"step": step, "evaluated": evaluated, "best": best, "sums": sums.cpu(), "vae": meta["vae"]}
         save_state(folder / "last.pt", {**saved, **numbers, "config": asdict(cfg), "data": fingerprint})
 
     bar, clock, clock_step, saved_at = progress_bar(total * batch, step * batch), time.time(), step, time.time()
-    order_of = -1  # the epoch whose order is at hand
+    visits = latents.visit(shuffled(len(train), batch, step, cfg.seed, 3))
     while True:
         epoch, place = divmod(step, steps_per_epoch)
         if place == 0 and step > evaluated:
@@ -294,15 +323,11 @@ def main(cfg: TrainConfig) -> None:
             saved_at = time.time()
         if step >= total or stop:
             break
-        if epoch != order_of:
-            order, order_of = torch.randperm(len(train), generator=generator(cfg.seed, 3, epoch)), epoch
-        index = order[place * batch : (place + 1) * batch]
+        moments, y = next(visits)
         g = generator(cfg.seed, 4, step, device=device)  # a step's randomness is its own: resuming needs no state
         if cfg.dropout:
             torch.manual_seed(g.initial_seed())
-        z, y = latents.draw(index, g), model.drop_labels(latents.labels[index.to(device)], cfg.class_dropout, g)
-        places = torch.searchsorted(model.scheduler.timesteps, model.scheduler.sample_timesteps(batch, g))
-        loss, by_place = loss_by_timestep(model, z, y, places, bins, g)
+        loss, by_place = training_loss(model, moments, y, cfg, bins, g)
         norm = optimise(loss.mean(), model, optimizer, scaler, ema, cfg.grad_clip)
         schedule.step()
         sums += torch.cat([by_place.flatten(), norm[None]])

@@ -11,7 +11,6 @@ from config import TsneConfig, parse
 if __name__ == "__main__":
     cfg = parse(TsneConfig)  # before torch is imported, so that --help answers at once
 
-import csv
 import io
 import json
 from pathlib import Path
@@ -19,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dataset import BadFile, load_splits_as_trained, read_slice, to_square
-from metrics import auc_between_people, interval, resample_people
+from dataset import load_splits_as_trained, read_images
+from metrics import TooFew, auc_between_people, interval, resample_people
 from modules import load_diffusion
 from utils import (
     RunLog,
@@ -31,23 +30,7 @@ from utils import (
     run_script,
     write_atomic,
 )
-from vae import VAE, load_vae
-
-
-def read_generated(folder: Path, vae: VAE, device: torch.device) -> tuple[np.ndarray, list[str]]:
-    """Latents [N, D] and class names of the images in a folder that predict.py wrote."""
-    manifest = folder / "manifest.csv"
-    if not manifest.exists():
-        raise UserError(f"{manifest} is not there: --generated takes a folder written by predict.py")
-    rows = list(csv.DictReader(manifest.read_text().splitlines()))
-    try:
-        images = np.stack([to_square(read_slice(folder / r["file"])[0], vae.config["image_size"]) for r in rows])
-    except (BadFile, FileNotFoundError) as e:
-        raise UserError(f"an image of {manifest} cannot be read: {e}") from None
-    x = torch.from_numpy(images)[:, None].float() / 127.5 - 1
-    with frozen(vae):
-        z = torch.cat([vae.encode(part.to(device))[0].cpu() for part in x.split(16)])
-    return z.flatten(1).numpy(), [r["class"] for r in rows]
+from vae import load_vae
 
 
 def draw_map(
@@ -99,7 +82,9 @@ def main(cfg: TsneConfig) -> None:
     generated, of = None, []
     unet_file = run / "diffusion" / "best.safetensors"
     if cfg.generated:
-        generated, of = read_generated(Path(cfg.generated), vae, device)
+        pixels, of, problems = read_images(Path(cfg.generated))
+        print(*problems, sep="\n", end="\n" * bool(problems))
+        generated = torch.cat([vae.embed(part[:, None].float() / 255) for part in pixels.split(32)]).numpy()
     elif unet_file.exists():
         model, meta = load_diffusion(unet_file, device)
         turn = torch.arange(128) % max(1, model.num_classes)
@@ -120,7 +105,10 @@ def main(cfg: TsneConfig) -> None:
     if len(data.classes) > 1:
         points = torch.from_numpy(pca.transform(latents)).double()
         weights = resample_people(people, 200, cfg.seed)
-        auc, low, high = interval(auc_between_people(points, torch.from_numpy(labels), people, weights), 0, 1)
+        try:
+            auc, low, high = interval(auc_between_people(points, torch.from_numpy(labels), people, weights), 0, 1)
+        except TooFew as e:
+            raise UserError(f"{cfg.data} cannot be mapped by class: {e}") from None
         result["separation"] = {"knn_auc": auc, "ci_low": low, "ci_high": high, "people": len(set(people))}
         title += (
             f"\n{' / '.join(data.classes)} by the nearest neighbours among other people:\n"

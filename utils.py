@@ -10,9 +10,12 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -101,6 +104,91 @@ def generator(*numbers: int, device: torch.device | str = "cpu") -> torch.Genera
     return torch.Generator(device).manual_seed(derive_seed(*numbers))
 
 
+def compile_networks(
+    choice: str, pays: bool, networks: Sequence[nn.Module], trial: Callable[[], object], device: torch.device
+) -> bool:
+    """torch.compile the forward passes in place, and say whether it was done.
+
+    choice "on", "off", or "auto": on a GPU, and elsewhere if it `pays`. `trial` calls the networks as they will be
+    called, so that what cannot be compiled shows itself here: then one line says so, and they stay as they were.
+    """
+    if choice == "off" or (choice == "auto" and device.type != "cuda" and not pays):
+        return False
+    start = time.time()
+    for network in networks:
+        network.forward = torch.compile(network.forward, dynamic=False)
+    try:
+        trial()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:
+        for network in networks:
+            del network.forward
+        reason = next((line for line in str(e).splitlines() if line.strip()), "")[:160]
+        print(f"torch.compile cannot be used here, going on without ({type(e).__name__}: {reason})", file=sys.stderr)
+        return False
+    print(f"compiled in {time.time() - start:.0f} s")
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows of big tensors, without waiting
+
+
+def fit(data: Tensor, device: torch.device) -> Tensor:
+    """On a GPU where it takes less than a quarter of the memory that is free there; else where it is."""
+    room = torch.cuda.mem_get_info(device)[0] / 4 if device.type == "cuda" else 0
+    return data.to(device) if data.nbytes < room else data
+
+
+def empty_anywhere(shape: Sequence[int], dtype: torch.dtype, folder: Path) -> Tensor:
+    """Memory for that many numbers; a nameless file in `folder`, mapped, where it takes over half of the machine's."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    if size < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2:
+        return torch.empty(*shape, dtype=dtype)
+    with tempfile.TemporaryFile(dir=folder) as f:
+        f.truncate(size)
+        return torch.from_numpy(np.memmap(f, np.uint8, mode="r+")).view(dtype).view(*shape)
+
+
+def shuffled(n: int, batch: int, step: int, *seed: int) -> Iterator[Tensor]:
+    """int64 [batch] for step, step + 1, ...: each epoch of n // batch steps has its permutation, by (*seed, epoch)."""
+    epoch, place = divmod(step, n // batch)
+    while True:
+        order = torch.randperm(n, generator=generator(*seed, epoch))
+        yield from order.split(batch)[place : n // batch]
+        epoch, place = epoch + 1, 0
+
+
+def visit(tensors: Sequence[Tensor], order: Iterable[Tensor], device: torch.device) -> Iterator[list[Tensor]]:
+    """[t[index] for t in tensors] on the device, for every index [B] of `order`.
+
+    From the host to a GPU they come by a thread that gathers the next ones into page-locked memory meanwhile.
+    """
+    if device.type != "cuda":
+        for index in order:
+            yield [t[index].to(device) for t in tensors]
+    elif tensors[0].is_cuda:
+        for index in order:
+            index = index.pin_memory().to(device, non_blocking=True)
+            yield [t[index] for t in tensors]
+    else:
+        for parts in read_ahead(lambda index: [t[index].pin_memory() for t in tensors], order):
+            yield [p.to(device, non_blocking=True) for p in parts]
+
+
+def read_ahead(make: Callable[[Any], Any], items: Iterable[Any], depth: int = 3) -> Iterator[Any]:
+    """map(make, items) in order, by one thread that stays up to `depth` ahead."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting: deque = deque()
+        for item in items:
+            waiting.append(pool.submit(make, item))
+            if len(waiting) > depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Averaged weights
 
@@ -110,9 +198,14 @@ def make_ema(model: nn.Module, decay: float) -> torch.optim.swa_utils.AveragedMo
     from torch.optim.swa_utils import AveragedModel
 
     def update(averaged: list[Tensor], current: list[Tensor], n: Tensor) -> None:
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n.item()) / (10 + n.item())))
+        weight = 1 - min(decay, (1 + n.item()) / (10 + n.item()))  # n lives on the CPU
+        if ema.taken is None:
+            torch._foreach_lerp_(averaged, current, weight)
+        else:
+            torch._foreach_lerp_(averaged, current, [weight * ema.taken] * len(averaged))
 
     ema = AveragedModel(model, multi_avg_fn=update)
+    ema.taken = None  # 1 or 0 as a tensor on the device: was the last step taken? None where it always is
     ema.eval().requires_grad_(False)
     return ema
 
@@ -127,18 +220,18 @@ def optimise(
 ) -> Tensor:
     """Backward, unscale, clip, step, average; returns the gradient norm before clipping.
 
-    A step that the scaler skips (infinite gradients under fp16) does not enter the average.
+    A step that the scaler skips (infinite gradients under fp16) does not enter the average. Nothing here waits for a
+    GPU.
     """
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf"))
-    scale = scaler.get_scale()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf")).detach()
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    if scaler.get_scale() >= scale:
-        ema.update_parameters(model)
-    return norm.detach()
+    ema.taken = norm.isfinite().float() if scaler.is_enabled() else None
+    ema.update_parameters(model)
+    return norm
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules import AttentionBlock, ResidualBlock, StableDiffusion, Upsample, group_norm, load_diffusion
-from utils import UserError, autocast, file_hash, load_into, load_weights
+from utils import UserError, autocast, file_hash, load_into, load_weights, pick_amp_dtype
 
 LOGVAR_RANGE = (-30.0, 20.0)  # exp(20 / 2) is still finite in float16
 
@@ -145,13 +146,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     Fast to train on, because the blur is a banded matrix on either side of the image. torchmetrics, which reports,
     also counts a border of mirrored pixels; without it the values are the same.
     """
-    tap = torch.exp(-0.5 * (torch.arange(11) - 5).square() / 1.5**2)
-
-    def band(n: int) -> Tensor:  # [n - 10, n]: row i holds the window over pixels i .. i + 10
-        rows = torch.arange(n - 10)[:, None]
-        return torch.zeros(n - 10, n).scatter_(1, rows + torch.arange(11), (tap / tap.sum()).expand(n - 10, 11)).to(a)
-
-    left, right = band(a.shape[2]), band(a.shape[3]).T
+    left, right = gaussian_band(a.shape[2], a.dtype, a.device), gaussian_band(a.shape[3], a.dtype, a.device).T
 
     def blur(x: Tensor) -> Tensor:
         return left @ x @ right
@@ -161,6 +156,15 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     c1, c2 = 0.01**2, 0.03**2
     value = (2 * mu_a * mu_b + c1) * (2 * cov + c2) / ((mu_a**2 + mu_b**2 + c1) * (var_a + var_b + c2))
     return value.mean()
+
+
+@lru_cache
+def gaussian_band(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[n - 10, n]: row i holds a Gaussian window of sigma 1.5 over pixels i .. i + 10."""
+    tap = torch.exp(-0.5 * (torch.arange(11) - 5).square() / 1.5**2)
+    rows = torch.arange(n - 10)[:, None]
+    band = torch.zeros(n - 10, n).scatter_(1, rows + torch.arange(11), (tap / tap.sum()).expand(n - 10, 11))
+    return band.to(device, dtype)
 
 
 def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
@@ -188,11 +192,19 @@ def load_vae(path: Path, device: torch.device) -> tuple[VAE, dict]:
     return vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), meta
 
 
-def load_run(folder: Path, weights: str, device: torch.device) -> tuple[StableDiffusion, VAE, dict, Path]:
-    """(diffusion, VAE, meta of the diffusion, its file) of a run, `weights` "best" or "final"; they must be a pair."""
+def load_run(
+    folder: Path, weights: str, device: torch.device, precision: str = "auto"
+) -> tuple[StableDiffusion, VAE, dict, Path]:
+    """(diffusion, VAE, meta of the diffusion, its file) of a run, `weights` "best" or "final"; they must be a pair.
+
+    `auto` is half precision on a GPU alone: on a CPU float32 keeps image k the same for every batch size.
+    """
     unet_file, vae_file = folder / "diffusion" / f"{weights}.safetensors", folder / "vae" / "best.safetensors"
     model, meta = load_diffusion(unet_file, device)
     vae, _ = load_vae(vae_file, device)
     if file_hash(vae_file) != meta["vae"]:
         raise UserError(f"{unet_file} was trained on the latents of another VAE than {vae_file}: run train.py --fresh")
+    if device.type == "cpu" and precision == "auto":
+        precision = "fp32"
+    model.amp_dtype = vae.amp_dtype = pick_amp_dtype(precision, device)
     return model, vae, meta, unet_file

@@ -17,7 +17,7 @@ import evidence
 import metrics
 import phantom
 from config import EvaluateConfig
-from evaluate import read_folder
+from dataset import read_images
 from evidence import Evidence, Images
 
 SIDE, CLASSES = 64, ["AD", "NC"]
@@ -253,10 +253,9 @@ def test_mixed_sizes_and_bad_files_are_said_and_left_out(sets, tmp_path: Path):
     folder = write(tmp_path / "mixed", sets[2].take(np.arange(10)))
     cv2.imwrite(str(folder / "AD" / "small_1.png"), np.full((32, 32), 9, np.uint8))
     (folder / "NC" / "torn_1.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    found, problems = read_folder(folder, CLASSES)
-    assert len(found) == 10 and found.pixels.shape[-1] == SIDE
+    pixels, names, problems = read_images(folder)
+    assert pixels.shape == (10, SIDE, SIDE) and pixels.dtype == torch.uint8
     assert "1 of 12 files cannot be used" in problems[0] and "truncated" in problems[0]
-    assert "10 of 64x64, 1 of 32x32" in problems[1] and "only those of 64x64" in problems[1]
-    assert sorted(found.labels.tolist()) == sorted(sets[2].labels[:10].tolist())
-    flat, _ = read_folder(folder / "AD", CLASSES)  # a folder without classes below it: its own name is one
-    assert set(flat.labels.tolist()) == {0}
+    assert "10 of 64x64, 1 of 32x32" in problems[1] and "only those of 64x64 count" in problems[1]
+    assert sorted(names) == sorted(CLASSES[y] for y in sets[2].labels[:10].tolist())
+    assert set(read_images(folder / "AD")[1]) == {"AD"}  # a folder without classes below it: its own name is one

@@ -207,9 +207,13 @@ def test_a_step_that_the_scaler_skips_changes_nothing():
     weights, average, scale = flat(model), flat(ema.module), scaler.get_scale()
     norm = utils.optimise(model(normal(5, 4)).sum() * math.inf, model, optimizer, scaler, ema, 1.0)
     assert not norm.isfinite() and scaler.get_scale() < scale
-    assert torch.equal(flat(model), weights) and torch.equal(flat(ema.module), average) and ema.n_averaged == 2
+    assert torch.equal(flat(model), weights) and torch.equal(flat(ema.module), average)
     utils.optimise(model(normal(5, 4)).square().mean(), model, optimizer, scaler, ema, 1.0)  # and it goes on
-    assert not torch.equal(flat(model), weights) and ema.n_averaged == 3 and flat(model).isfinite().all()
+    assert (
+        not torch.equal(flat(model), weights)
+        and not torch.equal(flat(ema.module), average)
+        and flat(model).isfinite().all()
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
