@@ -31,7 +31,7 @@ RANGPUR = "/home/groups/comp3710/ADNI/AD_NC"
 CACHE_VERSION = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Slice:
     """One image file: ROOT/<split>/<label>/<name>."""
 
@@ -143,7 +143,7 @@ def scan(root: Path, subject_regex: str) -> list[Slice]:
                         f"no person can be read off the name {e.path}: files are <subject>_<slice>.png, "
                         "or say with --subject-regex how to read yours"
                     )
-                person = patients.get(match[1], match[1])
+                person = sys.intern(patients.get(match[1], match[1]))  # one string for all slices of a person
                 stat = e.stat()
                 path = f"{split}/{folder.name}/{e.name}"
                 slices.append(Slice(path, split, folder.name, person, (stat.st_size, stat.st_mtime_ns)))

@@ -36,10 +36,9 @@ from utils import (
     png_bytes,
     progress_bar,
     run_script,
-    to_uint8,
     write_atomic,
 )
-from vae import VAE, load_run
+from vae import VAE, Drawer, load_run
 
 # What report.md says about each section.
 ABOUT = {
@@ -77,14 +76,13 @@ def images_of(data: ADNIDataset) -> Images:
 
 def draw_images(cfg: EvaluateConfig, model: StableDiffusion, vae: VAE, labels: Tensor) -> tuple[Tensor, Tensor]:
     """(uint8 [N, S, S], latents [N, C, h, w]) of the run, image k from (seed, k) as predict.py draws it."""
-    pixels, latents, bar = [], [], progress_bar(len(labels), what="drawing")
+    drawer = Drawer(model, vae, cfg.batch_size, cfg.guidance)
+    parts, bar = [], progress_bar(len(labels), what="drawing")
     with bar:
         for k in torch.arange(len(labels)).split(cfg.batch_size):
-            z = model.generate(vae.latent_shape, cfg.seed, k.tolist(), labels[k], cfg.guidance)
-            pixels.append(torch.from_numpy(to_uint8(vae.decode(z))))
-            latents.append(z.cpu())
+            parts.append([part.cpu() for part in drawer(cfg.seed, k.tolist(), labels[k])])
             bar.update(len(k))
-    return torch.cat(pixels), torch.cat(latents)
+    return tuple(torch.cat(part) for part in zip(*parts))
 
 
 def gather(cfg: EvaluateConfig) -> Evidence:

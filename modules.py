@@ -20,9 +20,10 @@ from utils import UserError, autocast, generator, load_into, load_weights
 # Blocks
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with the most groups up to 32 that divide the channels."""
-    return nn.GroupNorm(max(g for g in range(1, 33) if channels % g == 0), channels, eps=1e-6)
+def group_norm(channels: int, least: int = 1) -> nn.GroupNorm:
+    """GroupNorm with as many groups as there can be: up to 32, each of at least that many channels."""
+    fits = (g for g in range(1, 33) if channels % g == 0 and (g == 1 or channels // g >= least))
+    return nn.GroupNorm(max(fits), channels, eps=1e-6)
 
 
 def zero_init(layer: nn.Module) -> nn.Module:
@@ -42,11 +43,11 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 class ResidualBlock(nn.Module):
     """norm-SiLU-conv twice around a skip; the embedding enters by scale and shift (Dhariwal & Nichol 2021)."""
 
-    def __init__(self, cin: int, cout: int, emb_dim: int = 0, dropout: float = 0.0):
+    def __init__(self, cin: int, cout: int, emb_dim: int = 0, dropout: float = 0.0, norm_group: int = 1):
         super().__init__()
-        self.norm1, self.conv1 = group_norm(cin), nn.Conv2d(cin, cout, 3, padding=1)
+        self.norm1, self.conv1 = group_norm(cin, norm_group), nn.Conv2d(cin, cout, 3, padding=1)
         self.emb = nn.Linear(emb_dim, 2 * cout) if emb_dim else None
-        self.norm2, self.conv2 = group_norm(cout), zero_init(nn.Conv2d(cout, cout, 3, padding=1))
+        self.norm2, self.conv2 = group_norm(cout, norm_group), zero_init(nn.Conv2d(cout, cout, 3, padding=1))
         self.dropout = nn.Dropout(dropout)
         self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
@@ -61,18 +62,25 @@ class ResidualBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Multi-head self-attention over the H·W positions, around a skip."""
 
-    def __init__(self, channels: int, head_dim: int = 64):
+    def __init__(self, channels: int, norm_group: int = 1, head_dim: int = 64):
         super().__init__()
         self.heads = max(h for h in range(1, max(1, channels // head_dim) + 1) if channels % h == 0)
-        self.norm, self.qkv = group_norm(channels), nn.Conv2d(channels, 3 * channels, 1)
+        self.norm, self.qkv = group_norm(channels, norm_group), nn.Conv2d(channels, 3 * channels, 1)
         self.proj = zero_init(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
         # [B, 3C, H, W] -> three of [B, heads, H*W, C/heads]
         q, k, v = self.qkv(self.norm(x)).view(b, 3, self.heads, c // self.heads, h * w).transpose(3, 4).unbind(1)
-        out = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(b, c, h, w)
-        return x + self.proj(out)
+        return x + self.proj(attend(q, k, v).transpose(2, 3).reshape(b, c, h, w))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, each [B, heads, N, d]."""
+    if q.device.type != "cpu" or q.shape[2] > 256:
+        return F.scaled_dot_product_attention(q, k, v)
+    # PyTorch's fused kernel for CPUs takes four times as long for a few positions in bfloat16 (docs/speed.md).
+    return ((q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)).softmax(-1) @ v
 
 
 class Upsample(nn.Module):
@@ -102,11 +110,12 @@ class UNet(nn.Module):
         attention: Sequence[int] = (16, 8),
         num_classes: int = 0,
         dropout: float = 0.0,
+        norm_group: int = 1,
     ):
         super().__init__()
         self.config = dict(
             in_channels=in_channels, resolution=resolution, channels=list(channels), blocks=blocks,
-            attention=list(attention), num_classes=num_classes, dropout=dropout,
+            attention=list(attention), num_classes=num_classes, dropout=dropout, norm_group=norm_group,
         )  # fmt: skip
         if channels[0] % 2:
             raise ValueError(f"the first width must be even, not {channels[0]}")
@@ -117,8 +126,8 @@ class UNet(nn.Module):
         self.label = nn.Embedding(num_classes + 1, emb) if num_classes else None
 
         def block(cin: int, cout: int, side: int) -> nn.ModuleList:
-            attn = AttentionBlock(cout) if side in attention else nn.Identity()
-            return nn.ModuleList([ResidualBlock(cin, cout, emb, dropout), attn])
+            attn = AttentionBlock(cout, norm_group) if side in attention else nn.Identity()
+            return nn.ModuleList([ResidualBlock(cin, cout, emb, dropout, norm_group), attn])
 
         self.stem = nn.Conv2d(in_channels, channels[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
@@ -132,7 +141,7 @@ class UNet(nn.Module):
                 self.down.append(block(width, c, side))
                 skips.append(c)
                 width = c
-        self.mid = nn.ModuleList([block(width, width, side), ResidualBlock(width, width, emb, dropout)])
+        self.mid = nn.ModuleList([block(width, width, side), ResidualBlock(width, width, emb, dropout, norm_group)])
         for level, c in reversed(list(enumerate(channels))):
             for _ in range(blocks + 1):
                 self.up.append(block(width + skips.pop(), c, side))
@@ -140,7 +149,7 @@ class UNet(nn.Module):
             if level:
                 self.up.append(Upsample(width, channels[level - 1]))
                 width, side = channels[level - 1], side * 2
-        self.norm, self.out = group_norm(width), zero_init(nn.Conv2d(width, in_channels, 3, padding=1))
+        self.norm, self.out = group_norm(width, norm_group), zero_init(nn.Conv2d(width, in_channels, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         emb = self.time(timestep_embedding(t, self.time[0].in_features))  # [B, E]

@@ -8,6 +8,7 @@ if __name__ == "__main__":
     cfg = parse(PretrainConfig)  # before torch is imported, so that --help answers at once
 
 import time
+from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 
@@ -83,12 +84,12 @@ def evaluate(vae: VAE, val: ADNIDataset, cfg: PretrainConfig, device: torch.devi
     return {"loss/val": loss, "reconstruction/val": reconstruction, "KL/val": kl, "PSNR/val": p, "SSIM/val": s}
 
 
-def show_reconstructions(vae: VAE, x: Tensor, folder: Path, epoch: int) -> None:
+def show_reconstructions(vae: VAE, x: Tensor, folder: Path, epoch: int, last: bool) -> None:
     """One more frame of FOLDER/reconstructions.gif: inputs above, reconstructions below, error x4 at the bottom."""
     with frozen(vae):
         x_hat = vae.reconstruct(vae.posterior(x)[0]).clamp(-1, 1)
     rows = np.concatenate([to_uint8(x), to_uint8(x_hat), to_uint8(4 * (x_hat - x).abs() - 1)])
-    grow_gif(folder, "reconstructions", image_grid(rows, columns=len(x)), epoch)
+    grow_gif(folder, "reconstructions", image_grid(rows, columns=len(x)), epoch, last)
 
 
 def main(cfg: PretrainConfig) -> None:
@@ -149,7 +150,13 @@ def main(cfg: PretrainConfig) -> None:
 
     compile_networks(cfg.compile, False, [vae.encoder, vae.decoder], trial, device)
 
+    champion = None  # the best weights since the last save, which writes them: epochs can be seconds long
+
     def save() -> None:
+        nonlocal champion
+        if champion:
+            save_weights(folder / "best.safetensors", *champion)
+            champion = None
         saved = {name: part.state_dict() for name, part in parts.items()}
         numbers = {"step": step, "evaluated": evaluated, "best": best, "sums": sums.cpu()}
         save_state(folder / "last.pt", {**saved, **numbers, "config": asdict(cfg), "data": fingerprint})
@@ -170,9 +177,9 @@ def main(cfg: PretrainConfig) -> None:
             log.log(step, numbers)
             if numbers["loss/val"] < best:
                 best = numbers["loss/val"]
-                save_weights(folder / "best.safetensors", ema.module, {**meta, "epoch": epoch, "metrics": numbers})
+                champion = (deepcopy(ema.module), {**meta, "epoch": epoch, "metrics": numbers})
             if epoch % cfg.gif_every == 0 or step == total:
-                show_reconstructions(ema.module, shown, folder, epoch)
+                show_reconstructions(ema.module, shown, folder, epoch, step == total)
                 log.picture(step, "reconstructions", folder / "reconstructions.gif")
                 log.plot()
             bar.write(

@@ -15,11 +15,15 @@ import csv
 import io
 import json
 import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dataset import load_splits_as_trained
 from metrics import CopyDetector, TooFew, is_copy
@@ -30,17 +34,16 @@ from utils import (
     file_hash,
     git_commit,
     image_grid,
-    pick_amp_dtype,
     pick_device,
     png_bytes,
     progress_bar,
     run_script,
-    to_uint8,
     visualise_denoising_process,
     write_atomic,
 )
-from vae import VAE, load_run
+from vae import VAE, Drawer, load_run
 
+T = TypeVar("T")
 ATTEMPTS = 20  # draws of an image, before a model that gives nothing but copies is called that
 
 
@@ -117,6 +120,47 @@ def copy_detector(cfg: PredictConfig, vae: VAE, meta: dict, device: torch.device
         raise UserError(f"--reject-copies cannot be done on {cfg.data}: {e}") from None
 
 
+def write_image(path: Path, image: np.ndarray) -> None:
+    """A grey uint8 [S, S] image as PNG."""
+    write_atomic(path, png_bytes(image))
+
+
+def replace_copies(
+    images: np.ndarray,
+    indices: list[int],
+    ks: list[int],
+    detector: CopyDetector,
+    draw: Callable[[list[int], list[int]], Tensor],
+) -> dict[str, Tensor]:
+    """Draw again, in place, whatever is a copy of a training slice; the distances of what stays."""
+    distance, _ = detector.distances(torch.from_numpy(images))
+    for attempt in range(1, ATTEMPTS + 1):
+        again = is_copy(distance).nonzero()[:, 0].tolist()
+        if not again:
+            break
+        if attempt == ATTEMPTS:
+            raise UserError(
+                f"image {ks[again[0]]} is a copy of a training slice in each of {ATTEMPTS} draws: the run has learnt "
+                "its data by heart and nothing of it should be published"
+            )
+        for j in again:
+            indices[j] = attempt * 10**9 + ks[j]
+        images[again] = draw([indices[j] for j in again], [ks[j] for j in again]).cpu().numpy()
+        fresh, _ = detector.distances(torch.from_numpy(images[again]))
+        for name, d in fresh.items():
+            distance[name][again] = d
+    return distance
+
+
+def one_ahead(items: Iterable[T]) -> Iterator[T]:
+    """The same items, each after the next one was made: a GPU then works on that one meanwhile."""
+    last: list[T] = []
+    for item in items:
+        yield from last
+        last = [item]
+    yield from last
+
+
 def datasheet(cfg: PredictConfig, meta: dict, how: dict, rows: list[list], checkpoint: str) -> str:
     """README.md of the folder: what it holds, where it comes from, and what was done against copies."""
     counts = {c: sum(r[1] == c for r in rows) for c in sorted({r[1] for r in rows})}
@@ -160,11 +204,7 @@ def main(cfg: PredictConfig) -> None:
     folder = Path(cfg.checkpoints) / cfg.run
     if cfg.run == "pretrained" and not folder.exists():
         raise UserError(f"there are no pretrained weights in {folder}: train a run and name it with --run")
-    model, vae, meta, unet_file = load_run(folder, cfg.weights, device)
-    # Autocast pays on a GPU; on a CPU sampling is short, and float32 keeps image k the same for every batch size.
-    model.amp_dtype = vae.amp_dtype = (
-        pick_amp_dtype(cfg.precision, device) if device.type == "cuda" or cfg.precision != "auto" else None
-    )
+    model, vae, meta, unet_file = load_run(folder, cfg.weights, device, cfg.precision)
     classes = meta["classes"]
     for name in cfg.class_name:
         if name not in classes:
@@ -175,7 +215,7 @@ def main(cfg: PredictConfig) -> None:
         raise UserError(f"run {cfg.run} is unconditional and has no class to be guided to: leave out --guidance")
     how = plan_sampling(cfg, model)
     out = Path(cfg.out)
-    free = ("out", "batch_size", "device", "wandb", "checkpoints", "data", "cache")
+    free = ("out", "batch_size", "compile", "device", "wandb", "checkpoints", "data", "cache")
     command = {k: v for k, v in asdict(cfg).items() if k not in free} | {"class_name": list(cfg.class_name)}
     checkpoint = file_hash(unet_file)
     detector = copy_detector(cfg, vae, meta, device) if cfg.reject_copies else None
@@ -186,60 +226,51 @@ def main(cfg: PredictConfig) -> None:
     labels = [turn[k % len(turn)] for k in range(cfg.num_images)]
     kind = [classes[y] if model.num_classes or len(classes) == 1 else "any" for y in labels]
     names = [f"train/{kind[k]}/s{cfg.seed}i{k:05d}_0.png" for k in range(cfg.num_images)]
-    rows, saved_at = read_manifest(out), time.time()
-    watched = set() if (out / "denoising.gif").exists() else set(range(min(4, cfg.num_images)))
-    missing = [k for k in range(cfg.num_images) if k in watched or k not in rows or not (out / names[k]).exists()]
+    rows, spaces = read_manifest(out), list(detector.spaces) if detector else []
+    missing = [k for k in range(cfg.num_images) if k not in rows or not (out / names[k]).exists()]
     if not missing and (out / "README.md").exists():
         print(f"{out} is complete: {cfg.num_images} images")
         return
 
-    seen: list[list] = []  # per batch, what became of its watched images at each step
+    batch = min(cfg.batch_size or (64 if device.type == "cuda" else 16), max(1, len(missing)))
+    choice = "off" if cfg.compile == "auto" and len(missing) < 2000 else cfg.compile
+    drawer = Drawer(model, vae, batch, cfg.guidance, choice, **how)
 
-    def draw(indices: list[int], ks: list[int], watch: int = 0) -> np.ndarray:
-        """Images of these indices, uint8 [B, S, S], of the classes of images ks."""
-        steps: list = []
-        seen.extend([steps] if watch else [])
-        callback = (lambda t, x, x0: steps.append((t, x[:watch], x0[:watch]))) if watch else None
-        y = torch.tensor([labels[k] for k in ks])
-        z = model.generate(vae.latent_shape, cfg.seed, indices, y, cfg.guidance, callback=callback, **how)
-        return to_uint8(vae.decode(z))
+    def draw(indices: list[int], ks: list[int]) -> Tensor:
+        """Images of these indices, uint8 [B, S, S] on the device, of the classes of images ks."""
+        return drawer(cfg.seed, indices, torch.tensor([labels[k] for k in ks]))[0]
 
-    start, bar = time.time(), progress_bar(cfg.num_images, cfg.num_images - len(missing))
-    with bar:
-        for i in range(0, len(missing), cfg.batch_size):
-            ks = missing[i : i + cfg.batch_size]
-            indices = list(ks)
-            images = draw(indices, ks, sum(k in watched for k in ks))  # the watched come first
-            distance: dict[str, torch.Tensor] = {}
-            if detector:
-                distance, _ = detector.distances(torch.from_numpy(images))
-                for attempt in range(1, ATTEMPTS + 1):
-                    again = is_copy(distance).nonzero()[:, 0].tolist()
-                    if not again:
-                        break
-                    if attempt == ATTEMPTS:
-                        raise UserError(
-                            f"image {ks[again[0]]} is a copy of a training slice in each of {ATTEMPTS} draws: run "
-                            f"{cfg.run} has learnt its data by heart and nothing of it should be published"
-                        )
-                    for j in again:
-                        indices[j] = attempt * 10**9 + ks[j]
-                    images[again] = draw([indices[j] for j in again], [ks[j] for j in again])
-                    fresh, _ = detector.distances(torch.from_numpy(images[again]))
-                    for name, d in fresh.items():
-                        distance[name][again] = d
-            for j, k in enumerate(ks):
-                write_atomic(out / names[k], png_bytes(images[j]))
-                rows[k] = [names[k], kind[k], cfg.seed, indices[j], checkpoint]
-                rows[k] += [f"{d[j]:.4f}" for d in distance.values()]
+    start, saved_at, bar = time.time(), time.time(), progress_bar(cfg.num_images, cfg.num_images - len(missing))
+    writing, written = [], {}  # files of the batch before, and the rows that enter the manifest once they are there
+    with ThreadPoolExecutor(8) as pool, bar:
+        batches = [missing[i : i + batch] for i in range(0, len(missing), batch)]
+        for ks, drawn in one_ahead((ks, draw(ks, ks)) for ks in batches):
+            images, indices = drawn.cpu().numpy(), list(ks)
+            distance = replace_copies(images, indices, ks, detector, draw) if detector else {}
+            for job in writing:
+                job.result()
+            rows |= written
+            writing = [pool.submit(write_image, out / names[k], image) for k, image in zip(ks, images)]
+            written = {
+                k: [names[k], kind[k], cfg.seed, indices[j], checkpoint, *(f"{d[j]:.4f}" for d in distance.values())]
+                for j, k in enumerate(ks)
+            }
             bar.update(len(ks))
-            if time.time() - saved_at > 30 or i + cfg.batch_size >= len(missing):
-                write_manifest(out, rows, list(detector.spaces) if detector else [])
+            if time.time() - saved_at > 30:
+                write_manifest(out, rows, spaces)
                 saved_at = time.time()
+        for job in writing:
+            job.result()
+    rows |= written
+    write_manifest(out, rows, spaces)
     seconds = time.time() - start
-    if seen:
-        joined = [(parts[0][0], *(torch.cat([p[i] for p in parts]) for i in (1, 2))) for parts in zip(*seen)]
-        visualise_denoising_process(joined, vae.decode, out)
+    if not (out / "denoising.gif").exists():  # of the first images, whichever of their draws was kept
+        first, steps = range(min(4, cfg.num_images)), []
+        model.generate(
+            vae.latent_shape, cfg.seed, [rows[k][3] for k in first], torch.tensor([labels[k] for k in first]),
+            cfg.guidance, callback=lambda *step: steps.append(step), **how,
+        )  # fmt: skip
+        visualise_denoising_process(steps, vae.decode, out)
     shown = range(min(cfg.num_images, 64))
     write_atomic(out / "grid.png", png_bytes(image_grid(np.stack([cv2.imread(str(out / names[k]), 0) for k in shown]))))
     write_atomic(out / "README.md", datasheet(cfg, meta, how, list(rows.values()), checkpoint).encode())

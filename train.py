@@ -12,6 +12,7 @@ if __name__ == "__main__":
 
 import time
 from collections.abc import Iterable, Iterator
+from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -160,7 +161,14 @@ def denoising_quality(
 
 
 def show_samples(
-    model: StableDiffusion, vae: VAE, train: ADNIDataset, val: ADNIDataset, cfg: TrainConfig, folder: Path, epoch: int
+    model: StableDiffusion,
+    vae: VAE,
+    train: ADNIDataset,
+    val: ADNIDataset,
+    cfg: TrainConfig,
+    folder: Path,
+    epoch: int,
+    last: bool,
 ) -> dict[str, float]:
     """16 samples of the fixed seed to FOLDER/samples.png and the growing samples.gif, classes in turn.
 
@@ -176,7 +184,7 @@ def show_samples(
         )
         x = vae.decode(z)
         visualise_denoising_process(steps, vae.decode, folder)
-    grow_gif(folder, "samples", image_grid(to_uint8(x)), epoch)
+    grow_gif(folder, "samples", image_grid(to_uint8(x)), epoch, last)
     g = generator(cfg.seed, 7)
     strangers, real = (unit(d.batch(torch.randint(len(d), (n,), generator=g), device)) for d in (val, train))
     (p, s), (p_real, s_real) = unpaired(unit(x), strangers), unpaired(real, strangers)
@@ -220,7 +228,9 @@ def main(cfg: TrainConfig) -> None:
     def build() -> StableDiffusion:
         try:
             channels, side, _ = vae.latent_shape
-            unet = UNet(channels, side, cfg.channels, cfg.blocks, cfg.attention, num_classes, cfg.dropout)
+            unet = UNet(
+                channels, side, cfg.channels, cfg.blocks, cfg.attention, num_classes, cfg.dropout, cfg.norm_group
+            )
             return StableDiffusion(
                 unet, NoiseScheduler_Fast_DDPM(num_steps=cfg.num_steps, grid=cfg.grid), cfg.prediction
             )
@@ -284,7 +294,13 @@ def main(cfg: TrainConfig) -> None:
 
     compile_networks(cfg.compile, False, [model.unet], trial, device)
 
+    champion = None  # the best weights since the last save, which writes them: epochs can be seconds long
+
     def save() -> None:
+        nonlocal champion
+        if champion:
+            save_weights(folder / "best.safetensors", *champion)
+            champion = None
         saved = {name: part.state_dict() for name, part in parts.items()}
         numbers = {"step": step, "evaluated": evaluated, "best": best, "sums": sums.cpu(), "vae": meta["vae"]}
         save_state(folder / "last.pt", {**saved, **numbers, "config": asdict(cfg), "data": fingerprint})
@@ -305,7 +321,7 @@ def main(cfg: TrainConfig) -> None:
                 numbers["GPU memory (GB)"] = torch.cuda.max_memory_allocated(device) / 1e9
             if epoch % cfg.sample_every == 0 or step == total:
                 numbers |= denoising_quality(ema.module, vae, val_latents, val, cfg)
-                numbers |= show_samples(ema.module, vae, train, val, cfg, folder, epoch)
+                numbers |= show_samples(ema.module, vae, train, val, cfg, folder, epoch, step == total)
                 log.picture(step, "samples", folder / "samples.png")
                 log.picture(step, "denoising", folder / "denoising.gif")
             log.log(step, numbers)
@@ -313,7 +329,7 @@ def main(cfg: TrainConfig) -> None:
                 log.plot()
             if numbers["loss/val"] < best:
                 best = numbers["loss/val"]
-                save_weights(folder / "best.safetensors", ema.module, {**meta, "epoch": epoch, "metrics": numbers})
+                champion = (deepcopy(ema.module), {**meta, "epoch": epoch, "metrics": numbers})
             a, b = numbers["loss/train"], numbers["loss/val"]
             bar.write(f"epoch {epoch:4d}  train {a:.4f}  val {b:.4f}  {speed:.0f} images/s")
             evaluated, clock, clock_step = step, time.time(), step

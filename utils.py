@@ -131,6 +131,31 @@ def compile_networks(
     return True
 
 
+class Replay:
+    """call(*tensors) -> tensors, recorded once as a CUDA graph: replayed, it is one launch instead of thousands.
+
+    `call` must not wait for the GPU; inputs keep the shapes of `example`. The next call overwrites the outputs.
+    """
+
+    def __init__(self, call: Callable[..., tuple[Tensor, ...]], *example: Tensor):
+        self.inputs = [x.clone() for x in example]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # libraries choose their kernels and take their workspaces before recording
+            for _ in range(3):
+                call(*self.inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outputs = call(*self.inputs)
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        for mine, x in zip(self.inputs, inputs):
+            mine.copy_(x, non_blocking=True)
+        self.graph.replay()
+        return self.outputs
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows of big tensors, without waiting
 
@@ -560,9 +585,14 @@ def frozen(*models: nn.Module) -> Iterator[None]:
 # Pictures
 
 
+def to_pixels(x: Tensor) -> Tensor:
+    """Images in [-1, 1], [B, 1, H, W] -> uint8 [B, H, W], where they are."""
+    return ((x.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)[:, 0]
+
+
 def to_uint8(x: Tensor) -> np.ndarray:
     """Images in [-1, 1], [B, 1, H, W] -> uint8 [B, H, W]."""
-    return ((x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)[:, 0].numpy()
+    return to_pixels(x).cpu().numpy()
 
 
 def image_grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarray:
@@ -594,13 +624,19 @@ def save_gif(path: Path, frames: Sequence[np.ndarray], seconds: float = 0.25) ->
     write_atomic(path, buffer.getvalue())
 
 
-def grow_gif(folder: Path, name: str, frame: np.ndarray, epoch: int) -> None:
-    """FOLDER/<name>.png shows this frame, FOLDER/<name>.gif all frames so far; each is kept in FOLDER/frames."""
+def grow_gif(folder: Path, name: str, frame: np.ndarray, epoch: int, last: bool = True) -> None:
+    """FOLDER/<name>.png shows this frame, FOLDER/<name>.gif all frames so far; each is kept in FOLDER/frames.
+
+    The GIF is made anew with the 1st, 2nd, 4th, 8th ... frame and the `last`, or its cost would grow with the square.
+    """
     import cv2
 
     write_atomic(folder / "frames" / f"{epoch:05d}.png", png_bytes(frame))
     write_atomic(folder / f"{name}.png", png_bytes(frame))
-    frames = [cv2.imread(str(p), cv2.IMREAD_GRAYSCALE) for p in sorted((folder / "frames").glob("*.png"))]
+    paths = sorted((folder / "frames").glob("*.png"))
+    if not last and len(paths).bit_count() != 1:
+        return
+    frames = [cv2.imread(str(p), cv2.IMREAD_GRAYSCALE) for p in paths]
     save_gif(folder / f"{name}.gif", frames)
 
 

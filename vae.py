@@ -6,13 +6,34 @@ import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules import AttentionBlock, ResidualBlock, StableDiffusion, Upsample, group_norm, load_diffusion
-from utils import UserError, autocast, file_hash, load_into, load_weights, pick_amp_dtype
+from modules import (
+    AttentionBlock,
+    ResidualBlock,
+    StableDiffusion,
+    Upsample,
+    group_norm,
+    load_diffusion,
+    randn,
+    sample,
+)
+from utils import (
+    Replay,
+    UserError,
+    autocast,
+    compile_networks,
+    file_hash,
+    generator,
+    load_into,
+    load_weights,
+    pick_amp_dtype,
+    to_pixels,
+)
 
 LOGVAR_RANGE = (-30.0, 20.0)  # exp(20 / 2) is still finite in float16
 
@@ -190,6 +211,45 @@ def load_vae(path: Path, device: torch.device) -> tuple[VAE, dict]:
         raise UserError(f"{path} describes a VAE that this version cannot build: {e}") from None
     load_into(vae, tensors, path)
     return vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), meta
+
+
+class Drawer:
+    """Images of a model by (seed, index): noise, sampler and decoder; on a GPU one CUDA graph of a fixed batch.
+
+    `how` goes to `sample`: timesteps, solver, eta. What eta puts back is drawn on the CPU, so only eta = 0 is recorded.
+    """
+
+    def __init__(
+        self, model: StableDiffusion, vae: VAE, batch: int, guidance: float = 1.0, compile: str = "off", **how: Any
+    ):
+        self.model, self.vae, self.batch, self.guidance, self.how = model, vae, batch, guidance, how
+        self.device, self.replay = vae.latent_mean.device, None
+        x = torch.zeros(batch, *vae.latent_shape, device=self.device)
+        y = torch.zeros(batch, dtype=torch.int64, device=self.device)
+        noise = [generator(0)] * batch
+        compile_networks(compile, False, [model.unet, vae.decoder], lambda: self.draw(x, y, noise), self.device)
+        if self.device.type == "cuda" and not how.get("eta"):
+            try:
+                self.replay = Replay(self.draw, x, y)
+            except RuntimeError as e:
+                print(f"no CUDA graph can be recorded here, going on without ({str(e).splitlines()[0]})")
+
+    @torch.no_grad()
+    def draw(self, x: Tensor, y: Tensor, noise: Sequence[torch.Generator] | None = None) -> tuple[Tensor, Tensor]:
+        """x_T and labels on the device -> (uint8 [B, S, S], latents [B, C, h, w])."""
+        denoise = self.model.denoiser(y, self.guidance)
+        z = sample(denoise, x, self.model.scheduler, generator=noise, **self.how)
+        return to_pixels(self.vae.decode(z)), z
+
+    def __call__(self, seed: int, indices: Sequence[int], y: Tensor) -> tuple[Tensor, Tensor]:
+        """What `draw` gives for up to `batch` indices and their classes; a GPU may still be at work on it."""
+        n = len(indices)
+        noise = [generator(seed, k) for k in indices]  # one stream per image, x_T first, then what eta puts back
+        x = randn((n, *self.vae.latent_shape), noise)
+        if self.replay is None:
+            return self.draw(x.to(self.device), y.to(self.device), noise)
+        x, y = (F.pad(v, [0] * (2 * v.ndim - 1) + [self.batch - n]).pin_memory() for v in (x, y))
+        return tuple(out[:n].clone() for out in self.replay(x, y))
 
 
 def load_run(

@@ -5,11 +5,11 @@ Random features and images of n slices of n / 20 people against n generated ones
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 import time
 from collections.abc import Callable
+from json import dumps
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import metrics
 
 
-def main(n: int = 20_000, side: int = 128, resamples: int = 200, tsne: bool = False, json_file: str = "") -> None:
+def main(n: int = 20_000, side: int = 128, resamples: int = 200, tsne: bool = False, json: str = "") -> None:
     """Measure.
 
     Args:
@@ -29,7 +29,7 @@ def main(n: int = 20_000, side: int = 128, resamples: int = 200, tsne: bool = Fa
         side: Pixels of an image's side.
         resamples: Bootstrap resamples of people.
         tsne: Also compare openTSNE with scikit-learn on n points of 50 dimensions.
-        json_file: Where to write the rows.
+        json: Where to write the rows.
     """
     rows: list[dict] = []
 
@@ -68,8 +68,8 @@ def main(n: int = 20_000, side: int = 128, resamples: int = 200, tsne: bool = Fa
 
         took("t-SNE, openTSNE", lambda: Open(random_state=0, n_jobs=-1).fit(points))
         took("t-SNE, scikit-learn", lambda: Scikit(random_state=0, n_jobs=-1).fit_transform(points))
-    if json_file:
-        Path(json_file).write_text(json.dumps(rows, indent=1) + "\n")
+    if json:
+        Path(json).write_text(dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

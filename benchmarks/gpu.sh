@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# What is to be run once on a CUDA GPU, from the repository's folder, with the slices of ds002748 in DATA:
+# Everything about speed that only a CUDA GPU can say, in under 8 minutes on one card, from the repository's folder:
 #   DATA=../shared/data/ds002748 bash benchmarks/gpu.sh
-# Correctness under both half precisions, then the job at 256 x 256, then sampling one image and 256. Logs go to OUT.
+# needs requirements-bench.txt. Rows go to docs/results/gpu-*.json, the log and the profile beside them.
+# With TRAIN=1 it then trains the `adni` preset on DATA, draws, maps and evaluates (about an hour).
 set -euo pipefail
 DATA=${DATA:-../shared/data/ds002748}
-OUT=${OUT:-docs/results/gpu}
+OUT=${OUT:-docs/results}
 PY=${PY:-.venv/bin/python}
 mkdir -p "$OUT"
 {
@@ -12,12 +13,16 @@ mkdir -p "$OUT"
   git rev-parse --short HEAD
   nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
   $PY -m pytest -q -n 0 tests/test_gpu.py
+  $PY benchmarks/train_step.py  --device cuda --seconds 20 --json "$OUT/gpu-train_step.json"
+  $PY benchmarks/profile_step.py --device cuda --out "$OUT/gpu-profile.txt"
+  $PY benchmarks/sample.py      --device cuda --seconds 15 --json "$OUT/gpu-sample.json"
+  $PY benchmarks/train_epoch.py --device cuda --seconds 15 --json "$OUT/gpu-train_epoch.json" --data "$DATA"
+} 2>&1 | tee "$OUT/gpu-log.txt"
+[ "${TRAIN:-0}" = 1 ] || exit 0
+{
   time $PY pre_train.py adni --data "$DATA" --run gpu --epochs 60 --wandb offline
   time $PY train.py adni --data "$DATA" --run gpu --epochs 200 --wandb offline
-  for n in 1 256; do
-    $PY predict.py --run gpu --num-images $n --batch-size 64 --out "$OUT/out-$n"
-  done
+  $PY predict.py --run gpu --num-images 256 --out "$OUT/gpu-images"
   $PY tsne.py --run gpu --data "$DATA" --wandb offline
   time $PY evaluate.py --run gpu --data "$DATA" --wandb offline --no-training-pictures
-} 2>&1 | tee "$OUT/log.txt"
-cp checkpoints/gpu/{vae/reconstructions.png,diffusion/samples.png,diffusion/curves.png} "$OUT"
+} 2>&1 | tee "$OUT/gpu-training.txt"
