@@ -71,7 +71,7 @@ class LoopConfig(DataConfig, MachineConfig):
     ema_decay: float = 0.999
     """Decay of the averaged weights, which are the ones that are evaluated, saved and sampled."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile, a minute at the start for faster steps. auto: on a GPU, and on a CPU where it pays."""
+    """torch.compile, a minute at the start for faster steps. auto: on a GPU."""
     save_minutes: float = 5.0
     """Minutes between two writes of last.pt: the most work that a killed job can lose."""
     flip: bool = False

@@ -148,7 +148,7 @@ def main(cfg: PretrainConfig) -> None:
         scaler.scale(loss).backward()
         vae.zero_grad()
 
-    compile_networks(cfg.compile, False, [vae.encoder, vae.decoder], trial, device)
+    compile_networks(cfg.compile, [vae.encoder, vae.decoder], trial, device)
 
     champion = None  # the best weights since the last save, which writes them: epochs can be seconds long
 

@@ -31,6 +31,7 @@ from modules import StableDiffusion, make_grid
 from utils import (
     UserError,
     describe_hardware,
+    fetch,
     file_hash,
     git_commit,
     image_grid,
@@ -130,7 +131,7 @@ def replace_copies(
     indices: list[int],
     ks: list[int],
     detector: CopyDetector,
-    draw: Callable[[list[int], list[int]], Tensor],
+    draw: Callable[[list[int], list[int]], Callable[[], np.ndarray]],
 ) -> dict[str, Tensor]:
     """Draw again, in place, whatever is a copy of a training slice; the distances of what stays."""
     distance, _ = detector.distances(torch.from_numpy(images))
@@ -145,7 +146,7 @@ def replace_copies(
             )
         for j in again:
             indices[j] = attempt * 10**9 + ks[j]
-        images[again] = draw([indices[j] for j in again], [ks[j] for j in again]).cpu().numpy()
+        images[again] = draw([indices[j] for j in again], [ks[j] for j in again])()
         fresh, _ = detector.distances(torch.from_numpy(images[again]))
         for name, d in fresh.items():
             distance[name][again] = d
@@ -236,16 +237,16 @@ def main(cfg: PredictConfig) -> None:
     choice = "off" if cfg.compile == "auto" and len(missing) < 2000 else cfg.compile
     drawer = Drawer(model, vae, batch, cfg.guidance, choice, **how)
 
-    def draw(indices: list[int], ks: list[int]) -> Tensor:
-        """Images of these indices, uint8 [B, S, S] on the device, of the classes of images ks."""
-        return drawer(cfg.seed, indices, torch.tensor([labels[k] for k in ks]))[0]
+    def draw(indices: list[int], ks: list[int]) -> Callable[[], np.ndarray]:
+        """Start images of these indices, of the classes of images ks; the call waits for them, uint8 [B, S, S]."""
+        return fetch(drawer(cfg.seed, indices, torch.tensor([labels[k] for k in ks]))[0])
 
     start, saved_at, bar = time.time(), time.time(), progress_bar(cfg.num_images, cfg.num_images - len(missing))
     writing, written = [], {}  # files of the batch before, and the rows that enter the manifest once they are there
     with ThreadPoolExecutor(8) as pool, bar:
         batches = [missing[i : i + batch] for i in range(0, len(missing), batch)]
         for ks, drawn in one_ahead((ks, draw(ks, ks)) for ks in batches):
-            images, indices = drawn.cpu().numpy(), list(ks)
+            images, indices = drawn(), list(ks)
             distance = replace_copies(images, indices, ks, detector, draw) if detector else {}
             for job in writing:
                 job.result()

@@ -292,7 +292,7 @@ def main(cfg: TrainConfig) -> None:
         scaler.scale(loss.mean()).backward()
         model.zero_grad()
 
-    compile_networks(cfg.compile, False, [model.unet], trial, device)
+    compile_networks(cfg.compile, [model.unet], trial, device)
 
     champion = None  # the best weights since the last save, which writes them: epochs can be seconds long
 

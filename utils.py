@@ -105,14 +105,15 @@ def generator(*numbers: int, device: torch.device | str = "cpu") -> torch.Genera
 
 
 def compile_networks(
-    choice: str, pays: bool, networks: Sequence[nn.Module], trial: Callable[[], object], device: torch.device
+    choice: str, networks: Sequence[nn.Module], trial: Callable[[], object], device: torch.device
 ) -> bool:
     """torch.compile the forward passes in place, and say whether it was done.
 
-    choice "on", "off", or "auto": on a GPU, and elsewhere if it `pays`. `trial` calls the networks as they will be
-    called, so that what cannot be compiled shows itself here: then one line says so, and they stay as they were.
+    choice "on", "off", or "auto": on a GPU (on a CPU a minute of compiling gains a few percent, docs/speed.md). `trial`
+    calls the networks as they will be called, so that what cannot be compiled shows itself here: then one line says so,
+    and they stay as they were.
     """
-    if choice == "off" or (choice == "auto" and device.type != "cuda" and not pays):
+    if choice == "off" or (choice == "auto" and device.type != "cuda"):
         return False
     start = time.time()
     for network in networks:
@@ -212,6 +213,20 @@ def read_ahead(make: Callable[[Any], Any], items: Iterable[Any], depth: int = 3)
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def fetch(x: Tensor) -> Callable[[], np.ndarray]:
+    """Start to copy x to the host; the call that comes back waits for that alone, not for what is queued after it."""
+    if not x.is_cuda:
+        return x.cpu().numpy
+    host, done = x.to("cpu", non_blocking=True), torch.cuda.Event()
+    done.record()
+
+    def wait() -> np.ndarray:
+        done.synchronize()
+        return host.numpy()
+
+    return wait
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -227,10 +227,12 @@ class Drawer:
         x = torch.zeros(batch, *vae.latent_shape, device=self.device)
         y = torch.zeros(batch, dtype=torch.int64, device=self.device)
         noise = [generator(0)] * batch
-        compile_networks(compile, False, [model.unet, vae.decoder], lambda: self.draw(x, y, noise), self.device)
+        compile_networks(compile, [model.unet, vae.decoder], lambda: self.draw(x, y, noise), self.device)
         if self.device.type == "cuda" and not how.get("eta"):
             try:
                 self.replay = Replay(self.draw, x, y)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as e:
                 print(f"no CUDA graph can be recorded here, going on without ({str(e).splitlines()[0]})")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import tempfile
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import torch
 import tyro
 from common import Bench, BenchConfig, PeerUNet, PeerVAE, make_run, peak_gb, script
 
-from utils import png_bytes, to_uint8, write_atomic
+from utils import fetch, png_bytes, to_uint8, write_atomic
 from vae import Drawer
 
 
@@ -39,7 +40,10 @@ def write(folder: Path, images: np.ndarray, count: itertools.count) -> None:
 
 
 def our_drawing(b: Bench, batch: int, folder: Path, compile: str) -> tuple[Callable[[], None], Callable[[], None]]:
-    """(draw and write a batch, wait for the files): files are written by threads while the next batch is drawn."""
+    """(draw and write a batch, wait for the files).
+
+    As in predict.py, files are written by threads while the next batch is drawn; one image at a time is waited for.
+    """
     model, vae = b.model().eval().requires_grad_(False), b.vae().eval().requires_grad_(False)
     if not b.gpu:
         model.amp_dtype = vae.amp_dtype = None  # predict.py's default on a CPU
@@ -54,11 +58,18 @@ def our_drawing(b: Bench, batch: int, folder: Path, compile: str) -> tuple[Calla
             job.result()
         jobs.clear()
 
+    drawn = deque()
+
     def draw() -> None:
         first = next(count) * batch
-        images = drawer(0, range(first, first + batch), y)[0].cpu().numpy()
-        wait()
-        jobs.extend(pool.submit(save, folder / f"ours{first + j}.png", image) for j, image in enumerate(images))
+        drawn.append((first, fetch(drawer(0, range(first, first + batch), y)[0])))
+        if len(drawn) > (batch > 1):
+            first, images = drawn.popleft()
+            images = images()
+            wait()
+            jobs.extend(pool.submit(save, folder / f"ours{first + j}.png", image) for j, image in enumerate(images))
+        if batch == 1:
+            wait()
 
     return draw, wait
 

@@ -1,4 +1,4 @@
-"""What only a GPU can show: both half precisions train, and the GPU draws the CPU's images."""
+"""What only a GPU can show: half precision trains, no step waits, the GPU draws the CPU's images, as a graph too."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ import torch
 from conftest import TINY_UNET, TINY_VAE, run
 from test_pipeline import images
 
-from utils import read_jsonl
+from config import TrainConfig
+from modules import NoiseScheduler_Fast_DDPM, StableDiffusion, UNet
+from train import training_loss
+from utils import compile_networks, fit, generator, make_ema, optimise, read_jsonl, shuffled, visit
+from vae import VAE, Drawer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")
 
@@ -37,3 +41,65 @@ def test_gpu_and_cpu_draw_the_same_images(trained: Path, tmp_path: Path):
         made.append(images(tmp_path / device))
     for name in made[0]:
         assert np.abs(made[0][name].astype(int) - made[1][name]).max() <= 2
+
+
+def networks() -> tuple[StableDiffusion, VAE]:
+    torch.manual_seed(0)
+    vae = VAE(64, 4, 4, (32, 64), 1)
+    model = StableDiffusion(UNet(4, 16, (32, 64), 1, (8,), 2), NoiseScheduler_Fast_DDPM())
+    for p in [*vae.parameters(), *model.parameters()]:
+        p.data += 0.05 * torch.randn(p.shape)
+    return tuple(m.cuda().to(memory_format=torch.channels_last) for m in (model, vae))
+
+
+@pytest.mark.parametrize("on_the_host", [False, True])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_no_step_waits_for_the_gpu(dtype: torch.dtype | None, on_the_host: bool):
+    model, _ = networks()
+    model.amp_dtype, device = dtype, torch.device("cuda")
+    optimizer, ema = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True), make_ema(model, 0.9)
+    scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
+    moments, labels = torch.rand(64, 1, 2, 4, 16, 16).half(), torch.zeros(64, dtype=torch.int64)
+    if not on_the_host:
+        moments, labels = fit(moments, device), labels.to(device)
+    visits = visit([moments, labels], shuffled(64, 16, 0, 0), device)
+    try:
+        for step in range(12):
+            torch.cuda.set_sync_debug_mode("error" if step > 3 else "default")
+            z, y = next(visits)
+            loss, _ = training_loss(model, z, y, TrainConfig(), 10, generator(0, step, device=device))
+            optimise(loss.mean(), model, optimizer, scaler, ema, 1.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(p.isfinite().all() for p in ema.parameters())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(None, 1e-4), (torch.bfloat16, 1e-2)])
+def test_the_graph_draws_what_the_loop_draws(dtype: torch.dtype | None, tolerance: float):
+    model, vae = (m.eval().requires_grad_(False) for m in networks())
+    model.amp_dtype = vae.amp_dtype = dtype
+    graph = Drawer(model, vae, 8, 1.5)
+    assert graph.replay is not None
+    y = torch.tensor([0, 1, 0, 1, 1])
+    for first in (0, 100):  # a replay does not remember the one before
+        indices = range(first, first + 5)
+        want = model.generate(vae.latent_shape, 3, indices, y, 1.5)
+        pixels, z = graph(3, indices, y)
+        assert ((z - want).norm() / want.norm()).item() < tolerance and pixels.shape == (5, 64, 64)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(None, 1e-4), (torch.bfloat16, 1e-2)])
+def test_compiled_on_the_gpu_is_eager(dtype: torch.dtype | None, tolerance: float):
+    model, _ = networks()
+    model.amp_dtype = dtype
+    z, noise = torch.randn(2, 8, 4, 16, 16, device="cuda")
+    t, y = torch.arange(0, 800, 100, device="cuda"), torch.zeros(8, dtype=torch.int64, device="cuda")
+
+    def both() -> list[torch.Tensor]:
+        loss, x0 = model(z, t, noise, y)
+        return [x0, torch.cat([g.flatten() for g in torch.autograd.grad(loss.sum(), model.unet.parameters())])]
+
+    eager = both()
+    assert compile_networks("auto", [model.unet], both, torch.device("cuda"))
+    for a, b in zip(both(), eager):
+        assert ((a - b).norm() / b.norm()).item() < tolerance
