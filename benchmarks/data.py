@@ -36,18 +36,18 @@ class FilesConfig(BenchConfig):
 
 
 def make_jpegs(root: Path, n: int) -> None:
-    """n grey JPEGs of 256x240 (20 a person) whose texture compresses about as a brain's does, to 11 KB."""
+    """n grey JPEGs of 256x240 (20 a person) whose texture compresses to 15 KB."""
     import cv2
 
     rng = np.random.default_rng(0)
     (root / "train" / "NC").mkdir(parents=True)
-    noise = cv2.GaussianBlur(rng.normal(0, 1, (600, 600)).astype(np.float32), (0, 0), 1.5)
+    noise = cv2.GaussianBlur(rng.normal(0, 1, (600, 600)).astype(np.float32), (0, 0), 2.5)
     y, x = np.mgrid[-1:1:256j, -1:1:240j]
     head = (x**2 + y**2 < 0.8) * 110.0
 
     def write(i: int) -> None:
         top, left = (i * 7919) % 344, (i * 104729) % 344
-        image = head + (head > 0) * 180 * noise[top : top + 256, left : left + 240]
+        image = head + (head > 0) * 250 * noise[top : top + 256, left : left + 240]
         cv2.imwrite(str(root / f"train/NC/{i // 20:06d}_{i % 20}.jpg"), image.clip(0, 255).astype(np.uint8))
 
     with ThreadPoolExecutor() as pool:
