@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Everything about speed that only a CUDA GPU can say, in under 8 minutes on one card, from the repository's folder:
-#   DATA=../shared/data/ds002748 bash benchmarks/gpu.sh
+#   DATA=path/to/slices bash benchmarks/gpu.sh
 # needs requirements-bench.txt. Rows go to docs/results/gpu-*.json, the log and the profile beside them.
 # With TRAIN=1 it then trains the `adni` preset on DATA, draws, maps and evaluates (about an hour).
 set -euo pipefail
-DATA=${DATA:-../shared/data/ds002748}
+DATA=${DATA:-data}
 OUT=${OUT:-docs/results}
 PY=${PY:-.venv/bin/python}
 mkdir -p "$OUT"

@@ -92,6 +92,7 @@ def vae_step(b: Bench, side: int):
 def draw_plot(path: Path, found: dict[str, tuple[list[float], list[float], str, str]]) -> None:
     """Log-log panels: measurements, and the line of proportional growth through the last one."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogFormatterMathtext, LogLocator, NullFormatter
 
     fig = Figure(figsize=(3.1 * len(found), 3.1), layout="constrained")
     for i, (title, (x, y, xlabel, ylabel)) in enumerate(found.items()):
@@ -100,6 +101,11 @@ def draw_plot(path: Path, found: dict[str, tuple[list[float], list[float], str, 
         ax.loglog(x, [y[-1] * v / x[-1] for v in x], color="#0072b2", lw=1, label="proportional")
         ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
         ax.title.set_fontsize(10)
+        for axis, values in ((ax.xaxis, x), (ax.yaxis, y)):
+            wide = max(values) / min(values) > 30
+            axis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
+            axis.set_major_formatter(LogFormatterMathtext() if wide else FuncFormatter(lambda v, _: f"{v:g}"))
+            axis.set_minor_formatter(NullFormatter())
         ax.grid(alpha=0.3)
         if i == 0:
             ax.legend(frameon=False, fontsize=8)
@@ -117,7 +123,7 @@ def main(cfg: ScaleConfig) -> None:
         b.row(f"{n:,} slices: memory for them", r["gb"], "", None, "GB")
         b.row(f"{n:,} slices: a batch of 16", 1e3 * r["batch"], "", None, "ms")
     found["reading, an epoch"] = (list(counts), [r["batch"] * n / 16 for n, r in zip(counts, rows)], "slices", "s")
-    found["memory per slice kept"] = (list(counts), [max(r["gb"], 1e-4) for r in rows], "slices", "GB")
+    found["memory for what is kept"] = (list(counts), [max(r["gb"], 1e-4) for r in rows], "slices", "GB")
     sides = (64, 96, 128, 192) if cfg.quick else (64, 96, 128, 192, 256, 384)
     times = b.interleave({str(s): vae_step(b, s) for s in sides})
     y = [statistics.median(times[str(s)]) / 4 for s in sides]
