@@ -133,30 +133,28 @@ def test_groups_have_at_least_so_many_channels(channels: int, least: int, groups
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(None, 1e-4), (torch.bfloat16, 1e-2)])
-def test_compiled_networks_give_the_eager_values_and_gradients(pair, dtype, tolerance: float):
-    model, vae = pair
-    model.amp_dtype = vae.amp_dtype = dtype
+def test_compiled_networks_give_the_eager_values_and_gradients(dtype: torch.dtype | None, tolerance: float):
+    torch.manual_seed(0)  # one level: every kind of layer, and few to compile
+    vae = awake(VAE(32, 4, 2, (8,), 1)).eval()
+    model = StableDiffusion(awake(UNet(2, 8, (8,), 1, (8,), 2)), NoiseScheduler_Fast_DDPM()).eval()
     z, y = torch.randn(4, 2, 8, 8, generator=generator(1)), torch.tensor([0, 1, 2, 0])
     t, noise = torch.tensor([0, 22, 410, 999]), torch.randn(4, 2, 8, 8, generator=generator(2))
-    x = torch.rand(4, 1, 32, 32, generator=generator(3)) * 2 - 1
-    networks = [model.unet, vae.encoder, vae.decoder]
-    for network in networks:
-        network.requires_grad_(True)
+    networks = [model.unet, vae.decoder]
 
-    def everything() -> list[torch.Tensor]:
-        loss, x0 = model(z, t, noise, y)
-        mean, logvar = vae.posterior(x)
-        out = [x0, mean, logvar, vae.reconstruct(z), loss]
-        grads = torch.autograd.grad(
-            sum(o.square().mean() for o in (loss, *out[1:4])), [p for n in networks for p in n.parameters()]
-        )
-        return [*out, torch.cat([g.flatten() for g in grads])]
+    def everything(amp_dtype: torch.dtype | None = dtype) -> list[torch.Tensor]:
+        model.amp_dtype = vae.amp_dtype = amp_dtype
+        (loss, x0), image = model(z, t, noise, y), vae.reconstruct(z)
+        grads = torch.autograd.grad(loss.mean() + image.square().mean(), [p for n in networks for p in n.parameters()])
+        return [loss, x0, image, torch.cat([g.flatten() for g in grads])]
 
-    eager = everything()
+    def error(a: torch.Tensor, b: torch.Tensor) -> float:
+        return ((a - b).norm() / b.norm()).item()
+
+    eager, exact = everything(), everything(None)
     assert compile_networks("on", networks, everything, cpu)
     assert all("forward" in vars(n) for n in networks)
-    for a, b in zip(everything(), eager):
-        assert ((a - b).norm() / b.norm()).item() < tolerance
+    for a, b, c in zip(everything(), eager, exact):  # fused, a chain of layers is rounded less often
+        assert error(a, b) < tolerance or error(a, c) < error(b, c)
 
 
 def test_compiling_is_for_gpus_unless_asked_for(pair):
