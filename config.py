@@ -265,7 +265,7 @@ PRESETS: dict[str, dict[type, dict]] = {
             lr=1e-3, ema_decay=0.998, wandb="disabled", sample_every=6, precision="fp32",
         ),
         PredictConfig: dict(run="demo", data="phantom"),
-        EvaluateConfig: dict(run="demo", data="phantom", wandb="disabled", guidance=1.5),
+        EvaluateConfig: dict(run="demo", data="phantom", wandb="disabled"),
         TsneConfig: dict(run="demo", data="phantom", wandb="disabled"),
     },
 }  # fmt: skip
