@@ -105,7 +105,7 @@ class Bench:
             call()
             self.synchronise()
             once[name] = time.perf_counter() - start
-        budget = seconds or (15 if self.cfg.quick else self.cfg.seconds)
+        budget = seconds or (6 if self.cfg.quick else self.cfg.seconds)
         rounds = max(3, min(25, int(budget / (sum(max(t, 0.2) for t in once.values())))))
         times: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(rounds):
