@@ -40,7 +40,7 @@ VAES = {
     ("small", "diffusers"): dict(channels=(8, 24, 80, 128), blocks=1, groups=8),
     ("small", "MONAI"): dict(channels=(8, 32, 48, 128), blocks=2, groups=8),
     ("adni", "diffusers"): dict(channels=(16, 48, 96, 256), blocks=1, groups=8),
-    ("adni", "MONAI"): dict(channels=(16, 48, 112, 232), blocks=2, groups=8),
+    ("adni", "MONAI"): dict(channels=(16, 48, 104, 232), blocks=2, groups=8),
 }
 
 

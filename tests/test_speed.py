@@ -216,6 +216,19 @@ def test_a_file_that_cannot_be_written_stops_drawing_in_one_sentence(trained: Pa
     assert done.returncode == 2 and "error: " in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("preset", ["small", "adni"])
+@pytest.mark.parametrize("peer", ["diffusers", "MONAI"])
+def test_peers_are_matched_in_size(preset: str, peer: str):
+    pytest.importorskip(peer.lower())
+    code = (
+        "import sys; sys.path.insert(0, 'benchmarks'); from common import *\n"
+        f"b = Bench(BenchConfig(device='cpu', preset='{preset}')); PeerUNet(b, '{peer}'); PeerVAE(b, '{peer}')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert done.stdout.count("M parameters") == 2
+
+
 @pytest.mark.parametrize("name", ["train_step", "train_epoch", "sample", "data", "scale", "profile_step", "evidence"])
 def test_benchmarks_explain_themselves(name: str):
     done = subprocess.run(
