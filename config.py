@@ -61,7 +61,9 @@ class LoopConfig(DataConfig, MachineConfig):
     epochs: int = 500
     """Passes over the training slices."""
     batch_size: int = 16
-    """Images in a step."""
+    """Images in a step, over all ranks: a run is the same on one GPU and on eight."""
+    micro_batch: int | Literal["auto"] | None = None
+    """Images through the network at a time, gradients added up: the same steps in less memory. auto: what fits."""
     lr: float = 1e-4
     """Peak learning rate of AdamW."""
     weight_decay: float = 1e-2
@@ -178,6 +180,10 @@ class PredictConfig(SourceConfig, MachineConfig):
     """Classifier-free guidance weight; 1 is none, larger follows the class more."""
     weights: Literal["best", "final"] = "best"
     """Weights with the lowest validation loss, or the last ones."""
+    shard: int = 0
+    """Draw a part of the images only, those with number k % SHARDS = SHARD, as one of many jobs on one --out."""
+    shards: int = 1
+    """How many such jobs there are. What they leave together is what one job leaves."""
     reject_copies: bool = False
     """Draw again whatever is a copy of a training slice, so that the folder holds none. Needs the run's --data."""
 
@@ -279,7 +285,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "lr": (1e-12, 10), "weight_decay": (0, 10), "grad_clip": (0, 1e9), "ema_decay": (0, 1), "kl_weight": (0, 1e6),
     "val_fraction": (0, 0.9), "dropout": (0, 0.9), "class_dropout": (0, 1), "warmup": (0, 1), "eta": (0, 1),
     "shift": (0, 0.5), "rotate": (0, 180), "brightness": (0, 1), "sample_every": (1, 10**9), "gif_every": (1, 10**9),
-    "norm_group": (1, 10**4),
+    "norm_group": (1, 10**4), "micro_batch": (1, 10**6), "shards": (1, 10**6), "shard": (0, 10**6),
     "perplexity": (1, 10**6), "max_slices": (10, 10**9), "count": (10, 10**6), "resamples": (10, 10**5),
 }  # fmt: skip
 
@@ -300,7 +306,7 @@ def parse(config: type[Config], argv: list[str] | None = None) -> Config:
     cfg = tyro.cli(config, default=default, args=argv, prog=f"python {name} {preset}", description=about)
     for key, (low, high) in LIMITS.items():
         value = getattr(cfg, key, None)
-        if value is not None and not low <= value <= high:  # NaN is refused too
+        if isinstance(value, (int, float)) and not low <= value <= high:  # NaN is refused too
             print(f"error: --{key.replace('_', '-')} {value:g} is not between {low:g} and {high:g}", file=sys.stderr)
             raise SystemExit(2)
     return cfg

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,9 +63,12 @@ class ADNIDataset(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         return self.batch(torch.tensor([i]))[0], int(self.labels[i])
 
-    def batches(self, size: int, device: torch.device | str = "cpu") -> Iterator[Tensor]:
-        """All slices in order, float32 [B, 1, S, S] in [-1, 1] on the device."""
-        for (x,) in visit([self.images], torch.arange(len(self)).split(size), torch.device(device)):
+    def batches(
+        self, size: int, device: torch.device | str = "cpu", share: Callable[[int], slice] | None = None
+    ) -> Iterator[Tensor]:
+        """All slices in order, or those of a rank's share of the batches: float32 [B, 1, S, S] in [-1, 1]."""
+        order = torch.arange(len(self)).split(size)
+        for (x,) in visit([self.images], order[share(len(order))] if share else order, torch.device(device)):
             yield to_float(x)
 
     def batch(self, index: Tensor, device: torch.device | str = "cpu") -> Tensor:
@@ -491,4 +494,4 @@ def check(cfg: CheckConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_script(lambda: check(cfg))
+    run_script(check, cfg)

@@ -212,4 +212,4 @@ def main(cfg: EvaluateConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(cfg))
+    run_script(main, cfg)

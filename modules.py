@@ -337,10 +337,8 @@ class StableDiffusion(nn.Module):
         x0 = alpha * x_t - sigma * out if self.prediction == "v" else (x_t - sigma * out) / alpha
         return (out - target).square().mean(dim=(1, 2, 3)), x0.detach()
 
-    def drop_labels(self, y: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
-        """Hide each label with probability p behind the "no class" label (Ho & Salimans 2022)."""
-        draw_on = generator.device if generator is not None else y.device
-        hide = torch.rand(len(y), generator=generator, device=draw_on).to(y.device) < p
+    def hide_labels(self, y: Tensor, hide: Tensor) -> Tensor:
+        """Labels with the "no class" label where `hide` (Ho & Salimans 2022)."""
         return torch.where(hide, self.num_classes, y)
 
     def denoiser(self, y: Tensor | None = None, guidance: float = 1.0) -> Denoiser:

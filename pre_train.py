@@ -18,27 +18,26 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from cluster import Ranks, StopSignal, check_same_run, leave_early
 from dataset import ADNIDataset, carved_people, load_splits, to_float
 from metrics import psnr, ssim, unit
 from utils import (
     RunLog,
-    StopSignal,
     UserError,
-    check_same_run,
+    Watch,
     compile_networks,
     describe_cost,
     describe_hardware,
     fit,
+    fit_micro_batch,
     frozen,
     generator,
     git_commit,
     grow_gif,
     image_grid,
-    leave_early,
     load_state,
     load_weights,
     make_ema,
-    open_run,
     optimise,
     pick_amp_dtype,
     pick_device,
@@ -47,6 +46,7 @@ from utils import (
     save_state,
     save_weights,
     shuffled,
+    skipped,
     to_uint8,
     training_cost,
     visit,
@@ -54,9 +54,11 @@ from utils import (
 from vae import VAE, vae_loss
 
 
-def augment(x: Tensor, cfg: PretrainConfig, g: torch.Generator) -> Tensor:
-    """Mirror, shift, rotate, brighten: each image [B, 1, S, S] in [-1, 1] by its own draw, background stays black."""
-    u = torch.rand(len(x), 5, generator=g, device=x.device) * 2 - 1
+def augment(x: Tensor, u: Tensor, cfg: PretrainConfig) -> Tensor:
+    """Mirror, shift, rotate, brighten: each image [B, 1, S, S] in [-1, 1] by its row of u [B, 5], uniform in [-1, 1].
+
+    Background stays black.
+    """
     x = x + 1  # black is 0, which is what grid_sample pads with
     if cfg.flip or cfg.shift or cfg.rotate:
         angle = u[:, 0] * cfg.rotate * torch.pi / 180
@@ -70,17 +72,17 @@ def augment(x: Tensor, cfg: PretrainConfig, g: torch.Generator) -> Tensor:
     return x.clamp(0, 2) - 1
 
 
-def evaluate(vae: VAE, val: ADNIDataset, cfg: PretrainConfig, device: torch.device) -> dict[str, float]:
+def evaluate(vae: VAE, val: ADNIDataset, cfg: PretrainConfig, ranks: Ranks) -> dict[str, float]:
     """Validation numbers with the posterior's mean as latent: mean over slices of people never trained on."""
     total = torch.zeros(5, dtype=torch.float64)
     with frozen(vae):
-        for x in val.batches(cfg.batch_size, device):
+        for x in val.batches(cfg.batch_size, ranks.device, ranks.share):
             mean, logvar = vae.posterior(x)
             x_hat = vae.reconstruct(mean)
             loss = torch.stack(vae_loss(x_hat, x, mean, logvar, cfg.reconstruction, cfg.kl_weight)) * len(x)
             quality = torch.stack([psnr(unit(x_hat), unit(x)).sum(), ssim(unit(x_hat), unit(x)).sum()])
             total += torch.cat([loss, quality]).cpu().double()
-    loss, reconstruction, kl, p, s = (total / len(val)).tolist()
+    loss, reconstruction, kl, p, s = (ranks.sum(total) / len(val)).tolist()
     return {"loss/val": loss, "reconstruction/val": reconstruction, "KL/val": kl, "PSNR/val": p, "SSIM/val": s}
 
 
@@ -97,7 +99,7 @@ def main(cfg: PretrainConfig) -> None:
         vae = VAE(cfg.image_size, cfg.downsample, cfg.latent_channels, cfg.channels, cfg.blocks, cfg.attention)
     except ValueError as e:
         raise UserError(f"{e}: change --image-size, --downsample or --channels") from None
-    device = pick_device(cfg.device)
+    stop, device = StopSignal(), pick_device(cfg.device)
     splits, fingerprint = load_splits(cfg, cfg.image_size)
     train, val = splits["train"], splits["val"]
     batch = min(cfg.batch_size, len(train))
@@ -112,20 +114,20 @@ def main(cfg: PretrainConfig) -> None:
         print(f"writes to {Path(cfg.checkpoints) / cfg.run / 'vae'}")
         return
 
-    folder = open_run(cfg, "vae")
+    ranks = Ranks(device)
+    folder = ranks.open(cfg, "vae")
     torch.manual_seed(cfg.seed)
     vae = VAE(**vae.config).to(device, memory_format=torch.channels_last)  # again: initialised by the seed
     vae.amp_dtype = pick_amp_dtype(cfg.precision, device)
     ema = make_ema(vae, cfg.ema_decay)
-    optimizer = torch.optim.AdamW(
-        vae.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=device.type in ("cuda", "cpu")
-    )
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     plateau = ReduceLROnPlateau(optimizer, factor=0.5, patience=cfg.plateau_patience)
     scaler = torch.amp.GradScaler(device.type, enabled=vae.amp_dtype == torch.float16)
     parts = {"model": vae, "ema": ema, "optimizer": optimizer, "plateau": plateau, "scaler": scaler}
     step, evaluated, best = 0, 0, float("inf")
-    sums = torch.zeros(4, device=device)  # of loss, reconstruction, KL and gradient norm since the last evaluation
-    state = load_state(folder / "last.pt")
+    # Since the last evaluation, over the steps taken: loss, reconstruction, KL, gradient norm, and the number of steps.
+    sums = torch.zeros(5, device=device)
+    state = ranks.first(lambda: load_state(folder / "last.pt"))
     if state:
         check_same_run(cfg, fingerprint, state, folder)
         for name, part in parts.items():
@@ -133,27 +135,33 @@ def main(cfg: PretrainConfig) -> None:
         step, evaluated, best, sums = state["step"], state["evaluated"], state["best"], state["sums"].to(device)
         if step >= total and (folder / "final.safetensors").exists():
             print(f"{folder} is finished: {cfg.epochs} epochs; more with --epochs, again with --fresh")
-            return
+            return ranks.close()
         print(f"resuming {folder} at epoch {step / steps_per_epoch:.2f}")
 
     train.images, val.images = fit(train.images, device), fit(val.images, device)
     meta = {"kind": "vae", "model": vae.config, "classes": train.classes, "config": asdict(cfg), "commit": git_commit()}
     shown = val.batch(torch.linspace(0, len(val) - 1, min(8, len(val))).long(), device)
-    log, stop = RunLog(folder, cfg, "vae", step), StopSignal()
+    log = RunLog(folder, cfg, "vae", step) if ranks.main else None
 
-    def trial() -> None:
-        x = train.batch(torch.zeros(batch, dtype=torch.int64), device)
-        x_hat, mean, logvar = vae(x, torch.zeros(batch, *vae.latent_shape, device=device))
+    share = ranks.share(batch)
+
+    def trial(n: int) -> None:
+        x = train.batch(torch.zeros(n, dtype=torch.int64), device)
+        x_hat, mean, logvar = vae(x, torch.zeros(n, *vae.latent_shape, device=device))
         loss = vae_loss(x_hat, x, mean, logvar, cfg.reconstruction, cfg.kl_weight)[0]
         scaler.scale(loss).backward()
         vae.zero_grad()
 
-    compile_networks(cfg.compile, [vae.encoder, vae.decoder], trial, device)
+    micro = fit_micro_batch(cfg.micro_batch, share.stop - share.start, vae, trial)
+    compile_networks(cfg.compile, [vae.encoder, vae.decoder], lambda: trial(micro), device)
+    network, watch = ranks.wrap(vae), Watch(device)
 
     champion = None  # the best weights since the last save, which writes them: epochs can be seconds long
 
     def save() -> None:
         nonlocal champion
+        if not ranks.main:
+            return
         if champion:
             save_weights(folder / "best.safetensors", *champion)
             champion = None
@@ -162,64 +170,84 @@ def main(cfg: PretrainConfig) -> None:
         save_state(folder / "last.pt", {**saved, **numbers, "config": asdict(cfg), "data": fingerprint})
 
     bar, clock, clock_step, saved_at = progress_bar(total * batch, step * batch), time.time(), step, time.time()
-    visits = visit([train.images], shuffled(len(train), batch, step, cfg.seed, 1), device)
+    visits = visit([train.images], (index[share] for index in shuffled(len(train), batch, step, cfg.seed, 1)), device)
+    stop.begin()
     while True:
         epoch, place = divmod(step, steps_per_epoch)
         if place == 0 and step > evaluated:
-            speed = (step - clock_step) * batch / (time.time() - clock)
-            numbers = evaluate(ema.module, val, cfg, device)
+            speed = (step - clock_step) * batch / max(1e-9, time.time() - clock)
+            numbers = evaluate(ema.module, val, cfg, ranks)
             plateau.step(numbers["loss/val"])
-            loss, reconstruction, kl, norm = (sums / (step - evaluated)).tolist()
+            *means, taken = sums.tolist()
+            loss, reconstruction, kl, norm = (value / max(1.0, taken) for value in means)
             numbers |= {"loss/train": loss, "reconstruction/train": reconstruction, "KL/train": kl, "epoch": epoch}
             numbers |= {"gradient norm": norm, "learning rate": optimizer.param_groups[0]["lr"], "images per s": speed}
+            if taken < step - evaluated:
+                numbers["skipped steps"] = step - evaluated - taken
             if device.type == "cuda":
                 numbers["GPU memory (GB)"] = torch.cuda.max_memory_allocated(device) / 1e9
-            log.log(step, numbers)
             if numbers["loss/val"] < best:
                 best = numbers["loss/val"]
                 champion = (deepcopy(ema.module), {**meta, "epoch": epoch, "metrics": numbers})
-            if epoch % cfg.gif_every == 0 or step == total:
-                show_reconstructions(ema.module, shown, folder, epoch, step == total)
-                log.picture(step, "reconstructions", folder / "reconstructions.gif")
-                log.plot()
+            if ranks.main:
+                log.log(step, numbers)
+                if epoch % cfg.gif_every == 0 or step == total:
+                    show_reconstructions(ema.module, shown, folder, epoch, step == total)
+                    log.picture(step, "reconstructions", folder / "reconstructions.gif")
+                    log.plot()
             bar.write(
                 f"epoch {epoch:4d}  train {loss:.4f}  val {numbers['loss/val']:.4f}  "
-                f"PSNR {numbers['PSNR/val']:.2f} dB  SSIM {numbers['SSIM/val']:.4f}"
+                f"PSNR {numbers['PSNR/val']:.2f} dB  SSIM {numbers['SSIM/val']:.4f}{skipped(numbers)}"
             )
             evaluated = step
             sums.zero_()
             clock, clock_step = time.time(), step
-        if step >= total or stop or time.time() - saved_at > 60 * cfg.save_minutes:
+        leave = step >= total or ranks.any(stop, step)
+        if leave or time.time() - saved_at > 60 * cfg.save_minutes:
             save()
             saved_at = time.time()
-        if step >= total or stop:
+        if leave:
             break
         x = to_float(next(visits)[0])
         g = generator(cfg.seed, 2, step, device=device)  # a step's randomness is its own: resuming needs no state
         if cfg.flip or cfg.shift or cfg.rotate or cfg.brightness:
-            x = augment(x, cfg, g)
-        noise = torch.randn((len(x), *vae.latent_shape), generator=g, device=device)
-        x_hat, mean, logvar = vae(x, noise)
-        terms = vae_loss(x_hat, x, mean, logvar, cfg.reconstruction, cfg.kl_weight)
-        norm = optimise(terms[0], vae, optimizer, scaler, ema, cfg.grad_clip)
-        sums += torch.stack([*(term.detach() for term in terms), norm])
+            x = augment(x, (torch.rand(batch, 5, generator=g, device=device) * 2 - 1)[share], cfg)
+        noise = torch.randn((batch, *vae.latent_shape), generator=g, device=device)[share]
+
+        means = torch.zeros(3, device=device)
+        for rows, weight, passing in ranks.portions(batch, micro, network):
+            with passing:
+                x_hat, mean, logvar = network(x[rows], noise[rows])
+                parts_of_loss = vae_loss(x_hat, x[rows], mean, logvar, cfg.reconstruction, cfg.kl_weight)
+                scaler.scale(weight * parts_of_loss[0]).backward()
+            means += torch.stack(parts_of_loss).detach() * (len(x_hat) / batch)
+        ranks.sum(means)
+        norm = optimise(vae, optimizer, scaler, ema, cfg.grad_clip)
+        sums += torch.where(norm.isfinite(), torch.cat([means, norm[None], torch.ones_like(norm)[None]]), 0.0)
         step += 1
         bar.update(batch)
+        if bad := watch.hopeless(norm, step):
+            save()
+            raise UserError(watch.sentence(bad, bad / steps_per_epoch, folder))
     bar.close()
-    log.close()
+    if ranks.main:
+        log.close()
     if step < total:
+        ranks.close()
         leave_early(stop, step / steps_per_epoch)
     meta |= {"finished": True, "data": train.summary(), "held_out": carved_people(splits)}
     meta |= {"hardware": describe_hardware(device)}
-    final = {**meta, "epoch": cfg.epochs, "metrics": log.rows[-1]}
-    tensors, of_best = load_weights(folder / "best.safetensors", "vae")
+    tensors, of_best = ranks.first(lambda: load_weights(folder / "best.safetensors", "vae"))
+    final = {**meta, "epoch": cfg.epochs, "metrics": log.rows[-1]} if ranks.main else {}
     for name, module, facts in (("best", vae, {**of_best, **meta}), ("final", ema.module, final)):
         if name == "best":
             module.load_state_dict(tensors)
-        module.eval().measure_latents(train.batches(cfg.batch_size, device))
-        save_weights(folder / f"{name}.safetensors", module, facts)
+        module.eval().measure_latents(train.batches(cfg.batch_size, device, ranks.share), ranks.sum)
+        if ranks.main:
+            save_weights(folder / f"{name}.safetensors", module, facts)
     print(f"latents: mean {rounded(module.latent_mean)}, deviation {rounded(module.latent_std)} per channel")
     print(f"done: {folder / 'final.safetensors'}; reconstructions in {folder / 'reconstructions.png'}")
+    ranks.close()
 
 
 def rounded(x: Tensor) -> list[float]:
@@ -227,4 +255,4 @@ def rounded(x: Tensor) -> list[float]:
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(cfg))
+    run_script(main, cfg)

@@ -282,4 +282,4 @@ def main(cfg: PredictConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(cfg))
+    run_script(main, cfg)

@@ -11,15 +11,16 @@ if __name__ == "__main__":
     cfg = parse(TrainConfig)  # before torch is imported, so that --help answers at once
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from cluster import Ranks, StopSignal, check_same_run, leave_early
 from dataset import ADNIDataset, carved_people, load_splits
 from metrics import psnr, ssim, unit, unpaired
 from modules import (
@@ -31,24 +32,23 @@ from modules import (
 )
 from utils import (
     RunLog,
-    StopSignal,
     UserError,
-    check_same_run,
+    Watch,
     compile_networks,
+    derive_seed,
     describe_cost,
     describe_hardware,
     empty_anywhere,
     file_hash,
     fit,
+    fit_micro_batch,
     frozen,
     generator,
     git_commit,
     grow_gif,
     image_grid,
-    leave_early,
     load_state,
     make_ema,
-    open_run,
     optimise,
     pick_amp_dtype,
     pick_device,
@@ -57,6 +57,7 @@ from utils import (
     save_state,
     save_weights,
     shuffled,
+    skipped,
     to_uint8,
     training_cost,
     visit,
@@ -71,18 +72,21 @@ class Latents:
     Public: `moments` [N, 1 or 2 (mirrored), 2 (mean, std), C, h, w] and `labels` int64 [N], on the device if they fit.
     """
 
-    def __init__(self, vae: VAE, data: ADNIDataset, batch: int, device: torch.device, cfg: TrainConfig, what: str):
+    def __init__(self, vae: VAE, data: ADNIDataset, batch: int, ranks: Ranks, cfg: TrainConfig, what: str):
         # Half precision rounds a latent of size 1 by 5e-4, far below the posterior's own std. With all of them at hand
         # a step of training touches no image and no VAE.
         shape = (len(data), 1 + cfg.flip, 2, *vae.latent_shape)
         self.moments = empty_anywhere(shape, torch.float16, Path(cfg.cache))
-        bar = progress_bar(len(data), what=what)
+        steps = -(-len(data) // batch)
+        cuts = [min(len(data), batch * (r * steps // ranks.size)) for r in range(ranks.size + 1)]
+        starts, bar = range(cuts[ranks.rank], cuts[ranks.rank + 1], batch), progress_bar(len(data), what=what)
         with frozen(vae), bar:
-            for i, x in zip(range(0, len(data), batch), data.batches(batch, device)):
+            for i, x in zip(starts, data.batches(batch, ranks.device, ranks.share)):
                 for m in range(1 + cfg.flip):
                     self.moments[i : i + len(x), m] = torch.stack(vae.encode(x.flip(3) if m else x), dim=1).cpu()
-                bar.update(len(x))
-        self.moments, self.device = fit(self.moments, device), device
+                bar.update(len(x) * ranks.size)
+        ranks.complete(self.moments, cuts)
+        self.moments, self.device = fit(self.moments, ranks.device), ranks.device
         self.labels = data.labels.to(self.moments.device)
 
     def __len__(self) -> int:
@@ -93,20 +97,32 @@ class Latents:
         return visit([self.moments, self.labels], order, self.device)
 
 
-def draw(moments: Tensor, g: torch.Generator) -> Tensor:
-    """A posterior sample of each slice [B, C, h, w], of its mirror image half of the time if there are any."""
+def draw(moments: Tensor, which: Tensor, noise: Tensor) -> Tensor:
+    """A posterior sample of each slice [B, C, h, w] with this noise; `which` [B] in [0, 1): its upper half mirrors."""
     b, mirrored = moments.shape[:2]
-    which = torch.randint(mirrored, (b,), generator=g, device=moments.device)
+    which = (which * mirrored).long()
     mean, std = moments[torch.arange(b, device=moments.device), which].float().unbind(1)
-    return mean + std * torch.randn(mean.shape, generator=g, device=moments.device)
+    return mean + std * noise
+
+
+def draw_step(
+    model: StableDiffusion, batch: int, shape: Sequence[int], cfg: TrainConfig, g: torch.Generator
+) -> list[Tensor]:
+    """All randomness of a step, a row per image: which mirror image, posterior noise, hidden labels, place in the grid
+    of timesteps, noise. Latents have this shape (C, h, w)."""
+    u = torch.rand(2, batch, generator=g, device=g.device)
+    noise = torch.randn(2, batch, *shape, generator=g, device=g.device)
+    places = torch.searchsorted(model.scheduler.timesteps, model.scheduler.sample_timesteps(batch, g))
+    return [u[0], noise[0], u[1] < cfg.class_dropout, places, noise[1]]
 
 
 def loss_by_timestep(
-    model: StableDiffusion, z: Tensor, y: Tensor, places: Tensor, bins: int, g: torch.Generator
+    model: nn.Module, timesteps: Tensor, z: Tensor, y: Tensor, places: Tensor, noise: Tensor, bins: int
 ) -> tuple[Tensor, Tensor]:
-    """Loss per image [B], and [2, bins]: its sum and the number of images, by place in the grid of timesteps."""
-    timesteps = model.scheduler.timesteps
-    noise = torch.randn(z.shape, generator=g, device=z.device)
+    """Loss per image [B], and [2, bins]: its sum and the number of images, by place in the grid of timesteps.
+
+    `model` is a StableDiffusion, or what `Ranks.wrap` made of one.
+    """
     loss, _ = model(z, timesteps[places], noise, y)
     hit = torch.stack([loss.detach(), torch.ones_like(loss)])
     where = (places * bins // len(timesteps)).expand(2, -1)
@@ -114,28 +130,30 @@ def loss_by_timestep(
 
 
 def training_loss(
-    model: StableDiffusion, moments: Tensor, y: Tensor, cfg: TrainConfig, bins: int, g: torch.Generator
+    network: nn.Module, model: StableDiffusion, moments: Tensor, y: Tensor, draws: Sequence[Tensor], bins: int
 ) -> tuple[Tensor, Tensor]:
-    """What `loss_by_timestep` gives for a visit to these slices: posterior, labels, timesteps and noise drawn by g."""
-    z, y = draw(moments, g), model.drop_labels(y, cfg.class_dropout, g)
-    places = torch.searchsorted(model.scheduler.timesteps, model.scheduler.sample_timesteps(len(z), g))
-    return loss_by_timestep(model, z, y, places, bins, g)
+    """What `loss_by_timestep` gives for a visit to these slices, by rows of `draw_step`."""
+    which, posterior, hidden, places, noise = draws
+    z, y = draw(moments, which, posterior), model.hide_labels(y, hidden)
+    return loss_by_timestep(network, model.scheduler.timesteps, z, y, places, noise, bins)
 
 
-def losses(model: StableDiffusion, val: Latents, trained: Tensor, cfg: TrainConfig) -> dict[str, float]:
+def losses(model: StableDiffusion, val: Latents, trained: Tensor, cfg: TrainConfig, ranks: Ranks) -> dict[str, float]:
     """Loss in training (its sums [2, bins] by timestep) and on people never trained on, whole and by timestep.
 
     Validation takes the same noise and timesteps at every call.
     """
-    timesteps, bins = model.scheduler.timesteps, trained.shape[1]
+    timesteps, bins, shape = model.scheduler.timesteps, trained.shape[1], val.moments.shape[3:]
     sums, order = torch.zeros(2, bins, device=val.device), torch.arange(len(val)).split(64)
+    order = order[ranks.share(len(order))]
     with frozen(model):
         for index, (moments, y) in zip(order, val.visit(order)):
             g = generator(cfg.seed, 5, int(index[0]), device=val.device)
+            which, posterior, _, _, noise = draw_step(model, len(index), shape, cfg, g)
             places = (index.to(val.device) * 7919 + 13) % len(timesteps)  # a prime stride: another place every slice
-            sums += loss_by_timestep(model, draw(moments, g), y, places, bins, g)[1]
+            sums += loss_by_timestep(model, timesteps, draw(moments, which, posterior), y, places, noise, bins)[1]
     numbers = {}
-    for name, (total, count) in (("train", trained), ("val", sums)):
+    for name, (total, count) in (("train", trained), ("val", ranks.sum(sums))):
         numbers[f"loss/{name}"] = (total.sum() / count.sum()).item()
         for i, loss in enumerate((total / count.clamp(min=1)).tolist()):
             numbers[f"loss by timestep, {name}/t={timesteps[-(-i * len(timesteps) // bins)]}"] = loss
@@ -143,48 +161,52 @@ def losses(model: StableDiffusion, val: Latents, trained: Tensor, cfg: TrainConf
 
 
 def denoising_quality(
-    model: StableDiffusion, vae: VAE, latents: Latents, val: ADNIDataset, cfg: TrainConfig
+    model: StableDiffusion, vae: VAE, latents: Latents, val: ADNIDataset, cfg: TrainConfig, ranks: Ranks
 ) -> dict[str, float]:
     """PSNR and SSIM of the one-step estimate of x0 against its own image, at up to ten timesteps, on 16 slices."""
     index = torch.linspace(0, len(val) - 1, min(16, len(val))).long()
     x, (moments, y) = unit(val.batch(index, latents.device)), next(latents.visit([index]))
-    timesteps, numbers = model.scheduler.timesteps, {}
+    timesteps = model.scheduler.timesteps
+    places = np.unique(np.linspace(0, len(timesteps) - 1, min(10, len(timesteps))).round().astype(int))
+    quality = torch.zeros(len(places), 2, device=latents.device)
     with frozen(model, vae):
-        for place in np.unique(np.linspace(0, len(timesteps) - 1, min(10, len(timesteps))).round().astype(int)):
+        for i in range(ranks.rank, len(places), ranks.size):
             g = generator(cfg.seed, 6, device=latents.device)
-            z, t = draw(moments, g), timesteps[place].expand(len(index))
-            _, x0 = model(z, t, torch.randn(z.shape, generator=g, device=z.device), y)
+            which, posterior, _, _, noise = draw_step(model, len(index), moments.shape[3:], cfg, g)
+            _, x0 = model(draw(moments, which, posterior), timesteps[places[i]].expand(len(index)), noise, y)
             x0 = unit(vae.decode(x0))
-            numbers[f"denoising PSNR/t={timesteps[place]}"] = psnr(x0, x).mean().item()
-            numbers[f"denoising SSIM/t={timesteps[place]}"] = ssim(x0, x).mean().item()
+            quality[i] = torch.stack([psnr(x0, x).mean(), ssim(x0, x).mean()])
+    numbers = {}
+    for place, values in zip(places, ranks.sum(quality).tolist()):
+        for name, value in zip(("PSNR", "SSIM"), values):
+            numbers[f"denoising {name}/t={timesteps[place]}"] = value
     return numbers
 
 
 def show_samples(
-    model: StableDiffusion,
-    vae: VAE,
-    train: ADNIDataset,
-    val: ADNIDataset,
-    cfg: TrainConfig,
-    folder: Path,
-    epoch: int,
-    last: bool,
-) -> dict[str, float]:
+    model: StableDiffusion, vae: VAE, train: ADNIDataset, val: ADNIDataset, cfg: TrainConfig, folder: Path, epoch: int,
+    last: bool, ranks: Ranks,
+) -> dict[str, float]:  # fmt: skip
     """16 samples of the fixed seed to FOLDER/samples.png and the growing samples.gif, classes in turn.
 
     Returns their PSNR and SSIM against unrelated validation slices, beside those of training slices: without pairs
-    these numbers say only how alike strangers are.
+    these numbers say only how alike strangers are. Each rank draws its share; the strip of denoising shows rank 0's.
     """
     device, n = model.scheduler.timesteps.device, 16
     y = torch.arange(n) % model.num_classes if model.num_classes else None
+    x, mine = torch.zeros(n, 1, *2 * [vae.config["image_size"]], device=device), range(n)[ranks.share(n)]
     steps: list[tuple[int, Tensor, Tensor]] = []
     with frozen(model, vae):
-        z = model.generate(
-            vae.latent_shape, cfg.seed, range(n), y, callback=lambda t, x_t, x0: steps.append((t, x_t[:4], x0[:4]))
-        )
-        x = vae.decode(z)
-        visualise_denoising_process(steps, vae.decode, folder)
-    grow_gif(folder, "samples", image_grid(to_uint8(x)), epoch, last)
+        if mine:
+            z = model.generate(
+                vae.latent_shape, cfg.seed, mine, None if y is None else y[mine.start : mine.stop],
+                callback=lambda t, x_t, x0: steps.append((t, x_t[:4], x0[:4])),
+            )  # fmt: skip
+            x[mine.start : mine.stop] = vae.decode(z)
+        ranks.sum(x)
+        if ranks.main:
+            visualise_denoising_process(steps, vae.decode, folder)
+            grow_gif(folder, "samples", image_grid(to_uint8(x)), epoch, last)
     g = generator(cfg.seed, 7)
     strangers, real = (unit(d.batch(torch.randint(len(d), (n,), generator=g), device)) for d in (val, train))
     (p, s), (p_real, s_real) = unpaired(unit(x), strangers), unpaired(real, strangers)
@@ -209,7 +231,7 @@ def print_plan(
 
 
 def main(cfg: TrainConfig) -> None:
-    device = pick_device(cfg.device)
+    stop, device = StopSignal(), pick_device(cfg.device)
     vae_file = Path(cfg.checkpoints) / cfg.run / "vae" / "best.safetensors"
     if not vae_file.exists():
         raise UserError(
@@ -244,25 +266,25 @@ def main(cfg: TrainConfig) -> None:
     if cfg.dry_run:
         return print_plan(cfg, vae, build().unet, splits, batch, total, device, amp_dtype)
 
-    folder = open_run(cfg, "diffusion")
+    ranks = Ranks(device)
+    folder = ranks.open(cfg, "diffusion")
     torch.manual_seed(cfg.seed)
     model = build().to(device, memory_format=torch.channels_last)
     model.amp_dtype = amp_dtype
     vae.amp_dtype = amp_dtype if device.type == "cuda" else None
     bins = min(10, len(model.scheduler.timesteps))
     ema = make_ema(model, cfg.ema_decay)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=device.type in ("cuda", "cpu")
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     if cfg.lookahead:
         optimizer = Lookahead(optimizer)
     schedule = CosineAnnealingWarmupScheduler(optimizer, max(1, round(cfg.warmup * total)), total)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
     parts = {"model": model, "ema": ema, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     step, evaluated, best = 0, 0, float("inf")
-    # Since the last evaluation: row 0 the loss and row 1 the images by place in the grid, then the gradient norm.
-    sums = torch.zeros(2 * bins + 1, device=device)
-    state = load_state(folder / "last.pt")
+    # Since the last evaluation, over the steps taken: the loss and the images by place in the grid, the gradient norm,
+    # and the number of steps.
+    sums = torch.zeros(2 * bins + 2, device=device)
+    state = ranks.first(lambda: load_state(folder / "last.pt"))
     if state:
         check_same_run(cfg, fingerprint, state, folder)
         if state["vae"] != file_hash(vae_file):
@@ -273,31 +295,37 @@ def main(cfg: TrainConfig) -> None:
         step, evaluated, best, sums = state["step"], state["evaluated"], state["best"], state["sums"].to(device)
         if step >= total and (folder / "final.safetensors").exists():
             print(f"{folder} is finished: {cfg.epochs} epochs; more with --epochs, again with --fresh")
-            return
+            return ranks.close()
         print(f"resuming {folder} at epoch {step / steps_per_epoch:.2f}")
 
-    latents = Latents(vae, train, cfg.batch_size, device, cfg, "encoding training slices")
-    val_latents = Latents(vae, val, cfg.batch_size, device, replace(cfg, flip=False), "encoding validation slices")
+    latents = Latents(vae, train, cfg.batch_size, ranks, cfg, "encoding training slices")
+    val_latents = Latents(vae, val, cfg.batch_size, ranks, replace(cfg, flip=False), "encoding validation slices")
     meta = {
         "kind": "diffusion", "model": model.unet.config, "scheduler": model.scheduler.config,
         "prediction": cfg.prediction, "classes": train.classes, "vae": file_hash(vae_file), "config": asdict(cfg),
         "commit": git_commit(), "data": train.summary(), "held_out": carved_people(splits),
         "hardware": describe_hardware(device),
     }  # fmt: skip
-    log, stop = RunLog(folder, cfg, "diffusion", step), StopSignal()
+    log = RunLog(folder, cfg, "diffusion", step) if ranks.main else None
 
-    def trial() -> None:
-        moments, y = next(latents.visit([torch.zeros(batch, dtype=torch.int64)]))
-        loss, _ = training_loss(model, moments, y, cfg, bins, generator(0, device=device))
-        scaler.scale(loss.mean()).backward()
+    share = ranks.share(batch)
+
+    def trial(n: int) -> None:
+        moments, y = next(latents.visit([torch.zeros(n, dtype=torch.int64)]))
+        draws = draw_step(model, n, vae.latent_shape, cfg, generator(0, device=device))
+        scaler.scale(training_loss(model, model, moments, y, draws, bins)[0].mean()).backward()
         model.zero_grad()
 
-    compile_networks(cfg.compile, [model.unet], trial, device)
+    micro = fit_micro_batch(cfg.micro_batch, share.stop - share.start, model, trial)
+    compile_networks(cfg.compile, [model.unet], lambda: trial(micro), device)
+    network, watch = ranks.wrap(model), Watch(device)
 
     champion = None  # the best weights since the last save, which writes them: epochs can be seconds long
 
     def save() -> None:
         nonlocal champion
+        if not ranks.main:
+            return
         if champion:
             save_weights(folder / "best.safetensors", *champion)
             champion = None
@@ -306,58 +334,79 @@ def main(cfg: TrainConfig) -> None:
         save_state(folder / "last.pt", {**saved, **numbers, "config": asdict(cfg), "data": fingerprint})
 
     bar, clock, clock_step, saved_at = progress_bar(total * batch, step * batch), time.time(), step, time.time()
-    visits = latents.visit(shuffled(len(train), batch, step, cfg.seed, 3))
+    visits = latents.visit(index[share] for index in shuffled(len(train), batch, step, cfg.seed, 3))
+    stop.begin()
     while True:
         epoch, place = divmod(step, steps_per_epoch)
         if place == 0 and step > evaluated:
             speed = (step - clock_step) * batch / max(1e-9, time.time() - clock)
             numbers = {"epoch": epoch, "images per s": speed}
-            numbers |= losses(ema.module, val_latents, sums[:-1].view(2, bins), cfg)
-            numbers |= {
-                "gradient norm": sums[-1].item() / (step - evaluated),
-                "learning rate": schedule.get_last_lr()[0],
-            }
+            numbers |= losses(ema.module, val_latents, sums[:-2].view(2, bins), cfg, ranks)
+            norm, taken = sums[-2:].tolist()
+            numbers |= {"gradient norm": norm / max(1.0, taken), "learning rate": schedule.get_last_lr()[0]}
+            if taken < step - evaluated:
+                numbers["skipped steps"] = step - evaluated - taken
             if device.type == "cuda":
                 numbers["GPU memory (GB)"] = torch.cuda.max_memory_allocated(device) / 1e9
             if epoch % cfg.sample_every == 0 or step == total:
-                numbers |= denoising_quality(ema.module, vae, val_latents, val, cfg)
-                numbers |= show_samples(ema.module, vae, train, val, cfg, folder, epoch, step == total)
-                log.picture(step, "samples", folder / "samples.png")
-                log.picture(step, "denoising", folder / "denoising.gif")
-            log.log(step, numbers)
-            if "unpaired PSNR/generated" in numbers:
-                log.plot()
+                numbers |= denoising_quality(ema.module, vae, val_latents, val, cfg, ranks)
+                numbers |= show_samples(ema.module, vae, train, val, cfg, folder, epoch, step == total, ranks)
             if numbers["loss/val"] < best:
                 best = numbers["loss/val"]
                 champion = (deepcopy(ema.module), {**meta, "epoch": epoch, "metrics": numbers})
+            if ranks.main:
+                log.log(step, numbers)
+                if "unpaired PSNR/generated" in numbers:
+                    log.picture(step, "samples", folder / "samples.png")
+                    log.picture(step, "denoising", folder / "denoising.gif")
+                    log.plot()
             a, b = numbers["loss/train"], numbers["loss/val"]
-            bar.write(f"epoch {epoch:4d}  train {a:.4f}  val {b:.4f}  {speed:.0f} images/s")
+            bar.write(f"epoch {epoch:4d}  train {a:.4f}  val {b:.4f}  {speed:.0f} images/s{skipped(numbers)}")
             evaluated, clock, clock_step = step, time.time(), step
             sums.zero_()
-        if step >= total or stop or time.time() - saved_at > 60 * cfg.save_minutes:
+        leave = step >= total or ranks.any(stop, step)
+        if leave or time.time() - saved_at > 60 * cfg.save_minutes:
             save()
             saved_at = time.time()
-        if step >= total or stop:
+        if leave:
             break
         moments, y = next(visits)
         g = generator(cfg.seed, 4, step, device=device)  # a step's randomness is its own: resuming needs no state
-        if cfg.dropout:
-            torch.manual_seed(g.initial_seed())
-        loss, by_place = training_loss(model, moments, y, cfg, bins, g)
-        norm = optimise(loss.mean(), model, optimizer, scaler, ema, cfg.grad_clip)
+        draws = [d[share] for d in draw_step(model, batch, vae.latent_shape, cfg, g)]
+
+        by_place = torch.zeros(2, bins, device=device)
+        for rows, weight, passing in ranks.portions(batch, micro, network):
+            if cfg.dropout:
+                torch.manual_seed(derive_seed(cfg.seed, 9, step, share.start + rows.start))
+            with passing:
+                loss, counted = training_loss(network, model, moments[rows], y[rows], [d[rows] for d in draws], bins)
+                scaler.scale(weight * loss.mean()).backward()
+            by_place += counted
+        ranks.sum(by_place)
+        norm = optimise(model, optimizer, scaler, ema, cfg.grad_clip)
         schedule.step()
-        sums += torch.cat([by_place.flatten(), norm[None]])
+        sums += torch.where(
+            norm.isfinite(), torch.cat([by_place.flatten(), norm[None], torch.ones_like(norm)[None]]), 0.0
+        )
         step += 1
         bar.update(batch)
+        if bad := watch.hopeless(norm, step):
+            save()
+            raise UserError(watch.sentence(bad, bad / steps_per_epoch, folder))
     bar.close()
-    log.close()
+    if ranks.main:
+        log.close()
     if step < total:
+        ranks.close()
         leave_early(stop, step / steps_per_epoch)
-    save_weights(folder / "final.safetensors", ema.module, {**meta, "epoch": cfg.epochs, "metrics": log.rows[-1]})
+    if ranks.main:
+        final = {**meta, "epoch": cfg.epochs, "metrics": log.rows[-1]}
+        save_weights(folder / "final.safetensors", ema.module, final)
     print(
         f"done: {folder / 'final.safetensors'}; samples in {folder / 'samples.png'}, curves in {folder / 'curves.png'}"
     )
+    ranks.close()
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(cfg))
+    run_script(main, cfg)

@@ -126,4 +126,4 @@ def main(cfg: TsneConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(cfg))
+    run_script(main, cfg)

@@ -7,7 +7,6 @@ import io
 import json
 import netrc
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,25 +26,28 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from config import LoopConfig, MachineConfig
+    from config import MachineConfig
 
-FORMAT = 1  # of the checkpoint files; raised when old files can no longer be read
+FORMAT = 1  # of the weight files; raised when old files can no longer be read
+STATE_FORMAT = 2  # of last.pt, likewise
 
 
 class UserError(Exception):
     """Something a person can put right: one sentence that says what is wrong, where, and what to do."""
 
 
-def run_script(main: Callable[[], None]) -> None:
-    """Run a script's main; what a person can cause ends in one sentence and exit code 2, not in a traceback."""
+def run_script(main: Callable[[Any], None], cfg: Any) -> None:
+    """main(cfg); what a person can cause ends in one sentence and exit code 2, not in a traceback."""
     try:
-        main()
+        main(cfg)
     except UserError as e:
         sys.exit(_complain(str(e)))
     except KeyboardInterrupt:
         sys.exit(130)
     except torch.OutOfMemoryError:
-        sys.exit(_complain("the GPU's memory is full: take a smaller --batch-size, or a card with more memory"))
+        batch = getattr(cfg, "batch_size", None) or 64
+        slowly = "--micro-batch auto (the same steps, in portions that fit) or " if hasattr(cfg, "micro_batch") else ""
+        sys.exit(_complain(f"the GPU's memory is full: take {slowly}--batch-size {max(1, batch // 2)}"))
     except OSError as e:
         if e.filename is None and e.strerror is None:
             raise
@@ -54,7 +56,8 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def _complain(sentence: str) -> int:
-    print(f"error: {sentence}", file=sys.stderr)
+    rank = job_ranks()[0]
+    print(f"error{f' (rank {rank})' if rank else ''}: {sentence}", file=sys.stderr)
     return 2
 
 
@@ -62,11 +65,23 @@ def _complain(sentence: str) -> int:
 # Device, precision, seeds
 
 
+def job_ranks() -> tuple[int, int, int]:
+    """(rank, number of ranks, rank on this machine), as torchrun or srun say; (0, 1, 0) alone."""
+    for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")):
+        if all(name in os.environ for name in names):  # a batch script has no SLURM_STEP_NUM_TASKS, srun sets it
+            return tuple(int(os.environ[name]) for name in names)
+    return 0, 1, 0
+
+
 def pick_device(name: str) -> torch.device:
-    """`auto` takes CUDA, then MPS, then CPU; a device that is not there is a UserError."""
+    """`auto` takes CUDA, then MPS, then CPU; a device that is not there is a UserError. Each rank takes its own GPU."""
     if name == "auto":
         mps = torch.backends.mps.is_available()
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if name == "cuda" and torch.cuda.is_available():
+        device = torch.device("cuda", job_ranks()[2] % torch.cuda.device_count())  # Slurm may show a rank its GPU alone
+        torch.cuda.set_device(device)
+        return device
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -238,40 +253,92 @@ def make_ema(model: nn.Module, decay: float) -> torch.optim.swa_utils.AveragedMo
     from torch.optim.swa_utils import AveragedModel
 
     def update(averaged: list[Tensor], current: list[Tensor], n: Tensor) -> None:
-        weight = 1 - min(decay, (1 + n.item()) / (10 + n.item()))  # n lives on the CPU
-        if ema.taken is None:
-            torch._foreach_lerp_(averaged, current, weight)
-        else:
-            torch._foreach_lerp_(averaged, current, [weight * ema.taken] * len(averaged))
+        n = n.item()  # it lives on the CPU
+        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
 
     ema = AveragedModel(model, multi_avg_fn=update)
-    ema.taken = None  # 1 or 0 as a tensor on the device: was the last step taken? None where it always is
     ema.eval().requires_grad_(False)
     return ema
 
 
 def optimise(
-    loss: Tensor,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     ema: torch.optim.swa_utils.AveragedModel,
     clip: float,
 ) -> Tensor:
-    """Backward, unscale, clip, step, average; returns the gradient norm before clipping.
+    """Unscale, clip, step, average: with the gradients that are there. Returns their norm before clipping.
 
-    A step that the scaler skips (infinite gradients under fp16) does not enter the average. Nothing here waits for a
-    GPU.
+    Where it is not finite, weights and moments stay as they are, in every precision; `optimizer` must be fused, which
+    skips by itself. Nothing here waits for a GPU.
     """
-    scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf")).detach()
+    if not scaler.is_enabled():  # else the scaler tells the optimiser
+        getattr(optimizer, "inner", optimizer).found_inf = 1 - norm.isfinite().float()
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    ema.taken = norm.isfinite().float() if scaler.is_enabled() else None
     ema.update_parameters(model)
     return norm
+
+
+class Watch:
+    """Counts steps in a row whose gradients are not finite; says so after `patience`, without waiting for a GPU."""
+
+    def __init__(self, device: torch.device, patience: int = 20):
+        self.patience, self.reading = patience, None
+        self.count, self.since = torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device)
+
+    def hopeless(self, norm: Tensor, step: int) -> int:
+        """0, or the step that was one too many, up to 20 steps later."""
+        self.count = torch.where(norm.isfinite(), 0, self.count + 1)
+        self.since = torch.where((self.count == self.patience) & (self.since == 0), step, self.since)
+        seen = 0
+        if step % 10 == 0:  # what was read ten steps ago has arrived
+            seen = int(self.reading()) if self.reading else 0
+            self.reading = fetch(self.since.clone())
+        return seen
+
+    def sentence(self, step: int, epoch: float, folder: Path) -> str:
+        """What to tell a person then."""
+        return (
+            f"the gradients of {self.patience} steps in a row were not finite, up to step {step} (epoch {epoch:.2f}); "
+            f"none of them was taken and {folder} keeps the weights before them: start over with --fresh and a smaller "
+            "--lr, or with --precision fp32"
+        )
+
+
+def skipped(numbers: Mapping[str, float]) -> str:
+    """The end of an epoch's line: how many steps were not taken, if any."""
+    n = numbers.get("skipped steps", 0)
+    return f"  {n:.0f} steps skipped: gradients not finite" if n else ""
+
+
+def fit_micro_batch(choice: int | str | None, share: int, model: nn.Module, trial: Callable[[int], object]) -> int:
+    """Images that go through the network at a time: `choice`, all `share` of them for None, what fits for "auto".
+
+    `trial(n)` is a step's forward and backward pass of n images; beside it the moments of AdamW must find room.
+    """
+    if choice != "auto":
+        return min(choice or share, share)
+    n = share
+    while True:
+        try:
+            moments = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]
+            trial(n)
+            del moments
+            if n < share:
+                print(f"--micro-batch auto: {n} images at a time")
+            return n
+        except torch.OutOfMemoryError:
+            moments = None
+        if n == 1:
+            raise UserError("not even one image fits the GPU's memory: take smaller --channels, or a larger GPU")
+        model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        n = -(-n // 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -293,6 +360,11 @@ def write_atomic(path: Path, data: bytes, keep: Path | None = None) -> None:
         if keep is not None and path.exists():
             os.replace(path, keep)
         os.replace(tmp, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the names, too, outlive a power cut
+        finally:
+            os.close(folder)
     except OSError as e:
         tmp.unlink(missing_ok=True)
         e.filename = str(path)
@@ -302,7 +374,7 @@ def write_atomic(path: Path, data: bytes, keep: Path | None = None) -> None:
 def save_state(path: Path, state: dict) -> None:
     """Everything resuming needs, by torch.save; the state before it stays as `*.prev.pt` until the next write."""
     buffer = io.BytesIO()  # serialised in memory, so that a full disk is met by write_atomic alone
-    torch.save({"format": FORMAT, **state}, buffer)
+    torch.save({"format": STATE_FORMAT, **state}, buffer)
     write_atomic(path, buffer.getvalue(), keep=path.with_suffix(".prev.pt"))
 
 
@@ -318,7 +390,7 @@ def load_state(path: Path) -> dict | None:
             print(f"{p} cannot be read ({type(e).__name__}); trying the one before it", file=sys.stderr)
             torn = True
             continue
-        if not isinstance(state, dict) or state.get("format") != FORMAT:
+        if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
             raise UserError(f"{p} was written by another version of this code: finish it there, or use --fresh")
         if torn:
             os.replace(path, path.with_suffix(".torn.pt"))  # so that the next save does not keep it as the good one
@@ -375,65 +447,7 @@ def file_hash(path: Path) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A run: its folder, its log, its end
-
-
-def open_run(cfg: LoopConfig, stage: str) -> Path:
-    """The folder CHECKPOINTS/RUN/<stage>, writable. --fresh moves an older one aside."""
-    folder = Path(cfg.checkpoints) / cfg.run / stage
-    if cfg.fresh and folder.exists():
-        old = folder.parent / f"old-{time.strftime('%Y%m%d-%H%M%S')}" / stage
-        old.parent.mkdir(parents=True, exist_ok=True)
-        os.rename(folder, old)
-        print(f"the old {stage} run is now in {old}")
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"{folder} cannot be written: choose another --checkpoints folder")
-    return folder
-
-
-# What may differ between the two commands of one run; anything else would make the resumed run a mixture of two.
-FREE_TO_CHANGE = {
-    "epochs", "device", "wandb", "cache", "checkpoints", "save_minutes", "fresh", "dry_run", "gif_every",
-    "sample_every", "data",
-}  # fmt: skip
-
-
-def check_same_run(cfg: LoopConfig, data: str, state: dict, folder: Path) -> None:
-    """UserError if this command would continue a run that was started with other settings or on other data."""
-    old, new = state["config"], asdict(cfg)
-    changed = [k for k in new if k not in FREE_TO_CHANGE and old.get(k) != new[k]]
-    if changed:
-        was = ", ".join(f"{k} {old.get(k)} -> {new[k]}" for k in changed)
-        raise UserError(f"{folder} was started with other settings ({was}): use those, another --run, or --fresh")
-    if state["data"] != data:
-        raise UserError(f"{folder} was started on other slices than {cfg.data} now holds: use another --run or --fresh")
-
-
-class StopSignal:
-    """True once SIGTERM, SIGUSR1 or Ctrl-C arrived: the loop then finishes its step, saves and leaves.
-
-    A second Ctrl-C leaves at once.
-    """
-
-    def __init__(self) -> None:
-        self.name = ""
-        for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(s, self._stop)
-
-    def _stop(self, number: int, frame: object) -> None:
-        if self.name and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
-
-    def __bool__(self) -> bool:
-        return bool(self.name)
-
-
-def leave_early(stop: StopSignal, epoch: float) -> NoReturn:
-    """Say how to go on after a signal, and exit: 130 after Ctrl-C, else 75 (EX_TEMPFAIL: saved, not finished)."""
-    print(f"stopped by {stop.name} and saved at epoch {epoch:.2f}: the same command goes on from there")
-    sys.exit(130 if stop.name == "SIGINT" else 75)
+# Bars, logs, and what goes on record
 
 
 def progress_bar(total: int, done: int = 0, what: str = "") -> tqdm:
@@ -441,6 +455,7 @@ def progress_bar(total: int, done: int = 0, what: str = "") -> tqdm:
     return tqdm(
         total=total, initial=done, desc=what or None, unit=" images", unit_scale=total >= 10_000, dynamic_ncols=True,
         smoothing=0.05, mininterval=0.5 if sys.stderr.isatty() else 60, leave=not what, delay=0.5,
+        disable=job_ranks()[0] > 0,
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -141,14 +141,17 @@ class VAE(nn.Module):
         return self.config["latent_channels"], side, side
 
     @torch.no_grad()
-    def measure_latents(self, batches: Iterable[Tensor]) -> None:
-        """Set latent_mean and latent_std to those of posterior samples over batches of images, in closed form."""
-        total, squares, count = 0.0, 0.0, 0
+    def measure_latents(self, batches: Iterable[Tensor], add: Callable[[Tensor], Tensor] = lambda sums: sums) -> None:
+        """Set latent_mean and latent_std to those of posterior samples over batches of images, in closed form.
+
+        `add` sums over the ranks where each has batches of its own.
+        """
+        sums = torch.zeros(3, self.config["latent_channels"], dtype=torch.float64)
         for x in batches:
             mean, logvar = (v.cpu().double() for v in self.posterior(x))  # MPS has no float64
-            total = total + mean.sum(dim=(0, 2, 3))
-            squares = squares + (mean.square() + logvar.exp()).sum(dim=(0, 2, 3))  # E[z^2] = mean^2 + variance
-            count += mean.numel() // mean.shape[1]
+            squares = mean.square() + logvar.exp()  # E[z^2] = mean^2 + variance
+            sums += torch.stack([v.sum(dim=(0, 2, 3)) for v in (mean, squares, torch.ones_like(mean))])
+        total, squares, count = add(sums)
         self.latent_mean.copy_(total / count)
         self.latent_std.copy_((squares / count - (total / count).square()).sqrt())
 

@@ -84,7 +84,8 @@ def vae_step(b: Bench, side: int):
 
     def step() -> None:
         x_hat, mean, logvar = vae(x, torch.randn(4, *vae.latent_shape, device=b.device))
-        optimise(vae_loss(x_hat, x, mean, logvar, "l1_ssim", 1e-3)[0], vae, optimizer, scaler, ema, 1.0)
+        scaler.scale(vae_loss(x_hat, x, mean, logvar, "l1_ssim", 1e-3)[0]).backward()
+        optimise(vae, optimizer, scaler, ema, 1.0)
 
     return step
 

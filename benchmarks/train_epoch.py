@@ -22,7 +22,7 @@ from common import Bench, BenchConfig, PeerUNet, PeerVAE, peer_step, script
 from torch.utils.data import DataLoader, TensorDataset
 
 from metrics import psnr, unit
-from train import training_loss
+from train import draw_step, training_loss
 from utils import fit, generator, load_weights, make_ema, optimise, shuffled, visit
 
 
@@ -52,8 +52,9 @@ def our_iteration(b: Bench, batch: int, slices: int) -> Callable[[], None]:
         nonlocal count
         count += 1
         z, y = next(visits)
-        loss, _ = training_loss(model, z, y, b.tra, 10, generator(0, count, device=b.device))
-        optimise(loss.mean(), model, optimizer, scaler, ema, 1.0)
+        draws = draw_step(model, len(y), z.shape[3:], b.tra, generator(0, count, device=b.device))
+        scaler.scale(training_loss(model, model, z, y, draws, 10)[0].mean()).backward()
+        optimise(model, optimizer, scaler, ema, 1.0)
 
     if b.gpu and not b.cfg.quick:
         model.unet.forward = torch.compile(model.unet.forward, dynamic=False)

@@ -18,7 +18,7 @@ from common import Bench, BenchConfig, PeerUNet, cost, peer_step
 from torch import nn
 
 from modules import CosineAnnealingWarmupScheduler, StableDiffusion
-from train import training_loss
+from train import draw_step, training_loss
 from utils import generator, make_ema, optimise
 
 
@@ -48,8 +48,9 @@ def our_step(b: Bench, model: StableDiffusion, moments: torch.Tensor, y: torch.T
     def step() -> None:
         nonlocal count
         count += 1
-        loss, _ = training_loss(model, moments, y, b.tra, 10, generator(0, count, device=b.device))
-        optimise(loss.mean(), model, optimizer, scaler, ema, 1.0)
+        draws = draw_step(model, len(y), moments.shape[3:], b.tra, generator(0, count, device=b.device))
+        scaler.scale(training_loss(model, model, moments, y, draws, 10)[0].mean()).backward()
+        optimise(model, optimizer, scaler, ema, 1.0)
         schedule.step()
 
     return step

@@ -12,8 +12,19 @@ from test_pipeline import images
 
 from config import TrainConfig
 from modules import NoiseScheduler_Fast_DDPM, StableDiffusion, UNet
-from train import training_loss
-from utils import compile_networks, fit, generator, make_ema, optimise, read_jsonl, shuffled, visit
+from train import draw_step, training_loss
+from utils import (
+    Watch,
+    compile_networks,
+    fit,
+    fit_micro_batch,
+    generator,
+    make_ema,
+    optimise,
+    read_jsonl,
+    shuffled,
+    visit,
+)
 from vae import VAE, Drawer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")
@@ -62,13 +73,14 @@ def test_no_step_waits_for_the_gpu(dtype: torch.dtype | None, on_the_host: bool)
     moments, labels = torch.rand(64, 1, 2, 4, 16, 16).half(), torch.zeros(64, dtype=torch.int64)
     if not on_the_host:
         moments, labels = fit(moments, device), labels.to(device)
-    visits = visit([moments, labels], shuffled(64, 16, 0, 0), device)
+    visits, watch = visit([moments, labels], shuffled(64, 16, 0, 0), device), Watch(device)
     try:
         for step in range(12):
             torch.cuda.set_sync_debug_mode("error" if step > 3 else "default")
             z, y = next(visits)
-            loss, _ = training_loss(model, z, y, TrainConfig(), 10, generator(0, step, device=device))
-            optimise(loss.mean(), model, optimizer, scaler, ema, 1.0)
+            draws = draw_step(model, len(y), z.shape[3:], TrainConfig(), generator(0, step, device=device))
+            scaler.scale(training_loss(model, model, z, y, draws, 10)[0].mean()).backward()
+            watch.hopeless(optimise(model, optimizer, scaler, ema, 1.0), step)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(p.isfinite().all() for p in ema.parameters())
@@ -103,3 +115,22 @@ def test_compiled_on_the_gpu_is_eager(dtype: torch.dtype | None, tolerance: floa
     assert compile_networks("auto", [model.unet], both, torch.device("cuda"))
     for a, b in zip(both(), eager):
         assert ((a - b).norm() / b.norm()).item() < tolerance
+
+
+def test_micro_batch_auto_finds_what_fits():
+    model, _ = networks()
+    torch.cuda.empty_cache()
+    asked, room = [], torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 300e6) / room)
+
+    def trial(n: int) -> None:
+        asked.append(n)
+        z, t = torch.randn(n, 4, 16, 16, device="cuda"), torch.full((n,), 73, device="cuda")
+        model(z, t, torch.randn_like(z), torch.zeros_like(t))[0].mean().backward()
+        model.zero_grad()
+
+    try:
+        n = fit_micro_batch("auto", 4096, model, trial)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert 1 <= n < 4096 and asked == [4096 // 2**i for i in range(len(asked))] and asked[-1] == n

@@ -28,6 +28,7 @@ from modules import (
     sample,
     timestep_embedding,
 )
+from train import draw_step
 from utils import UserError, save_weights
 from vae import VAE
 
@@ -457,15 +458,14 @@ def test_unconditional_network_ignores_labels():
     assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
 
 
-def test_drop_labels():
+def test_labels_are_hidden_at_their_rate():
     model, y = tiny_diffusion(2), torch.arange(20_000) % 2
-    got = model.drop_labels(y, 0.1, torch.Generator().manual_seed(0))
-    hidden = got != y
-    assert (got[hidden] == 2).all()  # never another class
-    assert abs(hidden.float().mean() - 0.1) < 4 * math.sqrt(0.09 / 20_000)
-    assert torch.equal(model.drop_labels(y, 0.0), y)
-    assert (model.drop_labels(y, 1.0) == 2).all()
-    assert torch.equal(got, model.drop_labels(y, 0.1, torch.Generator().manual_seed(0)))
+    _, _, hide, _, _ = draw_step(
+        model, len(y), (2, 8, 8), TrainConfig(class_dropout=0.1), torch.Generator().manual_seed(0)
+    )
+    got = model.hide_labels(y, hide)
+    assert torch.equal(got == 2, hide) and torch.equal(got[~hide], y[~hide])  # never another class
+    assert abs(hide.float().mean() - 0.1) < 4 * math.sqrt(0.09 / 20_000)
 
 
 @pytest.mark.parametrize("how", [dict(solver="ddim", eta=1.0), dict(solver="dpm++2m")])

@@ -22,8 +22,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
+import cluster
 import utils
 from config import PretrainConfig, TrainConfig
+from modules import Lookahead
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,11 +57,11 @@ class Evil:
 
 
 def leaves_with(error, capsys):
-    def main():
+    def main(cfg):
         raise error
 
     with pytest.raises(SystemExit) as left:
-        utils.run_script(main)
+        utils.run_script(main, TrainConfig())
     return left.value.code, capsys.readouterr().err
 
 
@@ -69,7 +71,7 @@ def test_what_a_person_can_cause_ends_in_one_sentence(capsys):
     code, err = leaves_with(OSError(28, "No space left on device", "runs/last.pt"), capsys)
     assert code == 2 and err.startswith("error: runs/last.pt: No space left on device") and err.count("\n") == 1
     code, err = leaves_with(torch.OutOfMemoryError("CUDA out of memory"), capsys)
-    assert code == 2 and "--batch-size" in err and err.count("\n") == 1
+    assert code == 2 and "--batch-size 8" in err and "--micro-batch auto" in err and err.count("\n") == 1
     code, err = leaves_with(KeyboardInterrupt(), capsys)
     assert code == 130 and "Traceback" not in err
 
@@ -77,11 +79,11 @@ def test_what_a_person_can_cause_ends_in_one_sentence(capsys):
 @pytest.mark.parametrize("error", [ValueError("a bug"), OSError("no number and no file")])
 def test_bugs_are_not_dressed_up(error):
     with pytest.raises(type(error), match=str(error)):
-        utils.run_script(lambda: (_ for _ in ()).throw(error))
+        utils.run_script(lambda cfg: (_ for _ in ()).throw(error), None)
 
 
 def test_exit_codes_of_a_real_process():
-    code = "import utils\ndef main(): raise {}\nutils.run_script(main)"
+    code = "import utils\ndef main(cfg): raise {}\nutils.run_script(main, None)"
     bad_luck = python(code.format("utils.UserError('put it right')"))
     assert bad_luck.returncode == 2 and bad_luck.stderr == "error: put it right\n"
     bug = python(code.format("ZeroDivisionError('a bug')"))
@@ -178,7 +180,7 @@ def parts(scaled=False, lr=1.0):
     torch.manual_seed(0)
     model = nn.Linear(4, 3)
     scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=1024.0)
-    return model, torch.optim.SGD(model.parameters(), lr=lr), scaler, utils.make_ema(model, 0.5)
+    return model, torch.optim.SGD(model.parameters(), lr=lr, fused=True), scaler, utils.make_ema(model, 0.5)
 
 
 def flat(model):
@@ -192,7 +194,8 @@ def test_a_step_is_clipped_after_unscaling(clip, scaled):
     x = normal(5, 4)
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(model(x).square().mean(), [*model.parameters()])])
     size, before = gradient.double().norm().item(), flat(model)
-    norm = utils.optimise(model(x).square().mean(), model, optimizer, scaler, ema, clip)
+    scaler.scale(model(x).square().mean()).backward()
+    norm = utils.optimise(model, optimizer, scaler, ema, clip)
     assert norm.item() == pytest.approx(size, rel=1e-5) and not norm.requires_grad  # the norm before clipping
     moved = before - flat(model)  # with a rate of 1, plain SGD moves by the clipped gradient
     assert moved.norm().item() == pytest.approx(min(size, clip or math.inf), rel=1e-4)
@@ -200,20 +203,58 @@ def test_a_step_is_clipped_after_unscaling(clip, scaled):
     assert all(p.grad is None for p in model.parameters()) and ema.n_averaged == 1
 
 
-def test_a_step_that_the_scaler_skips_changes_nothing():
-    model, optimizer, scaler, ema = parts(scaled=True)
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_step_without_finite_gradients_is_not_taken(scaled, wrapped, bad):
+    model, _, scaler, ema = parts(scaled)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    optimizer = Lookahead(optimizer) if wrapped else optimizer
+
+    def step(factor):
+        scaler.scale(model(normal(5, 4)).square().mean() * factor).backward()
+        return utils.optimise(model, optimizer, scaler, ema, 1.0)
+
+    def moments():
+        states = getattr(optimizer, "inner", optimizer).state.values()
+        return torch.cat([state[k].flatten() for state in states for k in ("exp_avg", "exp_avg_sq", "step")])
+
     for _ in range(2):
-        utils.optimise(model(normal(5, 4)).square().mean(), model, optimizer, scaler, ema, 1.0)
-    weights, average, scale = flat(model), flat(ema.module), scaler.get_scale()
-    norm = utils.optimise(model(normal(5, 4)).sum() * math.inf, model, optimizer, scaler, ema, 1.0)
-    assert not norm.isfinite() and scaler.get_scale() < scale
-    assert torch.equal(flat(model), weights) and torch.equal(flat(ema.module), average)
-    utils.optimise(model(normal(5, 4)).square().mean(), model, optimizer, scaler, ema, 1.0)  # and it goes on
-    assert (
-        not torch.equal(flat(model), weights)
-        and not torch.equal(flat(ema.module), average)
-        and flat(model).isfinite().all()
-    )
+        step(1.0)
+    weights, before, scale = flat(model), moments(), scaler.get_scale()
+    assert not step(bad).isfinite() and (scaler.get_scale() < scale) == scaled
+    assert torch.equal(flat(model), weights) and torch.equal(moments(), before)
+    assert flat(ema.module).isfinite().all()
+    assert step(1.0).isfinite()  # and it goes on
+    assert not torch.equal(flat(model), weights) and flat(model).isfinite().all() and flat(ema.module).isfinite().all()
+
+
+@maths
+@given(bad=st.lists(st.booleans(), min_size=1, max_size=80), patience=st.integers(2, 25))
+def test_steps_in_a_row_without_finite_gradients_are_counted(bad, patience):
+    watch, noticed, run, want = utils.Watch(torch.device("cpu"), patience), 0, 0, 0
+    bad = [*bad, *[False] * 20]  # what happens is noticed within twenty steps
+    for step, is_bad in enumerate(bad, 1):
+        noticed = noticed or watch.hopeless(torch.tensor(math.nan if is_bad else 1.0), step)
+        run = run + 1 if is_bad else 0
+        want = want or (step if run == patience else 0)
+    assert noticed == want
+
+
+@pytest.mark.parametrize(("fits", "want"), [(100, 64), (64, 64), (63, 32), (7, 4), (1, 1)])
+def test_micro_batch_auto_is_halved_until_it_fits(fits, want):
+    model, tried = nn.Linear(2, 2), []
+
+    def trial(n):
+        tried.append(n)
+        if n > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert utils.fit_micro_batch("auto", 64, model, trial) == want and tried[-1] == want
+    assert utils.fit_micro_batch(None, 64, model, trial) == 64 and utils.fit_micro_batch(5, 64, model, trial) == 5
+    assert utils.fit_micro_batch(500, 64, model, trial) == 64
+    with pytest.raises(UserError, match="not even one image"):
+        utils.fit_micro_batch("auto", 64, model, lambda n: trial(10**6))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -306,7 +347,7 @@ def test_state_without_a_last_file_comes_from_the_one_before(tmp_path):
 
 def test_state_of_another_version_is_refused(tmp_path):
     path = tmp_path / "last.pt"
-    for content in ({"format": utils.FORMAT + 1}, {}, [1, 2]):
+    for content in ({"format": utils.STATE_FORMAT + 1}, {"format": 1}, {}, [1, 2]):
         torch.save(content, path)
         with pytest.raises(UserError, match="version"):
             utils.load_state(path)
@@ -314,7 +355,7 @@ def test_state_of_another_version_is_refused(tmp_path):
 
 def test_code_in_a_state_file_is_never_run(tmp_path):
     path, pwned = tmp_path / "last.pt", tmp_path / "pwned"
-    torch.save({"format": utils.FORMAT, "step": Evil(pwned)}, path)
+    torch.save({"format": utils.STATE_FORMAT, "step": Evil(pwned)}, path)
     with pytest.raises(UserError):
         utils.load_state(path)
     path.write_bytes(pickle.dumps(Evil(pwned)))
@@ -378,12 +419,12 @@ def test_file_hash(tmp_path):
 
 def test_open_run_and_fresh(tmp_path, capsys):
     cfg = PretrainConfig(checkpoints=str(tmp_path), run="r")
-    folder = utils.open_run(cfg, "vae")
+    folder = cluster.open_run(cfg, "vae")
     assert folder == tmp_path / "r" / "vae"
     (folder / "last.pt").write_bytes(b"hours of work")
-    assert utils.open_run(cfg, "vae") == folder and names(folder) == ["last.pt"]  # as it was, to resume
+    assert cluster.open_run(cfg, "vae") == folder and names(folder) == ["last.pt"]  # as it was, to resume
     (tmp_path / "r" / "diffusion").mkdir()
-    assert utils.open_run(replace(cfg, fresh=True), "vae") == folder
+    assert cluster.open_run(replace(cfg, fresh=True), "vae") == folder
     assert names(folder) == []
     (old,) = (tmp_path / "r").glob("old-*")
     assert (old / "vae" / "last.pt").read_bytes() == b"hours of work"
@@ -391,7 +432,7 @@ def test_open_run_and_fresh(tmp_path, capsys):
 
 
 def test_fresh_without_an_older_run(tmp_path):
-    assert utils.open_run(PretrainConfig(checkpoints=str(tmp_path), fresh=True), "vae").is_dir()
+    assert cluster.open_run(PretrainConfig(checkpoints=str(tmp_path), fresh=True), "vae").is_dir()
 
 
 def test_check_same_run(tmp_path):
@@ -400,14 +441,14 @@ def test_check_same_run(tmp_path):
     path = tmp_path / "last.pt"
     utils.save_state(path, state)
     state = utils.load_state(path)  # as resuming sees it: tuples must still equal tuples
-    utils.check_same_run(cfg, "abc", state, tmp_path)
-    utils.check_same_run(replace(cfg, epochs=7, device="cpu", wandb="disabled", dry_run=True), "abc", state, tmp_path)
+    cluster.check_same_run(cfg, "abc", state, tmp_path)
+    cluster.check_same_run(replace(cfg, epochs=7, device="cpu", wandb="disabled", dry_run=True), "abc", state, tmp_path)
     with pytest.raises(UserError, match=r"lr 0.0001 -> 0.5.*--fresh"):
-        utils.check_same_run(replace(cfg, lr=0.5), "abc", state, tmp_path)
+        cluster.check_same_run(replace(cfg, lr=0.5), "abc", state, tmp_path)
     with pytest.raises(UserError, match="channels"):
-        utils.check_same_run(replace(cfg, channels=(8,)), "abc", state, tmp_path)
+        cluster.check_same_run(replace(cfg, channels=(8,)), "abc", state, tmp_path)
     with pytest.raises(UserError, match="other slices"):
-        utils.check_same_run(cfg, "abd", state, tmp_path)
+        cluster.check_same_run(cfg, "abd", state, tmp_path)
 
 
 @pytest.fixture
@@ -422,18 +463,22 @@ def handlers():
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 75), (signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_signals_are_remembered_and_do_not_kill(handlers, capsys, number, code):
-    stop = utils.StopSignal()
+    stop = cluster.StopSignal()
+    stop.begin()
     assert not stop
     os.kill(os.getpid(), number)
     assert stop and stop.name == number.name
     with pytest.raises(SystemExit) as left:
-        utils.leave_early(stop, 1.5)
+        cluster.leave_early(stop, 1.5)
     assert left.value.code == code  # nothing failed when Slurm stops a job
     assert number.name in capsys.readouterr().out
 
 
 def test_a_second_ctrl_c_leaves_at_once(handlers):
-    stop = utils.StopSignal()
+    stop = cluster.StopSignal()
+    with pytest.raises(KeyboardInterrupt):  # nothing has begun that could be saved
+        signal.raise_signal(signal.SIGINT)
+    stop.begin()
     signal.raise_signal(signal.SIGINT)
     assert stop
     with pytest.raises(KeyboardInterrupt):
