@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -99,19 +99,16 @@ class Ranks:
             return bool(flag)
         return step % 10 == 0 and bool(self.sum(torch.tensor(int(bool(flag)))))
 
+    def cuts(self, n: int, batch: int) -> list[int]:
+        """Where n rows are cut so that each rank has its share of the batches: rank r has cuts[r] to cuts[r + 1]."""
+        steps = -(-n // batch)
+        return [min(n, batch * (r * steps // self.size)) for r in range(self.size + 1)]
+
     def complete(self, rows: Tensor, cuts: list[int]) -> None:
         """Give each other the rows [cuts[r], cuts[r + 1]) that rank r holds; `rows` lies on the host."""
         for r in range(self.size if self.size > 1 else 0):
             if cuts[r] < cuts[r + 1]:
                 dist.broadcast(rows[cuts[r] : cuts[r + 1]].view(torch.uint8), r, group=self.host)
-
-    def gather(self, x: Any) -> list[Any]:
-        """What each rank has, in order, on rank 0; elsewhere nothing."""
-        if self.size == 1:
-            return [x]
-        parts = [None] * self.size if self.main else None
-        dist.gather_object(x, parts, group=self.host)
-        return parts or []
 
     def first(self, call: Callable[[], T]) -> T:
         """call(), on rank 0 before the others, who find what it put right on disk."""

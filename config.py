@@ -181,7 +181,7 @@ class PredictConfig(SourceConfig, MachineConfig):
     weights: Literal["best", "final"] = "best"
     """Weights with the lowest validation loss, or the last ones."""
     shard: int = 0
-    """Draw a part of the images only, those with number k % SHARDS = SHARD, as one of many jobs on one --out."""
+    """Draw a part of the images only, every SHARDS-th batch from this one on, as one of many jobs on one --out."""
     shards: int = 1
     """How many such jobs there are. What they leave together is what one job leaves."""
     reject_copies: bool = False

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cluster import Ranks
 from dataset import ADNIDataset, load_splits, load_splits_as_trained, read_images
 from evidence import PICTURES, SECTIONS, Evidence, Images
 from features import inception
@@ -74,20 +75,25 @@ def images_of(data: ADNIDataset) -> Images:
     return Images(torch.as_tensor(data.images), data.labels, np.array(data.people))
 
 
-def draw_images(cfg: EvaluateConfig, model: StableDiffusion, vae: VAE, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(uint8 [N, S, S], latents [N, C, h, w]) of the run, image k from (seed, k) as predict.py draws it."""
-    drawer = Drawer(model, vae, cfg.batch_size, cfg.guidance)
-    parts, bar = [], progress_bar(len(labels), what="drawing")
+def draw_images(
+    cfg: EvaluateConfig, model: StableDiffusion, vae: VAE, labels: Tensor, ranks: Ranks
+) -> tuple[Tensor, Tensor]:
+    """(uint8 [N, S, S], latents [N, C, h, w]), image k from (seed, k) as predict.py draws it; by ranks in shares."""
+    drawer, side, n = Drawer(model, vae, cfg.batch_size, cfg.guidance), vae.config["image_size"], len(labels)
+    images, latents = torch.empty(n, side, side, dtype=torch.uint8), torch.empty(n, *vae.latent_shape)
+    cuts, bar = ranks.cuts(n, cfg.batch_size), progress_bar(n, what="drawing")
     with bar:
-        for k in torch.arange(len(labels)).split(cfg.batch_size):
-            parts.append([part.cpu() for part in drawer(cfg.seed, k.tolist(), labels[k])])
-            bar.update(len(k))
-    return tuple(torch.cat(part) for part in zip(*parts))
+        for k in torch.arange(cuts[ranks.rank], cuts[ranks.rank + 1]).split(cfg.batch_size):
+            images[k], latents[k] = (part.cpu() for part in drawer(cfg.seed, k.tolist(), labels[k]))
+            bar.update(len(k) * ranks.size)
+    ranks.complete(images, cuts)
+    ranks.complete(latents, cuts)
+    return images, latents
 
 
-def gather(cfg: EvaluateConfig) -> Evidence:
+def gather(cfg: EvaluateConfig, ranks: Ranks) -> Evidence:
     """Load the data split as the run split it, and draw or read the generated images."""
-    device = pick_device(cfg.device)
+    device = ranks.device
     run = cfg.run or (None if cfg.images else "adni")
     out = Path(cfg.out or (Path(cfg.checkpoints) / run / "report" if run and not cfg.images else "report"))
     model = vae = meta = None
@@ -116,7 +122,7 @@ def gather(cfg: EvaluateConfig) -> Evidence:
     else:
         g = generator(cfg.seed, 8)
         labels = train.labels[torch.randint(len(train), (cfg.num_images,), generator=g)]  # in the data's shares
-        pixels, latents = draw_images(cfg, model, vae, labels)
+        pixels, latents = draw_images(cfg, model, vae, labels, ranks)
         unknown = len(classes) > 1 and not model.num_classes
         labels = torch.full_like(labels, -1) if unknown else labels
         generated = Images(pixels, labels, np.arange(len(labels)).astype(str))
@@ -180,7 +186,11 @@ def main(cfg: EvaluateConfig) -> None:
     start = time.time()
     if cfg.inception_weights:
         inception(cfg.inception_weights, pick_device(cfg.device))  # a wrong file is refused before any work
-    e = gather(cfg)
+    ranks = Ranks(pick_device(cfg.device))
+    e = gather(cfg, ranks)
+    ranks.close()
+    if not ranks.main:  # the drawing was shared; rank 0 measures
+        return
     for name in PICTURES:  # of an earlier report that had more
         (e.out / name).unlink(missing_ok=True)
     for section in SECTIONS:

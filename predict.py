@@ -1,7 +1,8 @@
 """Draw new MRIs: python predict.py --run NAME --num-images 16 --class-name AD --seed 7 --out out/.
 
 Writes train/CLASS/<name>.png, laid out to be trained on, manifest.csv, README.md (the datasheet), grid.png and
-denoising.gif. The same command again completes what is missing.
+denoising.gif. The same command again completes what is missing. Many processes can share one folder (ranks of torchrun
+or srun, jobs with --shard); together they leave what one would.
 """
 
 from __future__ import annotations
@@ -14,17 +15,19 @@ if __name__ == "__main__":
 import csv
 import io
 import json
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cluster import StopSignal
 from dataset import load_splits_as_trained
 from metrics import CopyDetector, TooFew, is_copy
 from modules import StableDiffusion, make_grid
@@ -35,6 +38,7 @@ from utils import (
     file_hash,
     git_commit,
     image_grid,
+    job_ranks,
     pick_device,
     png_bytes,
     progress_bar,
@@ -43,6 +47,9 @@ from utils import (
     write_atomic,
 )
 from vae import VAE, Drawer, load_run
+
+if TYPE_CHECKING:
+    import filelock
 
 T = TypeVar("T")
 ATTEMPTS = 20  # draws of an image, before a model that gives nothing but copies is called that
@@ -79,17 +86,26 @@ def plan_sampling(cfg: PredictConfig, model: StableDiffusion) -> dict:
     return {"timesteps": timesteps.tolist(), "solver": solver, "eta": eta}
 
 
+def lock(out: Path) -> filelock.BaseFileLock:
+    """What the processes that share OUT take turns by."""
+    import filelock
+
+    return filelock.FileLock(out / ".lock")
+
+
 def claim_folder(out: Path, command: dict) -> None:
     """Make OUT this command's own: new, empty, or begun by the same command. Anything else is refused."""
     record = out / "command.json"
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: name a folder")
-    if record.exists():
-        if json.loads(record.read_text()) != command:
-            raise UserError(f"{out} holds the images of another command ({record}): choose another --out")
-    elif out.exists() and any(out.iterdir()):
+    if out.exists() and not record.exists() and not (out / ".lock").exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty: choose another --out, or empty it")
-    write_atomic(record, json.dumps(command, indent=1).encode())
+    out.mkdir(parents=True, exist_ok=True)
+    with lock(out):
+        if not record.exists():
+            write_atomic(record, json.dumps(command, indent=1).encode())
+        elif json.loads(record.read_text()) != command:
+            raise UserError(f"{out} holds the images of another command ({record}): choose another --out")
 
 
 def read_manifest(out: Path) -> dict[int, list]:
@@ -100,13 +116,16 @@ def read_manifest(out: Path) -> dict[int, list]:
     return {int(index) % 10**9: [file, kind, seed, int(index), *rest] for file, kind, seed, index, *rest in rows}
 
 
-def write_manifest(out: Path, rows: dict[int, list], spaces: list[str]) -> None:
-    """OUT/manifest.csv, by image."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["file", "class", "seed", "index", "checkpoint", *(f"{name}_distance" for name in spaces)])
-    table.writerows(rows[k] for k in sorted(rows))
-    write_atomic(out / "manifest.csv", text.getvalue().encode())
+def add_to_manifest(out: Path, fresh: dict[int, list], spaces: list[str]) -> dict[int, list]:
+    """Put these rows into OUT/manifest.csv, among those of others who write to it; returns all."""
+    with lock(out):
+        rows = read_manifest(out) | fresh
+        text = io.StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(["file", "class", "seed", "index", "checkpoint", *(f"{name}_distance" for name in spaces)])
+        table.writerows(rows[k] for k in sorted(rows))
+        write_atomic(out / "manifest.csv", text.getvalue().encode())
+    return rows
 
 
 def copy_detector(cfg: PredictConfig, vae: VAE, meta: dict, device: torch.device) -> CopyDetector:
@@ -146,7 +165,7 @@ def replace_copies(
             )
         for j in again:
             indices[j] = attempt * 10**9 + ks[j]
-        images[again] = draw([indices[j] for j in again], [ks[j] for j in again])()
+        images[again] = draw(indices, ks)()[again]
         fresh, _ = detector.distances(torch.from_numpy(images[again]))
         for name, d in fresh.items():
             distance[name][again] = d
@@ -201,7 +220,10 @@ An index of attempt x 1,000,000,000 + k is image k drawn again.
 def main(cfg: PredictConfig) -> None:
     import cv2
 
-    device = pick_device(cfg.device)
+    stop, device = StopSignal(), pick_device(cfg.device)
+    if cfg.shard >= cfg.shards:
+        raise UserError(f"--shard {cfg.shard} of --shards {cfg.shards} does not exist: they are counted from 0")
+    rank, size, _ = job_ranks()
     folder = Path(cfg.checkpoints) / cfg.run
     if cfg.run == "pretrained" and not folder.exists():
         raise UserError(f"there are no pretrained weights in {folder}: train a run and name it with --run")
@@ -216,7 +238,7 @@ def main(cfg: PredictConfig) -> None:
         raise UserError(f"run {cfg.run} is unconditional and has no class to be guided to: leave out --guidance")
     how = plan_sampling(cfg, model)
     out = Path(cfg.out)
-    free = ("out", "batch_size", "compile", "device", "wandb", "checkpoints", "data", "cache")
+    free = ("out", "batch_size", "compile", "device", "wandb", "checkpoints", "data", "cache", "shard", "shards")
     command = {k: v for k, v in asdict(cfg).items() if k not in free} | {"class_name": list(cfg.class_name)}
     checkpoint = file_hash(unet_file)
     detector = copy_detector(cfg, vae, meta, device) if cfg.reject_copies else None
@@ -228,12 +250,21 @@ def main(cfg: PredictConfig) -> None:
     kind = [classes[y] if model.num_classes or len(classes) == 1 else "any" for y in labels]
     names = [f"train/{kind[k]}/s{cfg.seed}i{k:05d}_0.png" for k in range(cfg.num_images)]
     rows, spaces = read_manifest(out), list(detector.spaces) if detector else []
-    missing = [k for k in range(cfg.num_images) if k not in rows or not (out / names[k]).exists()]
-    if not missing and (out / "README.md").exists():
+
+    def lacking() -> set[int]:
+        """Images that are not there yet."""
+        return {k for k in range(cfg.num_images) if k not in rows or not (out / names[k]).exists()}
+
+    if not (left := lacking()) and (out / "README.md").exists():
         print(f"{out} is complete: {cfg.num_images} images")
         return
 
-    batch = min(cfg.batch_size or (64 if device.type == "cuda" else 16), max(1, len(missing)))
+    # An image has its place in its batch whoever draws it: the rounding of a network can hang on that.
+    batch = min(cfg.batch_size or (64 if device.type == "cuda" else 16), cfg.num_images)
+    mine = range(cfg.shard * size + rank, -(-cfg.num_images // batch), cfg.shards * size)
+    blocks = [list(range(b * batch, min((b + 1) * batch, cfg.num_images))) for b in mine]
+    blocks = [ks for ks in blocks if left.intersection(ks)]
+    missing = left & {k for ks in blocks for k in ks}
     choice = "off" if cfg.compile == "auto" and len(missing) < 2000 else cfg.compile
     drawer = Drawer(model, vae, batch, cfg.guidance, choice, **how)
 
@@ -241,44 +272,52 @@ def main(cfg: PredictConfig) -> None:
         """Start images of these indices, of the classes of images ks; the call waits for them, uint8 [B, S, S]."""
         return fetch(drawer(cfg.seed, indices, torch.tensor([labels[k] for k in ks]))[0])
 
-    start, saved_at, bar = time.time(), time.time(), progress_bar(cfg.num_images, cfg.num_images - len(missing))
+    start, saved_at, bar = time.time(), time.time(), progress_bar(len(missing))
+    stop.begin()
     writing, written = [], {}  # files of the batch before, and the rows that enter the manifest once they are there
     with ThreadPoolExecutor(8) as pool, bar:
-        batches = [missing[i : i + batch] for i in range(0, len(missing), batch)]
-        for ks, drawn in one_ahead((ks, draw(ks, ks)) for ks in batches):
+        for ks, drawn in one_ahead((ks, draw(ks, ks)) for ks in blocks):
             images, indices = drawn(), list(ks)
             distance = replace_copies(images, indices, ks, detector, draw) if detector else {}
             for job in writing:
                 job.result()
             rows |= written
-            writing = [pool.submit(write_image, out / names[k], image) for k, image in zip(ks, images)]
+            fresh = [(j, k) for j, k in enumerate(ks) if k in missing]
+            writing = [pool.submit(write_image, out / names[k], images[j]) for j, k in fresh]
             written = {
                 k: [names[k], kind[k], cfg.seed, indices[j], checkpoint, *(f"{d[j]:.4f}" for d in distance.values())]
-                for j, k in enumerate(ks)
+                for j, k in fresh
             }
-            bar.update(len(ks))
+            bar.update(len(fresh))
             if time.time() - saved_at > 30:
-                write_manifest(out, rows, spaces)
-                saved_at = time.time()
+                rows, saved_at = add_to_manifest(out, rows, spaces), time.time()
+            if stop:
+                break
         for job in writing:
             job.result()
-    rows |= written
-    write_manifest(out, rows, spaces)
-    seconds = time.time() - start
-    if not (out / "denoising.gif").exists():  # of the first images, whichever of their draws was kept
-        first, steps = range(min(4, cfg.num_images)), []
-        model.generate(
-            vae.latent_shape, cfg.seed, [rows[k][3] for k in first], torch.tensor([labels[k] for k in first]),
-            cfg.guidance, callback=lambda *step: steps.append(step), **how,
-        )  # fmt: skip
-        visualise_denoising_process(steps, vae.decode, out)
-    shown = range(min(cfg.num_images, 64))
-    write_atomic(out / "grid.png", png_bytes(image_grid(np.stack([cv2.imread(str(out / names[k]), 0) for k in shown]))))
-    write_atomic(out / "README.md", datasheet(cfg, meta, how, list(rows.values()), checkpoint).encode())
+    rows = add_to_manifest(out, rows | written, spaces)
+    seconds, left = time.time() - start, lacking()
+    if stop and left:
+        print(f"stopped by {stop.name} with {cfg.num_images - len(left)} images in {out}: the same command goes on")
+        sys.exit(130 if stop.name == "SIGINT" else 75)
     print(
         f"{len(missing)} images in {seconds:.1f} s ({len(how['timesteps'])} steps of {how['solver']}, "
-        f"{describe_hardware(device)}): {out / 'grid.png'}, {out / 'denoising.gif'}"
+        f"{describe_hardware(device)})" + f": {len(left)} are left to others" * bool(left)
     )
+    if left:
+        return
+    with lock(out):  # whoever comes last finds the folder full
+        if not (out / "denoising.gif").exists():  # of the first images, whichever of their draws was kept
+            first, steps = range(min(4, cfg.num_images)), []
+            model.generate(
+                vae.latent_shape, cfg.seed, [rows[k][3] for k in first], torch.tensor([labels[k] for k in first]),
+                cfg.guidance, callback=lambda *step: steps.append(step), **how,
+            )  # fmt: skip
+            visualise_denoising_process(steps, vae.decode, out)
+        shown = np.stack([cv2.imread(str(out / names[k]), 0) for k in range(min(cfg.num_images, 64))])
+        write_atomic(out / "grid.png", png_bytes(image_grid(shown)))
+        write_atomic(out / "README.md", datasheet(cfg, meta, how, list(rows.values()), checkpoint).encode())
+    print(f"{out / 'grid.png'}, {out / 'denoising.gif'}, {out / 'README.md'}")
 
 
 if __name__ == "__main__":

@@ -77,9 +77,8 @@ class Latents:
         # a step of training touches no image and no VAE.
         shape = (len(data), 1 + cfg.flip, 2, *vae.latent_shape)
         self.moments = empty_anywhere(shape, torch.float16, Path(cfg.cache))
-        steps = -(-len(data) // batch)
-        cuts = [min(len(data), batch * (r * steps // ranks.size)) for r in range(ranks.size + 1)]
-        starts, bar = range(cuts[ranks.rank], cuts[ranks.rank + 1], batch), progress_bar(len(data), what=what)
+        cuts, bar = ranks.cuts(len(data), batch), progress_bar(len(data), what=what)
+        starts = range(cuts[ranks.rank], cuts[ranks.rank + 1], batch)
         with frozen(vae), bar:
             for i, x in zip(starts, data.batches(batch, ranks.device, ranks.share)):
                 for m in range(1 + cfg.flip):

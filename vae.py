@@ -217,7 +217,7 @@ def load_vae(path: Path, device: torch.device) -> tuple[VAE, dict]:
 
 
 class Drawer:
-    """Images of a model by (seed, index): noise, sampler and decoder; on a GPU one CUDA graph of a fixed batch.
+    """Images of a model by (seed, index), in batches of a fixed size: noise, sampler, decoder; on a GPU a CUDA graph.
 
     `how` goes to `sample`: timesteps, solver, eta. What eta puts back is drawn on the CPU, so only eta = 0 is recorded.
     """
@@ -249,12 +249,12 @@ class Drawer:
     def __call__(self, seed: int, indices: Sequence[int], y: Tensor) -> tuple[Tensor, Tensor]:
         """What `draw` gives for up to `batch` indices and their classes; a GPU may still be at work on it."""
         n = len(indices)
-        noise = [generator(seed, k) for k in indices]  # one stream per image, x_T first, then what eta puts back
-        x = randn((n, *self.vae.latent_shape), noise)
+        # Always a whole batch: other shapes are rounded otherwise. One stream per image, x_T first, then eta's noise.
+        noise = [generator(seed, k) for k in [*indices, *[0] * (self.batch - n)]]
+        x, y = randn((self.batch, *self.vae.latent_shape), noise), F.pad(y, (0, self.batch - n))
         if self.replay is None:
-            return self.draw(x.to(self.device), y.to(self.device), noise)
-        x, y = (F.pad(v, [0] * (2 * v.ndim - 1) + [self.batch - n]).pin_memory() for v in (x, y))
-        return tuple(out[:n].clone() for out in self.replay(x, y))
+            return tuple(part[:n] for part in self.draw(x.to(self.device), y.to(self.device), noise))
+        return tuple(part[:n].clone() for part in self.replay(x.pin_memory(), y.pin_memory()))
 
 
 def load_run(
