@@ -314,6 +314,8 @@ def main(cfg: PredictConfig) -> None:
                 cfg.guidance, callback=lambda *step: steps.append(step), **how,
             )  # fmt: skip
             visualise_denoising_process(steps, vae.decode, out)
+        for torn in out.rglob(".*.tmp"):  # of processes that were killed while they wrote
+            torn.unlink(missing_ok=True)
         shown = np.stack([cv2.imread(str(out / names[k]), 0) for k in range(min(cfg.num_images, 64))])
         write_atomic(out / "grid.png", png_bytes(image_grid(shown)))
         write_atomic(out / "README.md", datasheet(cfg, meta, how, list(rows.values()), checkpoint).encode())
