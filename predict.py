@@ -85,7 +85,11 @@ def claim_folder(out: Path, command: dict) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: name a folder")
     if record.exists():
-        if json.loads(record.read_text()) != command:
+        try:
+            theirs = json.loads(record.read_bytes())
+        except (ValueError, RecursionError):
+            raise UserError(f"{record} is damaged, and so nothing is added to {out}: choose another --out") from None
+        if theirs != command:
             raise UserError(f"{out} holds the images of another command ({record}): choose another --out")
     elif out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty: choose another --out, or empty it")
@@ -93,11 +97,18 @@ def claim_folder(out: Path, command: dict) -> None:
 
 
 def read_manifest(out: Path) -> dict[int, list]:
-    """Rows of OUT/manifest.csv by image: what has none is drawn again."""
+    """Rows of OUT/manifest.csv by image: what has none, or one that cannot be read, is drawn again and is the same."""
     if not (out / "manifest.csv").exists():
         return {}
-    rows = list(csv.reader((out / "manifest.csv").read_text().splitlines()))[1:]
-    return {int(index) % 10**9: [file, kind, seed, int(index), *rest] for file, kind, seed, index, *rest in rows}
+    rows = {}
+    for line in (out / "manifest.csv").read_text(encoding="utf-8", errors="replace").split("\n")[1:]:
+        try:
+            ((file, kind, seed, index, *rest),) = csv.reader([line])
+            if 0 <= int(index) < ATTEMPTS * 10**9:
+                rows[int(index) % 10**9] = [file, kind, seed, int(index), *rest]
+        except (ValueError, csv.Error):
+            continue
+    return rows
 
 
 def write_manifest(out: Path, rows: dict[int, list], spaces: list[str]) -> None:
@@ -124,6 +135,16 @@ def copy_detector(cfg: PredictConfig, vae: VAE, meta: dict, device: torch.device
 def write_image(path: Path, image: np.ndarray) -> None:
     """A grey uint8 [S, S] image as PNG."""
     write_atomic(path, png_bytes(image))
+
+
+def read_image(path: Path, side: int) -> np.ndarray:
+    """What `write_image` wrote, uint8 [side, side]."""
+    import cv2
+
+    image = cv2.imdecode(np.frombuffer(path.read_bytes() or b"\0", np.uint8), cv2.IMREAD_GRAYSCALE)
+    if image is None or image.shape != (side, side):
+        raise UserError(f"{path} is damaged: delete it, and the same command draws it again")
+    return image
 
 
 def replace_copies(
@@ -199,8 +220,6 @@ An index of attempt x 1,000,000,000 + k is image k drawn again.
 
 
 def main(cfg: PredictConfig) -> None:
-    import cv2
-
     device = pick_device(cfg.device)
     folder = Path(cfg.checkpoints) / cfg.run
     if cfg.run == "pretrained" and not folder.exists():
@@ -227,7 +246,12 @@ def main(cfg: PredictConfig) -> None:
     labels = [turn[k % len(turn)] for k in range(cfg.num_images)]
     kind = [classes[y] if model.num_classes or len(classes) == 1 else "any" for y in labels]
     names = [f"train/{kind[k]}/s{cfg.seed}i{k:05d}_0.png" for k in range(cfg.num_images)]
-    rows, spaces = read_manifest(out), list(detector.spaces) if detector else []
+    spaces = list(detector.spaces) if detector else []
+    rows = {
+        k: row for k, row in read_manifest(out).items()
+        if k < cfg.num_images and len(row) == 5 + len(spaces)
+        and [*row[:3], row[4]] == [names[k], kind[k], str(cfg.seed), checkpoint]
+    }  # fmt: skip
     missing = [k for k in range(cfg.num_images) if k not in rows or not (out / names[k]).exists()]
     if not missing and (out / "README.md").exists():
         print(f"{out} is complete: {cfg.num_images} images")
@@ -272,8 +296,8 @@ def main(cfg: PredictConfig) -> None:
             cfg.guidance, callback=lambda *step: steps.append(step), **how,
         )  # fmt: skip
         visualise_denoising_process(steps, vae.decode, out)
-    shown = range(min(cfg.num_images, 64))
-    write_atomic(out / "grid.png", png_bytes(image_grid(np.stack([cv2.imread(str(out / names[k]), 0) for k in shown]))))
+    shown = [read_image(out / names[k], vae.config["image_size"]) for k in range(min(cfg.num_images, 64))]
+    write_atomic(out / "grid.png", png_bytes(image_grid(np.stack(shown))))
     write_atomic(out / "README.md", datasheet(cfg, meta, how, list(rows.values()), checkpoint).encode())
     print(
         f"{len(missing)} images in {seconds:.1f} s ({len(how['timesteps'])} steps of {how['solver']}, "
