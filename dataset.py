@@ -276,7 +276,7 @@ def fingerprint(slices: Sequence[Slice], times: bool = True) -> str:
 
     Without `times` a rewritten file of the same length goes unnoticed, and so does a copy of the folder elsewhere.
     """
-    digest = hashlib.sha256(str(CACHE_VERSION).encode())
+    digest = hashlib.sha256(str(CACHE_VERSION if times else 1).encode())  # runs resume whatever caches look like
     for s in slices:
         digest.update(os.fsencode(f"\n{s.path}\t{s.stamp if times else s.stamp[0]}"))  # names need not be UTF-8
     return digest.hexdigest()[:16]

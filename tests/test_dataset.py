@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -209,6 +210,14 @@ def test_torn_cache_is_rebuilt(cfg: DataConfig):
     (pixels,) = Path(cfg.cache).glob("*.u8")
     pixels.write_bytes(pixels.read_bytes()[:100])
     assert torch.equal(load_splits(cfg, 32)[0]["train"].images, before)
+
+
+def test_a_run_knows_its_data_whatever_the_version_of_the_cache(monkeypatch: pytest.MonkeyPatch):
+    slices = [Slice("train/NC/p1_0.png", "train", "NC", "p1", (7, 123))]
+    of_run, of_cache = dataset.fingerprint(slices, times=False), dataset.fingerprint(slices)
+    assert of_run == hashlib.sha256(b"1\ntrain/NC/p1_0.png\t7").hexdigest()[:16]  # as runs have it since version 1
+    monkeypatch.setattr(dataset, "CACHE_VERSION", dataset.CACHE_VERSION + 1)
+    assert dataset.fingerprint(slices, times=False) == of_run and dataset.fingerprint(slices) != of_cache
 
 
 def flip(path: Path, at: int) -> None:
