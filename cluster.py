@@ -173,8 +173,12 @@ class RunLock:
             )
         if other:
             print(f"taking over {folder} from {who}, which is gone")
-        os.ftruncate(self.file, 0)
-        os.pwrite(self.file, json.dumps(me).encode(), 0)
+        try:
+            os.ftruncate(self.file, 0)
+            os.pwrite(self.file, json.dumps(me).encode(), 0)
+        except OSError as e:
+            e.filename = str(self.path)
+            raise
         self.left = threading.Event()
         threading.Thread(target=self._beat, daemon=True).start()
         atexit.register(self.release)

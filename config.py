@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal, TypeVar
+from inspect import signature
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -278,7 +280,7 @@ PRESETS: dict[str, dict[type, dict]] = {
 
 Config = TypeVar("Config")
 
-# What a number may be; a flag outside of it is refused before anything is read.
+# What a number may be; a flag outside of it is refused before anything is read, and so is the header of a file.
 LIMITS: dict[str, tuple[float, float]] = {
     "seed": (0, 2**62), "epochs": (1, 10**9), "batch_size": (1, 10**6), "num_images": (1, 10**9),
     "image_size": (8, 4096), "latent_channels": (1, 1024), "blocks": (1, 64), "num_steps": (2, 1000),
@@ -286,6 +288,9 @@ LIMITS: dict[str, tuple[float, float]] = {
     "val_fraction": (0, 0.9), "dropout": (0, 0.9), "class_dropout": (0, 1), "warmup": (0, 1), "eta": (0, 1),
     "shift": (0, 0.5), "rotate": (0, 180), "brightness": (0, 1), "sample_every": (1, 10**9), "gif_every": (1, 10**9),
     "norm_group": (1, 10**4), "micro_batch": (1, 10**6), "shards": (1, 10**6), "shard": (0, 10**6),
+    "channels": (1, 2**14), "downsample": (1, 1024), "attention": (0, 4096), "in_channels": (1, 1024),
+    "resolution": (1, 4096), "num_classes": (0, 10**5), "num_train_timesteps": (2, 10**4), "beta_start": (1e-9, 0.5),
+    "beta_end": (1e-9, 0.5),
     "perplexity": (1, 10**6), "max_slices": (10, 10**9), "count": (10, 10**6), "resamples": (10, 10**5),
 }  # fmt: skip
 
@@ -304,12 +309,44 @@ def parse(config: type[Config], argv: list[str] | None = None) -> Config:
     name = os.path.basename(sys.argv[0]) or "script"
     about = f"{config.__doc__}\n\nusage: python {name} [{'|'.join(PRESETS)}] [--flag value ...]   (no preset: adni)"
     cfg = tyro.cli(config, default=default, args=argv, prog=f"python {name} {preset}", description=about)
-    for key, (low, high) in LIMITS.items():
-        value = getattr(cfg, key, None)
-        if isinstance(value, (int, float)) and not low <= value <= high:  # NaN is refused too
-            print(f"error: --{key.replace('_', '-')} {value:g} is not between {low:g} and {high:g}", file=sys.stderr)
+    for key, value in vars(cfg).items():
+        if wrong := outside_limits(key, value):
+            print(f"error: --{key.replace('_', '-')} {wrong}", file=sys.stderr)
             raise SystemExit(2)
     return cfg
+
+
+def outside_limits(key: str, value: Any) -> str:
+    """Which number of that name (or of several) is not within LIMITS, and why; empty if none."""
+    low, high = LIMITS.get(key, (float("-inf"), float("inf")))
+    numbers = value if isinstance(value, (tuple, list)) else [value]
+    wrong = [n for n in numbers if isinstance(n, (int, float)) and not low <= n <= high]  # NaN is wrong too
+    return f"{wrong[0]:g} is not between {low:g} and {high:g}" if wrong else ""
+
+
+KINDS = {"bool": bool, "int": int, "float": (int, float), "str": str, "Sequence[int]": list}
+
+
+def check_arguments(make: Callable, given: object) -> dict[str, Any]:
+    """`given`, which a file says, if make(**given) may be called; else ValueError says why not.
+
+    Types must be those of the annotations, and numbers within LIMITS: a file may come from anywhere.
+    """
+    if not isinstance(given, dict):
+        raise ValueError("settings are missing")
+    known = signature(make).parameters
+    for name, value in given.items():
+        if name not in known:
+            raise ValueError(f"{name[:40]!r} is no setting of this version")
+        kind = known[name].annotation
+        fits = isinstance(value, KINDS[kind]) and (kind == "bool" or not isinstance(value, bool))
+        if not fits or (kind == "Sequence[int]" and not (value and all(type(v) is int for v in value))):
+            raise ValueError(f"{name} is {repr(value)[:40]}, which is not of type {kind}")
+        if wrong := outside_limits(name, value):
+            raise ValueError(f"{name} {wrong}")
+    if missing := [p.name for p in known.values() if p.default is p.empty and p.name not in given]:
+        raise ValueError(f"{missing[0]} is missing")
+    return given
 
 
 def parse_check(argv: list[str] | None = None) -> CheckConfig:

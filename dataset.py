@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import os
 import re
 import sys
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import CheckConfig, DataConfig, parse_check
+from config import CheckConfig, DataConfig, check_arguments, parse_check
+
+# Of a file whose header claims more, nothing is decoded. OpenCV reads its limit, else gigabytes, when it is imported.
+MAX_PIXELS = 2**25
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_PIXELS))
 
 if __name__ == "__main__":
     cfg = parse_check()  # before torch is imported, so that --help answers at once
@@ -23,12 +29,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils import UserError, progress_bar, run_script, visit, write_atomic
+from utils import UserError, is_folder_name, progress_bar, run_script, visit, write_atomic
 
 IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 SPLITS = ("train", "val", "test")
 RANGPUR = "/home/groups/comp3710/ADNI/AD_NC"
-CACHE_VERSION = 1
+CACHE_VERSION = 2
+CHUNK = 1024  # slices that are decoded, written and checked together
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +143,8 @@ def scan(root: Path, subject_regex: str) -> list[Slice]:
         if not folders:
             raise UserError(f"{root / split} has no class folders: slices belong into {root / split}/CLASS/")
         for folder in folders:
+            if not is_folder_name(folder.name):  # it goes into headers, tables and pictures
+                raise UserError(f"the name of class folder {folder.path} is not UTF-8: rename it")
             entries = [e for e in os.scandir(folder) if e.name.lower().endswith(IMAGE_TYPES) and e.is_file()]
             if not entries:
                 raise UserError(f"class folder {folder.path} holds no {'/'.join(t[1:] for t in IMAGE_TYPES)} images")
@@ -158,13 +167,23 @@ def scan(root: Path, subject_regex: str) -> list[Slice]:
 
 def read_patients(path: Path) -> dict[str, str]:
     """ROOT/subjects.csv (scan,patient): which scans belong to one patient. Empty if there is no such file."""
-    if not path.exists():
-        return {}
-    with open(path, newline="") as f:
-        rows = list(csv.DictReader(f))
-    if rows and not {"scan", "patient"} <= rows[0].keys():
-        raise UserError(f"{path} needs the columns scan,patient; it has {','.join(rows[0])}")
-    return {r["scan"]: r["patient"] for r in rows}
+    return {r["scan"]: r["patient"] for r in read_table(path, "scan", "patient")} if path.exists() else {}
+
+
+def read_table(path: Path, *columns: str) -> list[dict[str, str]]:
+    """Rows of a CSV file in which these columns are filled; UserError says what is wrong with it."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # as spreadsheets write it, too
+        table = csv.DictReader(io.StringIO(text, newline=""))
+        rows, head = list(table), table.fieldnames or []
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise UserError(f"{path} is no table of comma-separated values in UTF-8 ({e}): mend or remove it") from None
+    if not {*columns} <= {*head}:
+        raise UserError(f"{path} needs the columns {','.join(columns)}; it has {repr(head)[1:-1][:100]}")
+    for n, row in enumerate(rows, 1):
+        if not all(row[c] and "\0" not in row[c] for c in columns):
+            raise UserError(f"{path} lacks {' or '.join(columns)} in row {n:,} below the head: mend it")
+    return rows
 
 
 def find_overlap(slices: Sequence[Slice]) -> dict[str, tuple[Slice, Slice]]:
@@ -219,6 +238,9 @@ def read_slice(path: str | Path) -> tuple[np.ndarray, bool]:
         head == b"\x89PNG\r\n\x1a\n" and b"IEND" not in tail
     ):
         raise BadFile("truncated")
+    width, height = (int.from_bytes(data[i : i + 4].tobytes(), "big") for i in (16, 20))
+    if head == b"\x89PNG\r\n\x1a\n" and width * height > MAX_PIXELS:  # OpenCV takes memory before it looks at its limit
+        raise BadFile(f"claims to be {width}x{height} pixels")
     try:
         image = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
     except cv2.error:
@@ -257,25 +279,49 @@ def fingerprint(slices: Sequence[Slice], times: bool = True) -> str:
 
     Without `times` a rewritten file of the same length goes unnoticed, and so does a copy of the folder elsewhere.
     """
-    digest = hashlib.sha256(str(CACHE_VERSION).encode())
+    digest = hashlib.sha256(str(CACHE_VERSION if times else 1).encode())  # runs resume whatever caches look like
     for s in slices:
-        digest.update(f"\n{s.path}\t{s.stamp if times else s.stamp[0]}".encode())
+        digest.update(os.fsencode(f"\n{s.path}\t{s.stamp if times else s.stamp[0]}"))  # names need not be UTF-8
     return digest.hexdigest()[:16]
 
 
-def load_slices(root: Path, slices: Sequence[Slice], image_size: int, cache: Path) -> tuple[Tensor, dict]:
-    """Decoded slices uint8 [N, S, S], memory-mapped, and notes {bad: [[path, why]], colour: n, sizes: {WxH: n}}.
+def seal(notes: dict) -> int:
+    """CRC-32 of what the notes say: they are as they were written, or the cache is made again."""
+    return zlib.crc32(json.dumps(notes).encode())
 
-    The first call decodes in parallel and writes CACHE/<fingerprint>.u8, the notes last; the next ones map that file.
-    Processes that start together wait for the one that decodes.
+
+def read_cache(pixels: Path, notes_file: Path, shape: tuple[int, int, int], workers: int) -> dict | None:
+    """The notes of a cache, None if these or the pixels are not as they were written.
+
+    Pixels pass at 3 GB/s and core, or as fast as the disk gives them; above 4 GB it is 64 pieces, evenly spread.
+    """
+    try:
+        notes = json.loads(notes_file.read_bytes())
+        if notes.pop("seal") != seal(notes) or pixels.stat().st_size != np.prod(shape):
+            return None
+    except (ValueError, RecursionError, TypeError, AttributeError, KeyError, FileNotFoundError):
+        return None
+    data, crcs = np.memmap(pixels, np.uint8, mode="r", shape=shape), notes["crc"]
+    pieces = range(len(crcs)) if data.nbytes < 4e9 else np.linspace(0, len(crcs) - 1, 64, dtype=int)
+    with ThreadPoolExecutor(workers) as pool:  # crc32 lets the other threads run
+        same = pool.map(lambda i: zlib.crc32(data[CHUNK * i : CHUNK * (i + 1)]) == crcs[i], pieces)
+        return notes if all(same) else None
+
+
+def load_slices(root: Path, slices: Sequence[Slice], image_size: int, cache: Path) -> tuple[Tensor, dict]:
+    """Decoded slices uint8 [N, S, S], memory-mapped, and notes {bad: [[path, why]], colour: n, sizes: {WxH: n}, crc}.
+
+    The first call decodes in parallel and writes CACHE/<fingerprint>.u8, the notes last; the next ones check that file
+    and map it. Processes that start together wait for the one that decodes.
     """
     import cv2
     import filelock
 
-    name = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:8]
+    name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:8]
     base = cache / f"slices-{name}-{image_size}-{fingerprint(slices)}"
-    pixels, notes = base.with_suffix(".u8"), base.with_suffix(".json")
-    length = len(slices) * image_size**2
+    pixels, notes_file = base.with_suffix(".u8"), base.with_suffix(".json")
+    shape = (len(slices), image_size, image_size)
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cache.mkdir(parents=True, exist_ok=True)
 
     def decode(s: Slice) -> tuple[np.ndarray, str, bool, str]:
@@ -286,19 +332,23 @@ def load_slices(root: Path, slices: Sequence[Slice], image_size: int, cache: Pat
             return np.zeros((image_size, image_size), np.uint8), str(e), False, ""
 
     with filelock.FileLock(cache / f"slices-{name}.lock"):
-        if not (notes.exists() and pixels.exists() and pixels.stat().st_size == length):
+        notes = read_cache(pixels, notes_file, shape, workers)
+        if notes is None:
+            if notes_file.exists():
+                print(f"{pixels} or its notes are damaged: the slices are decoded again", file=sys.stderr)
             for old in cache.glob(f"slices-{name}-{image_size}-*"):  # the files changed: what was cached is of no use
                 old.unlink()
             cv2.setNumThreads(1)  # one image per thread is faster than many threads per image
-            bad, colours, sizes, tmp = [], 0, Counter(), base.with_suffix(".tmp")
-            workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            bad, colours, sizes, crcs, tmp = [], 0, Counter(), [], base.with_suffix(".tmp")
             bar = progress_bar(len(slices), what="decoding slices")
             try:
                 with open(tmp, "wb") as f, ThreadPoolExecutor(workers) as pool, bar:
-                    for i in range(0, len(slices), 1024):  # in pieces: memory stays small whatever the number of files
-                        chunk = slices[i : i + 1024]
+                    for i in range(0, len(slices), CHUNK):  # in pieces: memory stays small whatever the number of files
+                        chunk = slices[i : i + CHUNK]
+                        crcs.append(0)
                         for s, (image, why, colour, size) in zip(chunk, pool.map(decode, chunk)):
                             f.write(image)
+                            crcs[-1] = zlib.crc32(image, crcs[-1])
                             bad += [[s.path, why]] if why else []
                             colours += colour
                             sizes[size] += not why
@@ -310,10 +360,10 @@ def load_slices(root: Path, slices: Sequence[Slice], image_size: int, cache: Pat
                 tmp.unlink(missing_ok=True)
                 e.filename = e.filename or str(pixels)
                 raise
-            write_atomic(notes, json.dumps({"bad": bad, "colour": colours, "sizes": sizes}).encode())
+            notes = {"bad": bad, "colour": colours, "sizes": dict(sizes), "crc": crcs}
+            write_atomic(notes_file, json.dumps(notes | {"seal": seal(notes)}).encode())
     # copy-on-write, because torch has no read-only tensors; nobody writes
-    images = torch.from_numpy(np.memmap(pixels, np.uint8, mode="c", shape=(len(slices), image_size, image_size)))
-    return images, json.loads(notes.read_text())
+    return torch.from_numpy(np.memmap(pixels, np.uint8, mode="c", shape=shape)), notes
 
 
 def load_splits(cfg: DataConfig, image_size: int) -> tuple[dict[str, ADNIDataset], str]:
@@ -363,7 +413,7 @@ def carved_people(splits: dict[str, ADNIDataset]) -> str:
     val = splits["val"]
     if not val.files[0].startswith("train/"):
         return ""
-    return hashlib.sha256("\n".join(sorted(set(val.people))).encode()).hexdigest()[:12]
+    return hashlib.sha256(os.fsencode("\n".join(sorted(set(val.people))))).hexdigest()[:12]
 
 
 def load_splits_as_trained(data: str, cache: str, meta: dict, image_size: int) -> dict[str, ADNIDataset]:
@@ -371,13 +421,17 @@ def load_splits_as_trained(data: str, cache: str, meta: dict, image_size: int) -
 
     With another seed some of them would be people the run was trained on, and every floor would be wrong.
     """
-    rules = {k: meta["config"][k] for k in ("subject_regex", "val_fraction", "skip_bad_files", "seed")}
+    config, rules = meta.get("config"), ("subject_regex", "val_fraction", "skip_bad_files", "seed")
+    try:
+        rules = check_arguments(DataConfig, {k: config[k] for k in rules} if isinstance(config, dict) else None)
+    except (KeyError, ValueError) as e:
+        raise UserError(f"the weights do not say how their data was split: {e}: use those of another run") from None
     splits, _ = load_splits(DataConfig(data=data, cache=cache, **rules), image_size)
     own = carved_people(splits)
-    if splits["train"].summary() != meta["data"] or meta.get("held_out", own) != own:
+    if splits["train"].summary() != meta.get("data") or meta.get("held_out", own) != own:
         raise UserError(
-            f"{data} holds {splits['train'].summary()}, and the run was trained on {meta['data']} or with other "
-            "people held out: give its own --data"
+            f"{data} holds {splits['train'].summary()}, and the run was trained on {repr(meta.get('data'))[:200]} "
+            "or with other people held out: give its own --data"
         )
     return splits
 
@@ -392,22 +446,25 @@ def read_images(folder: Path) -> tuple[Tensor, list[str], list[str]]:
         raise UserError(f"there is no folder {folder}: name one that holds generated images")
     manifest = folder / "manifest.csv"
     if manifest.exists():
-        rows = list(csv.DictReader(manifest.read_text().splitlines()))
-        if rows and not {"file", "class"} <= rows[0].keys():
-            raise UserError(f"{manifest} lacks the columns file and class: mend it, or move it out of the folder")
-        files = [(folder / r["file"], r["class"]) for r in rows]
+        files = [(folder / r["file"], r["class"]) for r in read_table(manifest, "file", "class")]
+        home = os.path.realpath(folder)
+        for path, _ in files:
+            if not Path(os.path.realpath(path)).is_relative_to(home):  # by .., from the root, or by a link
+                raise UserError(f"{manifest} names {repr(str(path))[:200]}, outside of its folder: remove that row")
     else:
-        found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_TYPES)
+        found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_TYPES and p.is_file())
         files = [(p, p.parent.name) for p in found]
     if not files:
         raise UserError(f"{folder} holds no images: name a folder of {'/'.join(t[1:] for t in IMAGE_TYPES)} slices")
 
     def read(path: Path) -> np.ndarray | str:
+        if not os.path.isfile(path):  # nor is a pipe, which would be waited for
+            return f"{str(path)[:200]}: it is not there"
         try:
             image = read_slice(path)[0]
             return to_square(image, max(image.shape))
-        except (BadFile, FileNotFoundError) as e:
-            return f"{path}: {'it is not there' if isinstance(e, FileNotFoundError) else e}"
+        except (BadFile, OSError) as e:
+            return f"{path}: {e}"
 
     with ThreadPoolExecutor() as pool, progress_bar(len(files), what="reading images") as bar:
         images = []

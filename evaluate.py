@@ -127,8 +127,8 @@ def gather(cfg: EvaluateConfig, ranks: Ranks) -> Evidence:
         labels = torch.full_like(labels, -1) if unknown else labels
         generated = Images(pixels, labels, np.arange(len(labels)).astype(str))
         source = (
-            f"run {run}, {cfg.weights} weights ({file_hash(file)}, epoch {meta['epoch']}, code {meta['commit']}), "
-            f"default sampling, guidance {cfg.guidance:g}, seed {cfg.seed}"
+            f"run {run}, {cfg.weights} weights ({file_hash(file)}, epoch {meta.get('epoch')}, code "
+            f"{meta.get('commit')}), default sampling, guidance {cfg.guidance:g}, seed {cfg.seed}"
         )
     return Evidence(
         train, images_of(held_out), generated, classes, cfg, device, out, vae, latents, source, problems=problems
@@ -208,7 +208,7 @@ def main(cfg: EvaluateConfig) -> None:
         "seconds": time.time() - start,
     }  # fmt: skip
     write_atomic(e.out / "report.json", json.dumps(e.report, indent=1).encode())
-    write_atomic(e.out / "report.md", markdown(e, facts).encode())
+    write_atomic(e.out / "report.md", markdown(e, facts).encode(errors="backslashreplace"))
     log = RunLog(e.out, cfg, "evaluate")
     log.log(0, {f"{s}/{m}": r["value"] for s, rows in e.report.items() for m, r in rows.items()})
     for name in PICTURES:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from config import check_arguments
 from utils import UserError, autocast, generator, load_into, load_weights
+
+Network = TypeVar("Network", bound=nn.Module)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Blocks
@@ -233,6 +236,8 @@ class NoiseScheduler_Fast_DDPM(nn.Module):
             "num_steps": num_steps, "grid": grid,
         }  # fmt: skip
         self.abar = np.cumprod(1 - np.linspace(beta_start, beta_end, num_train_timesteps, dtype=np.float64))
+        if not 1e-8 < self.abar[-1] < self.abar[0] < 1:
+            raise ValueError(f"noise from {beta_start:g} to {beta_end:g} leaves nothing of an image, or all of it")
         self.register_buffer("alphas_cumprod", torch.tensor(self.abar, dtype=torch.float32), persistent=False)
         self.register_buffer("timesteps", torch.tensor(make_grid(grid, num_steps, self.abar)), persistent=False)
 
@@ -384,15 +389,28 @@ class StableDiffusion(nn.Module):
         return sample(self.denoiser(y, guidance), x, self.scheduler, generator=noise, **how)
 
 
+def build(network: type[Network], header: object, tensors: Mapping[str, Tensor]) -> Network:
+    """The network that a file's header describes, on the meta device, where whatever it asks for takes no memory.
+
+    ValueError where there is no such network.
+    """
+    settings = check_arguments(network, header)
+    if not 0 < settings.get("blocks", 1) * len(settings.get("channels", [1])) <= len(tensors):
+        raise ValueError(f"{len(tensors)} tensors are too few for its levels and blocks")
+    with torch.device("meta"):
+        return network(**settings)
+
+
 def load_diffusion(path: Path, device: torch.device) -> tuple[StableDiffusion, dict]:
     """The diffusion of a .safetensors file, ready to sample, and the file's meta."""
     tensors, meta = load_weights(path, "diffusion")
     try:
-        model = StableDiffusion(
-            UNet(**meta["model"]), NoiseScheduler_Fast_DDPM(**meta["scheduler"]), meta["prediction"]
-        )
-    except (KeyError, TypeError, ValueError) as e:
-        raise UserError(f"{path} describes a U-Net that this version cannot build: {e}") from None
+        scheduler = NoiseScheduler_Fast_DDPM(**check_arguments(NoiseScheduler_Fast_DDPM, meta.get("scheduler")))
+        model = StableDiffusion(build(UNet, meta.get("model"), tensors), scheduler, meta.get("prediction"))
+        if not meta.get("classes") or model.num_classes not in (0, len(meta["classes"])):
+            raise ValueError(f"{model.num_classes} classes have {len(meta.get('classes', []))} names")
+    except ValueError as e:
+        raise UserError(f"{path} describes a U-Net that this version cannot build: {str(e)[:200]}") from None
     load_into(model, tensors, path)
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), meta
 

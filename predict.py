@@ -104,22 +104,36 @@ def claim_folder(out: Path, command: dict) -> None:
     with lock(out):
         if not record.exists():
             write_atomic(record, json.dumps(command, indent=1).encode())
-        elif json.loads(record.read_text()) != command:
+        try:
+            theirs = json.loads(record.read_bytes())
+        except (ValueError, RecursionError):
+            raise UserError(f"{record} is damaged, and so nothing is added to {out}: choose another --out") from None
+        if theirs != command:
             raise UserError(f"{out} holds the images of another command ({record}): choose another --out")
 
 
-def read_manifest(out: Path) -> dict[int, list]:
-    """Rows of OUT/manifest.csv by image: what has none is drawn again."""
+def read_manifest(out: Path, valid: Callable[[int, list], bool]) -> dict[int, list]:
+    """Rows of OUT/manifest.csv by image: what has none, or none that is valid, is drawn again and is the same."""
     if not (out / "manifest.csv").exists():
         return {}
-    rows = list(csv.reader((out / "manifest.csv").read_text().splitlines()))[1:]
-    return {int(index) % 10**9: [file, kind, seed, int(index), *rest] for file, kind, seed, index, *rest in rows}
+    rows = {}
+    for line in (out / "manifest.csv").read_text(encoding="utf-8", errors="replace").split("\n")[1:]:
+        try:
+            ((file, kind, seed, index, *rest),) = csv.reader([line])
+            k, row = int(index) % 10**9, [file, kind, seed, int(index), *rest]
+            if 0 <= int(index) < ATTEMPTS * 10**9 and valid(k, row):
+                rows[k] = row
+        except (ValueError, csv.Error):
+            continue
+    return rows
 
 
-def add_to_manifest(out: Path, fresh: dict[int, list], spaces: list[str]) -> dict[int, list]:
+def add_to_manifest(
+    out: Path, fresh: dict[int, list], spaces: list[str], valid: Callable[[int, list], bool]
+) -> dict[int, list]:
     """Put these rows into OUT/manifest.csv, among those of others who write to it; returns all."""
     with lock(out):
-        rows = read_manifest(out) | fresh
+        rows = read_manifest(out, valid) | fresh
         text = io.StringIO()
         table = csv.writer(text, lineterminator="\n")
         table.writerow(["file", "class", "seed", "index", "checkpoint", *(f"{name}_distance" for name in spaces)])
@@ -143,6 +157,16 @@ def copy_detector(cfg: PredictConfig, vae: VAE, meta: dict, device: torch.device
 def write_image(path: Path, image: np.ndarray) -> None:
     """A grey uint8 [S, S] image as PNG."""
     write_atomic(path, png_bytes(image))
+
+
+def read_image(path: Path, side: int) -> np.ndarray:
+    """What `write_image` wrote, uint8 [side, side]."""
+    import cv2
+
+    image = cv2.imdecode(np.frombuffer(path.read_bytes() or b"\0", np.uint8), cv2.IMREAD_GRAYSCALE)
+    if image is None or image.shape != (side, side):
+        raise UserError(f"{path} is damaged: delete it, and the same command draws it again")
+    return image
 
 
 def replace_copies(
@@ -218,8 +242,6 @@ An index of attempt x 1,000,000,000 + k is image k drawn again.
 
 
 def main(cfg: PredictConfig) -> None:
-    import cv2
-
     stop, device = StopSignal(), pick_device(cfg.device)
     if cfg.shard >= cfg.shards:
         raise UserError(f"--shard {cfg.shard} of --shards {cfg.shards} does not exist: they are counted from 0")
@@ -249,12 +271,19 @@ def main(cfg: PredictConfig) -> None:
     labels = [turn[k % len(turn)] for k in range(cfg.num_images)]
     kind = [classes[y] if model.num_classes or len(classes) == 1 else "any" for y in labels]
     names = [f"train/{kind[k]}/s{cfg.seed}i{k:05d}_0.png" for k in range(cfg.num_images)]
-    rows, spaces = read_manifest(out), list(detector.spaces) if detector else []
+    spaces = list(detector.spaces) if detector else []
+
+    def valid(k: int, row: list) -> bool:
+        """Is this what a row of the manifest says about image k of this command?"""
+        if k >= cfg.num_images or len(row) != 5 + len(spaces):
+            return False
+        return [*row[:3], row[4]] == [names[k], kind[k], str(cfg.seed), checkpoint]
 
     def lacking() -> set[int]:
         """Images that are not there yet."""
         return {k for k in range(cfg.num_images) if k not in rows or not (out / names[k]).exists()}
 
+    rows = read_manifest(out, valid)
     if not (left := lacking()) and (out / "README.md").exists():
         print(f"{out} is complete: {cfg.num_images} images")
         return
@@ -290,12 +319,12 @@ def main(cfg: PredictConfig) -> None:
             }
             bar.update(len(fresh))
             if time.time() - saved_at > 30:
-                rows, saved_at = add_to_manifest(out, rows, spaces), time.time()
+                rows, saved_at = add_to_manifest(out, rows, spaces, valid), time.time()
             if stop:
                 break
         for job in writing:
             job.result()
-    rows = add_to_manifest(out, rows | written, spaces)
+    rows = add_to_manifest(out, rows | written, spaces, valid)
     seconds, left = time.time() - start, lacking()
     if stop and left:
         print(f"stopped by {stop.name} with {cfg.num_images - len(left)} images in {out}: the same command goes on")
@@ -316,8 +345,8 @@ def main(cfg: PredictConfig) -> None:
             visualise_denoising_process(steps, vae.decode, out)
         for torn in out.rglob(".*.tmp"):  # of processes that were killed while they wrote
             torn.unlink(missing_ok=True)
-        shown = np.stack([cv2.imread(str(out / names[k]), 0) for k in range(min(cfg.num_images, 64))])
-        write_atomic(out / "grid.png", png_bytes(image_grid(shown)))
+        shown = [read_image(out / names[k], vae.config["image_size"]) for k in range(min(cfg.num_images, 64))]
+        write_atomic(out / "grid.png", png_bytes(image_grid(np.stack(shown))))
         write_atomic(out / "README.md", datasheet(cfg, meta, how, list(rows.values()), checkpoint).encode())
     print(f"{out / 'grid.png'}, {out / 'denoising.gif'}, {out / 'README.md'}")
 

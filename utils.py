@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import uuid
+import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,8 @@ class UserError(Exception):
 
 def run_script(main: Callable[[Any], None], cfg: Any) -> None:
     """main(cfg); what a person can cause ends in one sentence and exit code 2, not in a traceback."""
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not fit the terminal's encoding
     try:
         main(cfg)
     except UserError as e:
@@ -56,7 +59,7 @@ def run_script(main: Callable[[Any], None], cfg: Any) -> None:
 
 
 def _complain(sentence: str) -> int:
-    rank = job_ranks()[0]
+    rank, sentence = job_ranks()[0], sentence.replace("\n", " ")  # a file may have any name
     print(f"error{f' (rank {rank})' if rank else ''}: {sentence}", file=sys.stderr)
     return 2
 
@@ -385,6 +388,9 @@ def load_state(path: Path) -> dict | None:
         if not p.exists():
             continue
         try:
+            with zipfile.ZipFile(p) as z:
+                if z.testzip() is not None:  # torch does not look at the checksums
+                    raise zipfile.BadZipFile
             state = torch.load(p, map_location="cpu", weights_only=True)  # never runs code from the file
         except Exception as e:
             print(f"{p} cannot be read ({type(e).__name__}); trying the one before it", file=sys.stderr)
@@ -405,33 +411,73 @@ def save_weights(path: Path, module: nn.Module, meta: Mapping[str, Any]) -> None
     from safetensors.torch import save
 
     tensors = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-    write_atomic(path, save(tensors, metadata={"meta": json.dumps({"format": FORMAT, **meta})}))
+    text = json.dumps({"format": FORMAT, **meta})
+    write_atomic(path, save(tensors, metadata={"meta": text, "digest": weights_digest(text, tensors)}))
+
+
+def weights_digest(meta: str, tensors: Mapping[str, Tensor]) -> str:
+    """16 hex digits of the SHA-256 over the header's words and every tensor's name, type, shape and bytes."""
+    digest = hashlib.sha256(meta.encode())
+    for name, v in sorted(tensors.items()):
+        digest.update(f"\n{name} {v.dtype} {tuple(v.shape)}\n".encode())
+        digest.update(v.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def load_weights(path: Path, kind: str) -> tuple[dict[str, Tensor], dict]:
-    """(state dict in float32, meta) of a file of this kind ("vae" or "diffusion"). Code in a file is never run."""
+    """(state dict in float32, meta) of a file of this kind ("vae" or "diffusion"). Code in a file is never run.
+
+    What the file says of itself is checked by its checksum, if it has one (version 1 began without), and what it says
+    of classes in any case, because folders are named by them.
+    """
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         raise UserError(f"there are no weights at {path}: train the run first, or name another with --run")
     try:
         with safe_open(path, framework="pt") as f:
-            meta = json.loads((f.metadata() or {}).get("meta", "null"))
+            header = f.metadata() or {}
+            meta = json.loads(header.get("meta", "null"))
             tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, json.JSONDecodeError):
+    except (SafetensorError, ValueError, RecursionError):
         raise UserError(
             f"{path} is not a safetensors file of this project (damaged, or a pickle, which is never opened): "
             "use the best.safetensors or final.safetensors that training wrote"
         ) from None
     if not isinstance(meta, dict) or meta.get("format") != FORMAT or meta.get("kind") != kind:
         raise UserError(f"{path} does not hold {kind} weights of this version: use a file that training wrote")
-    return {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}, meta
+    if "digest" in header and header["digest"] != weights_digest(header["meta"], tensors):
+        raise UserError(f"{path} does not match its own checksum: copy it again, or take it from a backup")
+    classes = meta.get("classes", [])
+    if not isinstance(classes, list) or not all(map(is_folder_name, classes)) or len({*classes}) < len(classes):
+        raise UserError(f"{path} names classes that cannot be folders: use a file that training wrote")
+    # Copies: the tensors of the file are mapped, and what happens to it later must not happen to them.
+    tensors = {k: v.to(torch.float32 if v.is_floating_point() else v.dtype, copy=True) for k, v in tensors.items()}
+    for name, v in tensors.items():
+        if v.is_floating_point() and not v.isfinite().all():
+            raise UserError(f"{path} holds numbers that are not finite ({name}): train again with a smaller --lr")
+    return tensors, meta
+
+
+def is_folder_name(name: object) -> bool:
+    """Can a folder of this name be made inside of another, and be one cell of a table in UTF-8?"""
+    try:
+        plain = isinstance(name, str) and name not in ("", ".", "..") and not {*"/\0\r\n"} & {*name}
+        return plain and len(name.encode()) <= 255
+    except UnicodeEncodeError:
+        return False
 
 
 def load_into(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """load_state_dict with a sentence for weights of another architecture."""
+    """The tensors become the module's own, which may be on the meta device, where a wrong shape costs no memory.
+
+    A sentence for weights of another architecture.
+    """
     try:
-        module.load_state_dict(tensors)
+        for name, own in module.state_dict().items():
+            if name in tensors and tensors[name].dtype != own.dtype:
+                raise RuntimeError(f"{name} is of type {tensors[name].dtype}")
+        module.load_state_dict(tensors, assign=True)
     except RuntimeError as e:
         reason = " ".join(str(e).split())[:160]
         raise UserError(f"{path} holds weights of another architecture than its own header says: {reason}") from None
@@ -535,13 +581,21 @@ def logged_in_to_wandb() -> bool:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """Rows of a .jsonl file; a last line that was torn by a crash is left out."""
+    """Rows of a metrics.jsonl: numbers, one of them the step. A line that was torn or damaged is left out."""
+
+    def is_row(row: object) -> bool:
+        numbers = isinstance(row, dict) and all(
+            isinstance(v, float) or (type(v) is int and abs(v) < 2**63) for v in row.values()
+        )
+        return numbers and isinstance(row.get("step"), int)
+
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        rows += [row] if is_row(row) else []
     return rows
 
 
@@ -666,8 +720,8 @@ def grow_gif(folder: Path, name: str, frame: np.ndarray, epoch: int, last: bool 
     paths = sorted((folder / "frames").glob("*.png"))
     if not last and len(paths).bit_count() != 1:
         return
-    frames = [cv2.imread(str(p), cv2.IMREAD_GRAYSCALE) for p in paths]
-    save_gif(folder / f"{name}.gif", frames)
+    frames = [cv2.imdecode(np.frombuffer(p.read_bytes() or b"\0", np.uint8), cv2.IMREAD_GRAYSCALE) for p in paths]
+    save_gif(folder / f"{name}.gif", [f for f in frames if f is not None and f.shape == frame.shape])
 
 
 def visualise_denoising_process(
@@ -702,8 +756,9 @@ def plot_curves(rows: Sequence[Mapping[str, float]], path: Path) -> None:
     for i, (group, names) in enumerate(groups.items()):
         ax = figure.add_subplot(lines, columns, i + 1)
         for name in names:
-            xy = [(r["epoch"], r[name]) for r in rows if name in r]
-            ax.plot(*zip(*xy), label=name.partition("/")[2] or name, marker="." if len(xy) < 20 else None)
+            xy = [(r["epoch"], r[name]) for r in rows if name in r and "epoch" in r]
+            x, y = [x for x, _ in xy], [y for _, y in xy]
+            ax.plot(x, y, label=name.partition("/")[2] or name, marker="." if len(xy) < 20 else None)
         ax.set_title(group, fontsize=10)
         ax.set_xlabel("epoch", fontsize=8)
         ax.tick_params(labelsize=8)

@@ -17,6 +17,7 @@ from modules import (
     ResidualBlock,
     StableDiffusion,
     Upsample,
+    build,
     group_norm,
     load_diffusion,
     randn,
@@ -209,10 +210,12 @@ def load_vae(path: Path, device: torch.device) -> tuple[VAE, dict]:
     if not meta.get("finished"):
         raise UserError(f"{path} is of a VAE still in training: let pre_train.py finish first (same command again)")
     try:
-        vae = VAE(**meta["model"])
-    except (KeyError, TypeError, ValueError) as e:
-        raise UserError(f"{path} describes a VAE that this version cannot build: {e}") from None
+        vae = build(VAE, meta.get("model"), tensors)
+    except ValueError as e:
+        raise UserError(f"{path} describes a VAE that this version cannot build: {str(e)[:200]}") from None
     load_into(vae, tensors, path)
+    if not (vae.latent_std > 0).all():
+        raise UserError(f"{path} holds latents without any spread: train the VAE again")
     return vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), meta
 
 
@@ -267,7 +270,8 @@ def load_run(
     unet_file, vae_file = folder / "diffusion" / f"{weights}.safetensors", folder / "vae" / "best.safetensors"
     model, meta = load_diffusion(unet_file, device)
     vae, _ = load_vae(vae_file, device)
-    if file_hash(vae_file) != meta["vae"]:
+    net = model.unet.config
+    if file_hash(vae_file) != meta.get("vae") or (net["in_channels"], *2 * [net["resolution"]]) != vae.latent_shape:
         raise UserError(f"{unet_file} was trained on the latents of another VAE than {vae_file}: run train.py --fresh")
     if device.type == "cpu" and precision == "auto":
         precision = "fp32"

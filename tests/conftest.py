@@ -13,6 +13,8 @@ os.environ["WANDB_MODE"] = "offline"
 
 import pytest
 
+import dataset  # noqa: F401 - before cv2, whose limit on pixels it sets
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 

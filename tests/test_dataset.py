@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
+import struct
+import subprocess
+import sys
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +32,7 @@ RNG = np.random.default_rng(0)
 def write_image(path: Path, height: int = 48, width: int = 40, level: int = 120) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     image = np.clip(RNG.normal(level, 30, (height, width)), 1, 255).astype(np.uint8)
-    cv2.imwrite(str(path), image)
+    path.write_bytes(cv2.imencode(path.suffix, image)[1])  # OpenCV itself dies of names that are not UTF-8
     return path
 
 
@@ -206,6 +212,53 @@ def test_torn_cache_is_rebuilt(cfg: DataConfig):
     assert torch.equal(load_splits(cfg, 32)[0]["train"].images, before)
 
 
+def test_a_run_knows_its_data_whatever_the_version_of_the_cache(monkeypatch: pytest.MonkeyPatch):
+    slices = [Slice("train/NC/p1_0.png", "train", "NC", "p1", (7, 123))]
+    of_run, of_cache = dataset.fingerprint(slices, times=False), dataset.fingerprint(slices)
+    assert of_run == hashlib.sha256(b"1\ntrain/NC/p1_0.png\t7").hexdigest()[:16]  # as runs have it since version 1
+    monkeypatch.setattr(dataset, "CACHE_VERSION", dataset.CACHE_VERSION + 1)
+    assert dataset.fingerprint(slices, times=False) == of_run and dataset.fingerprint(slices) != of_cache
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("chunk", [1024, 3])  # slices that share a checksum
+def test_a_cache_with_one_wrong_bit_is_made_again(
+    cfg: DataConfig, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, chunk: int
+):
+    monkeypatch.setattr(dataset, "CHUNK", chunk)
+    root = make_folder(Path(cfg.data), {"NC": ["p1", "p2", "p3", "p4"]})
+    (root / "train/NC/p9_0.png").write_text("no picture")
+    slices = scan(root, cfg.subject_regex)
+    images, notes = dataset.load_slices(root, slices, 32, Path(cfg.cache))
+    images = images.clone()
+    assert len(notes["crc"]) == -(-9 // chunk) and capsys.readouterr().err == ""
+    (pixels,), (written,) = (list(Path(cfg.cache).glob(f"slices-*{ext}")) for ext in (".u8", ".json"))
+    for path, at in ((pixels, 0), (pixels, 5000), (pixels, 9 * 32**2 - 1), (written, 12), (written, 30), (written, -3)):
+        flip(path, at)
+        again, same = dataset.load_slices(root, slices, 32, Path(cfg.cache))
+        assert torch.equal(again, images) and same == notes
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "damaged: the slices are decoded again" in said and pixels.name in said
+    dataset.load_slices(root, slices, 32, Path(cfg.cache))
+    assert capsys.readouterr().err == ""  # and is whole from then on
+
+
+@pytest.mark.parametrize("notes", ["", "null", "[]", "{}", '"seal"', '{"seal": 0}', "[" * 10**5, "1" * 10**4, "\0"])
+def test_notes_of_another_shape_are_made_again(cfg: DataConfig, notes: str):
+    root = make_folder(Path(cfg.data), {"NC": ["p1", "p2"]})
+    first = load_splits(cfg, 32)[0]["train"].images.clone()
+    (written,) = Path(cfg.cache).glob("*.json")
+    good = written.read_text()
+    written.write_text(notes)
+    assert torch.equal(load_splits(cfg, 32)[0]["train"].images, first) and written.read_text() == good
+    assert len(list(root.rglob("*.png"))) == 4
+
+
 def test_two_processes_at_once_build_one_cache(cfg: DataConfig):
     make_folder(Path(cfg.data), {"NC": [f"p{i}" for i in range(30)]}, slices=8)
     both = [start("dataset.py", "check", cfg.data, "--cache", cfg.cache) for _ in range(2)]
@@ -220,6 +273,123 @@ def test_names_with_spaces_unicode_and_dashes(cfg: DataConfig):
     splits, _ = load_splits(cfg, 32)
     assert splits["train"].classes == ["-AD é"] and {*splits["train"].people, *splits["val"].people} == {"-p 1", "pä2"}
     assert len(scan(root, cfg.subject_regex)) == 4
+
+
+def test_names_that_are_not_utf8(cfg: DataConfig):
+    """An old hospital system's Latin-1, which Python shows as lone surrogates."""
+    root = make_folder(Path(cfg.data), {"NC": ["p1", "p2", os.fsdecode(b"p\xe9")]})
+    splits, _ = load_splits(cfg, 32)
+    assert len(splits["train"]) + len(splits["val"]) == 6
+    (root / "train/NC" / os.fsdecode(b"q\xe9_0.png")).write_text("no picture")
+    done = run_any("dataset.py", "check", root, "--cache", cfg.cache)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "q\\udce9_0.png: not an image" in done.stdout
+    (root / "train/NC").rename(root / "train" / os.fsdecode(b"NC\xe9"))
+    with pytest.raises(UserError, match="is not UTF-8: rename it"):  # weights and tables carry the names of classes
+        scan(root, cfg.subject_regex)
+
+
+def huge_pictures(folder: Path) -> list[Path]:
+    """PNG and TIFF of a side of 32,000 pixels: whole, black and white, 130 kB of file and 1 GB in memory."""
+    side = 32_000
+    row = bytes([0xAA] * (side // 8))
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head)
+    png += chunk(b"IDAT", zlib.compress((b"\0" + row) * side, 1)) + chunk(b"IEND", b"")
+    strip = zlib.compress(row * 320, 1)  # a hundred of them, which are all the same one
+    where, size = struct.pack("<100I", *[8] * 100), struct.pack("<100I", *[len(strip)] * 100)
+    end = 8 + len(strip)
+    tags = [(256, 1, side), (257, 1, side), (258, 1, 1), (259, 1, 8), (262, 1, 1), (273, 100, end), (277, 1, 1)]
+    tags += [(278, 1, 320), (279, 100, end + 400)]
+    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", t, 4, n, v) for t, n, v in tags) + bytes(4)
+    tiff = b"II*\0" + struct.pack("<I", end + 800) + strip + where + size + directory
+    for name, data in (("p_0.png", png), ("p_1.tiff", tiff)):
+        (folder / name).write_bytes(data)
+    return [folder / "p_0.png", folder / "p_1.tiff"]
+
+
+PEAK = """
+import resource, sys
+import dataset, cv2
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for path in sys.argv[1:]:
+    try:
+        print("read", dataset.read_slice(path)[0].shape)
+    except dataset.BadFile as e:
+        print("refused")
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def test_pictures_too_large_for_memory_are_not_decoded(tmp_path: Path):
+    files = huge_pictures(tmp_path)
+    lifted = {"OPENCV_IO_MAX_IMAGE_PIXELS": str(2**30)}
+    for limit, words in (({}, ["refused", "refused"]), (lifted, ["refused", "read"])):
+        env = {k: v for k, v in os.environ.items() if k not in lifted} | {"PYTHONPATH": str(ROOT), **limit}
+        done = subprocess.run([sys.executable, "-c", PEAK, *files], capture_output=True, text=True, env=env)
+        *said, peak = done.stdout.splitlines()
+        assert [line.split()[0] for line in said] == words, done.stderr[-2000:]
+        assert (int(peak) < 100) == (not limit), peak  # MiB; the second time, that there was something to fear
+
+
+def manifest(folder: Path, text: str | bytes) -> Path:
+    (folder / "manifest.csv").write_bytes(text.encode() if isinstance(text, str) else text)
+    return folder
+
+
+def test_manifests_lead_to_no_file_outside_of_their_folder(tmp_path: Path):
+    folder, secret = tmp_path / "out", write_image(tmp_path / "secret.png")
+    write_image(folder / "train/NC/a_0.png")
+    (folder / "link.png").symlink_to(secret)
+    (folder / "up").symlink_to(tmp_path)
+    for name in ("../secret.png", str(secret), "link.png", "up/secret.png", "train/../../secret.png"):
+        with pytest.raises(UserError, match="outside of its folder: remove that row"):
+            dataset.read_images(manifest(folder, f"file,class\ntrain/NC/a_0.png,NC\n{name},NC\n"))
+    os.mkfifo(folder / "pipe.png")  # would be waited for
+    rows = "file,class\ntrain/NC/a_0.png,NC\npipe.png,NC\nloop.png,NC\n" + "x" * 5000 + ".png,NC\n"
+    (folder / "loop.png").symlink_to("loop.png")
+    images, names, problems = dataset.read_images(manifest(folder, rows))
+    assert len(images) == 1 and names == ["NC"] and "3 of 4 files" in problems[0]
+    (folder / "manifest.csv").unlink()
+    assert len(dataset.read_images(folder)[0]) == 2  # without one, what a person put there counts: the link too
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (b"file,class\na_0.png,\0\n", "row 1|comma-separated"),
+        (b"file,class\n\xff_0.png,NC\n", "UTF-8"),
+        (b"file,class\na_0.png\n", "lacks file or class in row 1"),
+        (b"file,class\n,NC\n", "row 1"),
+        (b"file,klass\na_0.png,NC\n", "needs the columns file,class; it has 'file', 'klass'"),
+        (b"", "needs the columns"),
+        (b"file,class\n" + b"x" * 200_000 + b",NC\n", "field larger"),
+        (b"file,class\n", "holds no images"),
+    ],
+)
+def test_broken_manifests_are_one_sentence(tmp_path: Path, text: bytes, why: str):
+    write_image(tmp_path / "a_0.png")
+    with pytest.raises(UserError, match=why):
+        dataset.read_images(manifest(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"scan\np1\n", b"scan,patient\np1\n", b"scan,patient\np1,\n", b"scan,patient\n\xff,A\n"]
+)
+def test_broken_subjects_are_one_sentence(tmp_path: Path, text: bytes):
+    make_folder(tmp_path, {"NC": ["p1"]})
+    (tmp_path / "subjects.csv").write_bytes(text)
+    with pytest.raises(UserError, match="subjects.csv"):
+        scan(tmp_path, DataConfig.subject_regex)
+
+
+def test_tables_as_spreadsheets_write_them(tmp_path: Path):
+    make_folder(tmp_path, {"NC": ["p1", "p2"]})
+    (tmp_path / "subjects.csv").write_bytes('\ufeffscan,patient\r\np1,"Ö, 1"\r\np2,"Ö, 1"\r\n'.encode())
+    assert {s.person for s in scan(tmp_path, DataConfig.subject_regex)} == {"Ö, 1"}
 
 
 @pytest.mark.parametrize(

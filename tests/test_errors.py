@@ -15,6 +15,8 @@ import pytest
 from conftest import TINY_UNET, TINY_VAE, run, run_any
 from safetensors.torch import load_file
 
+from dataset import read_images
+
 
 def refused(script: str, *args: str | Path) -> str:
     """The sentence of a script that is expected to refuse."""
@@ -101,12 +103,57 @@ def test_checkpoints_that_are_not_what_they_seem(copied: Path, tmp_path: Path):
     unet.write_bytes(whole[: len(whole) // 2])
     assert "not a safetensors file" in refused(*predict)
 
-    unet.write_bytes(whole.replace(b'\\"blocks\\": 1', b'\\"blocks\\": 2'))  # a header that describes another network
+    changed = whole.replace(b'\\"blocks\\": 1', b'\\"blocks\\": 2')  # a header that describes another network
+    unet.write_bytes(changed)
+    assert "its own checksum: copy it again" in refused(*predict)
+    unet.write_bytes(changed.replace(b'"digest"', b'"number"'))  # older files have none
     assert "another architecture" in refused(*predict)
 
     unet.unlink()
     assert "there are no weights" in refused(*predict)
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_name_folders_elsewhere_write_nothing(copied: Path, tmp_path: Path):
+    unet = copied / "tiny" / "diffusion" / "best.safetensors"
+    whole = unet.read_bytes().replace(b'"digest"', b'"number"')
+    unet.write_bytes(whole.replace(b'\\"AD\\", \\"NC\\"', b'\\"..\\", \\"NC\\"'))
+    before = sorted(tmp_path.rglob("*"))
+    predict = ["predict.py", "--checkpoints", copied, "--run", "tiny", "--out", tmp_path / "out"]
+    assert "names classes that cannot be folders" in refused(*predict)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_classes_of_any_name_go_all_the_way(phantoms: Path, tmp_path: Path):
+    data = Path(shutil.copytree(phantoms, tmp_path / "dä ta"))
+    for split in ("train", "val"):
+        (data / split / "AD").rename(data / split / "-AD")
+        (data / split / "NC").rename(data / split / "NC é 1")
+    terminal = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}  # cannot show them
+    where = ["--data", data, "--checkpoints", tmp_path / "c", "--cache", tmp_path / "cache", "--run=-r é"]
+    run("pre_train.py", *where, *TINY_VAE, "--epochs", "1", env=terminal)
+    run("train.py", *where, *TINY_UNET, "--epochs", "1", "--sample-every", "9", env=terminal)
+    assert "classes   -AD, NC " in run("train.py", *where, *TINY_UNET, "--dry-run", env=terminal).stdout
+    draw = ["predict.py", *where[2:4], "--run=-r é", "--num-images", "3"]
+    run(*draw, "--out", tmp_path / "both", env=terminal)
+    run(*draw, "--out", tmp_path / "one", "--class-name=-AD", env=terminal)
+    assert {p.parent.name for p in (tmp_path / "one").glob("train/*/*.png")} == {"-AD"}
+    images, names, problems = read_images(tmp_path / "both")
+    assert len(images) == 3 and names == ["-AD", "NC é 1", "-AD"] and not problems
+    assert "is complete" in run(*draw, "--out", tmp_path / "both", env=terminal).stdout
+
+
+def test_no_secret_is_written_down(phantoms: Path, tmp_path: Path):
+    secret = "5ec4e75ec4e75ec4e75ec4e75ec4e75ec4e7abcd"
+    where = ["--data", phantoms, "--checkpoints", tmp_path / "runs", "--cache", tmp_path / "cache", *TINY_VAE]
+    done = run(
+        "pre_train.py", *where, "--epochs", "1", "--wandb", "offline",
+        env={**os.environ, "WANDB_API_KEY": secret}, cwd=tmp_path,
+    )  # fmt: skip
+    files = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert any(p.suffix == ".wandb" for p in files), done.stderr  # wandb took part
+    assert secret not in done.stdout + done.stderr
+    assert not [p for p in files if secret.encode() in p.read_bytes()]
 
 
 def test_sampling_that_the_weights_cannot_do(trained: Path, tmp_path: Path):

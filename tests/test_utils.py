@@ -82,6 +82,13 @@ def test_bugs_are_not_dressed_up(error):
         utils.run_script(lambda cfg: (_ for _ in ()).throw(error), None)
 
 
+def test_any_name_can_be_printed():
+    main = "def main(cfg):\n    print('q\\udce9 é')\n    raise utils.UserError('a\\nb\\udce9')\n"
+    code = "import utils\n" + main + "utils.run_script(main, None)"
+    done = python(code, PYTHONIOENCODING="ascii:strict")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "q\\udce9 \\xe9\n", "error: a b\\udce9\n")
+
+
 def test_exit_codes_of_a_real_process():
     code = "import utils\ndef main(cfg): raise {}\nutils.run_script(main, None)"
     bad_luck = python(code.format("utils.UserError('put it right')"))
@@ -366,6 +373,18 @@ def test_code_in_a_state_file_is_never_run(tmp_path):
     assert pwned.exists()  # the file was indeed dangerous
 
 
+def test_a_state_with_one_wrong_bit_gives_way_to_the_one_before(tmp_path, capsys):
+    path, weights = tmp_path / "last.pt", normal(1000)
+    for step in range(2):
+        utils.save_state(path, {"step": step, "weights": weights})
+    data = bytearray(path.read_bytes())
+    data[data.index(weights.numpy().tobytes()) + 2000] ^= 1
+    path.write_bytes(data)
+    assert not torch.equal(torch.load(path, weights_only=True)["weights"], weights)  # torch itself believes it
+    assert utils.load_state(path)["step"] == 0
+    assert "last.pt cannot be read" in capsys.readouterr().err
+
+
 def test_weights_round_trip(tmp_path):
     path, model = tmp_path / "best.safetensors", nn.BatchNorm2d(3)
     model.half()
@@ -406,6 +425,81 @@ def test_weights_of_anything_else_are_refused(tmp_path):
     with pytest.raises(UserError):
         utils.load_weights(path, "vae")
     assert not pwned.exists()
+
+
+def test_weights_carry_a_checksum_of_everything(tmp_path):
+    path, model = tmp_path / "best.safetensors", nn.Linear(40, 40)
+    utils.save_weights(path, model, dict(kind="vae", classes=["AD"]))
+    whole = path.read_bytes()
+    places = [whole.index(word) + 1 for word in (b"AD", b"weight", model.weight.detach().numpy().tobytes()[:40])]
+    for place in [*places, len(whole) - 3]:  # the header's words, a tensor's name, weights, the last of them
+        data = bytearray(whole)
+        data[place] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(UserError, match="does not match its own checksum: copy it again"):
+            utils.load_weights(path, "vae")
+    older = whole.replace(b'"digest"', b'"number"')
+    path.write_bytes(older)
+    assert torch.equal(utils.load_weights(path, "vae")[0]["weight"], model.weight)  # older files have none
+
+
+def test_weights_are_not_the_files_memory(tmp_path):
+    path = tmp_path / "best.safetensors"
+    utils.save_weights(path, nn.Linear(40, 40), dict(kind="vae"))
+    tensors, _ = utils.load_weights(path, "vae")
+    before = tensors["weight"].clone()
+    with open(path, "r+b") as f:  # written over in place, as some copying does
+        f.write(bytes(path.stat().st_size))
+    assert torch.equal(tensors["weight"], before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_numbers_are_refused(tmp_path, value):
+    path, model = tmp_path / "best.safetensors", nn.Linear(4, 4)
+    with torch.no_grad():
+        model.weight[2, 1] = value
+    utils.save_weights(path, model, dict(kind="vae"))
+    with pytest.raises(UserError, match=r"not finite \(weight\)"):
+        utils.load_weights(path, "vae")
+
+
+def test_classes_are_plain_names_of_folders(tmp_path):
+    path = tmp_path / "best.safetensors"
+    for classes in (["AD", "NC"], ["-AD"], ["NC é 1", "a.b", "..."]):
+        utils.save_weights(path, nn.Linear(2, 2), dict(kind="vae", classes=classes))
+        assert utils.load_weights(path, "vae")[1]["classes"] == classes
+    bad = ["", ".", "..", "a/b", "/tmp", "../up", "a\0b", "a\nb", "\ud800", "x" * 256, 3, None, ["AD"]]
+    for classes in (*([name] for name in bad), ["AD", "AD"], "AD", {"AD": 1}, None):
+        utils.save_weights(path, nn.Linear(2, 2), dict(kind="vae", classes=classes))
+        with pytest.raises(UserError, match="classes that cannot be folders"):
+            utils.load_weights(path, "vae")
+
+
+HUGE_NETWORK = """
+import resource, sys, time
+from pathlib import Path
+import torch, modules, vae, utils
+path = Path(sys.argv[1])
+net = vae.VAE(16, 4, 2, (8, 8), 1)
+before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.time()
+for wrong in (dict(channels=[16384, 16384]), dict(blocks=64), dict(channels=[8] * 40, downsample=2), dict(blocks=10**9),
+              dict(channels=[10**9]), dict(image_size=10**9), dict(latent_channels=1024), dict(downsample=1024)):
+    utils.save_weights(path, net, dict(kind="vae", finished=True, model=net.config | wrong))
+    try:
+        vae.load_vae(path, torch.device("cpu"))
+    except utils.UserError as e:
+        print(e)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024, time.time() - start)
+"""
+
+
+def test_headers_that_ask_for_huge_networks_cost_nothing(tmp_path):
+    code = HUGE_NETWORK.replace("sys.argv[1]", repr(str(tmp_path / "best.safetensors")))
+    done = python(code)
+    *said, spent = done.stdout.splitlines()
+    assert len(said) == 8 and all("best.safetensors" in line for line in said), done.stdout + done.stderr
+    mib, seconds = map(float, spent.split())
+    assert mib < 100 and seconds < 10, spent
 
 
 def test_file_hash(tmp_path):
@@ -517,6 +611,30 @@ def test_log_resumes_where_the_state_was_saved(tmp_path):
     assert [(r["step"], r["epoch"]) for r in rows_of(log)] == [(1, 1), (2, 2), (3, 30)]
     assert utils.read_jsonl(log.path) == log.rows
     assert rows_of(utils.RunLog(tmp_path, cfg, "vae")) == []  # a run that starts over starts its log over
+
+
+def test_damaged_lines_of_a_log_are_left_out_and_no_others(tmp_path):
+    log = utils.RunLog(tmp_path, PretrainConfig(wandb="disabled"), "vae")
+    for step in (1, 2):
+        log.log(step, {"epoch": step, "loss/train": 0.5})
+    first, second = log.path.read_bytes().splitlines()
+    for line in (
+        b"\xff\xfe", b"null", b"[1]", b"3", b'{"epoch": 1}', b'{"step": "1"}', b'{"step": 1.5}', b"[" * 10**5, b"\0",
+        b'{"step": 1, "epoch": "x"}', b'{"step": 1, "epoch": [1]}', b'{"step": 1, "epoch": null}',
+        b'{"step": 1, "epoch": 1' + b"0" * 5000 + b"}",
+    ):  # fmt: skip
+        log.path.write_bytes(b"\n".join([first, line, second, b""]))
+        assert [r["step"] for r in utils.read_jsonl(log.path)] == [1, 2], line
+        utils.RunLog(tmp_path, PretrainConfig(wandb="disabled"), "vae", step=2).plot()
+    log.path.write_bytes(first.replace(b"epoch", b"epoxy") + b"\n" + second + b"\n")
+    utils.RunLog(tmp_path, PretrainConfig(wandb="disabled"), "vae", step=2).plot()  # a row that is nowhere on the axis
+
+
+def test_a_damaged_wandb_id_does_not_stop_a_run(tmp_path, capsys):
+    (tmp_path / "wandb_id").write_bytes(b"\xff../x")
+    log = utils.RunLog(tmp_path, PretrainConfig(wandb="offline"), "vae")
+    log.log(1, {"epoch": 1})
+    assert log.wandb is None and "wandb is off for the rest of this run" in capsys.readouterr().err
 
 
 def test_log_survives_numbers_that_are_not_numbers(tmp_path):
