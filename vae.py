@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metrics import ssim
 from modules import (
     AttentionBlock,
     ResidualBlock,
@@ -162,34 +162,7 @@ def reconstruction_loss(x_hat: Tensor, x: Tensor, kind: str) -> Tensor:
     if kind == "mse":
         return F.mse_loss(x_hat, x)
     l1 = F.l1_loss(x_hat, x)
-    return l1 if kind == "l1" else l1 + 0.5 * (1 - ssim((x_hat + 1) / 2, (x + 1) / 2))
-
-
-def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Mean SSIM (Wang et al. 2004) of images [B, 1, H, W] in [0, 1], Gaussian window 11 wide, sigma 1.5.
-
-    Fast to train on, because the blur is a banded matrix on either side of the image. torchmetrics, which reports,
-    also counts a border of mirrored pixels; without it the values are the same.
-    """
-    left, right = gaussian_band(a.shape[2], a.dtype, a.device), gaussian_band(a.shape[3], a.dtype, a.device).T
-
-    def blur(x: Tensor) -> Tensor:
-        return left @ x @ right
-
-    mu_a, mu_b, aa, bb, ab = blur(torch.cat([a, b, a * a, b * b, a * b])).chunk(5)
-    var_a, var_b, cov = aa - mu_a * mu_a, bb - mu_b * mu_b, ab - mu_a * mu_b
-    c1, c2 = 0.01**2, 0.03**2
-    value = (2 * mu_a * mu_b + c1) * (2 * cov + c2) / ((mu_a**2 + mu_b**2 + c1) * (var_a + var_b + c2))
-    return value.mean()
-
-
-@lru_cache
-def gaussian_band(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[n - 10, n]: row i holds a Gaussian window of sigma 1.5 over pixels i .. i + 10."""
-    tap = torch.exp(-0.5 * (torch.arange(11) - 5).square() / 1.5**2)
-    rows = torch.arange(n - 10)[:, None]
-    band = torch.zeros(n - 10, n).scatter_(1, rows + torch.arange(11), (tap / tap.sum()).expand(n - 10, 11))
-    return band.to(device, dtype)
+    return l1 if kind == "l1" else l1 + 0.5 * (1 - ssim((x_hat + 1) / 2, (x + 1) / 2, border=False).mean())
 
 
 def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
