@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 # Before torch: one thread per test process, and the same results on every machine.
@@ -27,11 +32,59 @@ TINY_UNET = (
 )
 
 
-def start(script: str, *args: str | Path, **kwargs) -> subprocess.Popen:
+class Warm:
+    """A run of a script by tests/zygote.py, to be used as a subprocess.Popen."""
+
+    zygote: subprocess.Popen | None = None
+
+    def __init__(self, script: str, *args: str):
+        if Warm.zygote is None:
+            Warm.zygote = subprocess.Popen([sys.executable, str(ROOT / "tests" / "zygote.py")], stdin=subprocess.PIPE)
+        self.args, self.returncode, self.folder = [script, *args], None, Path(tempfile.mkdtemp(prefix="warm-"))
+        job = {"argv": self.args, "folder": str(self.folder), "env": dict(os.environ), "cwd": os.getcwd()}
+        Warm.zygote.stdin.write(json.dumps(job).encode() + b"\n")
+        Warm.zygote.stdin.flush()
+
+    def poll(self) -> int | None:
+        status = self.folder / "status"
+        if self.returncode is None and status.exists():
+            self.returncode = int(status.read_text())
+        return self.returncode
+
+    def wait(self, timeout: float = 300) -> int:
+        end = time.time() + timeout
+        while self.poll() is None:
+            if time.time() > end:
+                self.send_signal(signal.SIGKILL)
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            assert Warm.zygote.poll() is None, "tests/zygote.py has ended"
+            time.sleep(0.01)
+        return self.returncode
+
+    def communicate(self, timeout: float = 300) -> tuple[str, str]:
+        self.wait(timeout)
+        out, err = ((self.folder / name).read_text(errors="surrogateescape") for name in ("stdout", "stderr"))
+        shutil.rmtree(self.folder)
+        return out, err
+
+    def send_signal(self, number: int) -> None:
+        while not (self.folder / "pid").exists() or not (self.folder / "pid").read_text():
+            time.sleep(0.01)
+        if self.poll() is None:
+            os.kill(int((self.folder / "pid").read_text()), number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def start(script: str, *args: str | Path, cold: bool = False, **kwargs) -> subprocess.Popen | Warm:
+    """A script as a person starts it; only that its libraries are imported already, unless it is `cold`."""
+    words = [str(ROOT / script), *map(str, args)]
+    if not (cold or kwargs):
+        return Warm(*words)
     return subprocess.Popen(
-        [sys.executable, str(ROOT / script), *map(str, args)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs,
-    )  # fmt: skip
+        [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
+    )
 
 
 def run(script: str, *args: str | Path, **kwargs) -> subprocess.CompletedProcess:
