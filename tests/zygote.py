@@ -13,6 +13,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import matplotlib.backends.backend_agg
+import matplotlib.figure  # noqa: F401
+import torch._dynamo  # noqa: F401 (every optimiser asks for it)
+import torchmetrics.functional.image  # noqa: F401
+
 import evidence  # noqa: F401
 import features  # noqa: F401
 import predict  # noqa: F401
