@@ -126,7 +126,7 @@ class UNet(nn.Module):
             raise ValueError(f"a {resolution}x{resolution} latent cannot be halved {len(channels) - 1} times")
         emb = 4 * channels[0]
         self.time = nn.Sequential(nn.Linear(channels[0], emb), nn.SiLU(), nn.Linear(emb, emb))
-        # The usual start, N(0, 1); drawn here, because on the meta device nn.Embedding's own takes torch 4 s of imports.
+        # N(0, 1), as always; drawn here, because on the meta device nn.Embedding's own costs torch 4 s of imports.
         self.label = None
         if num_classes:
             self.label = nn.Embedding(num_classes + 1, emb, _weight=torch.randn(num_classes + 1, emb))
