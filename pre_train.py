@@ -230,9 +230,9 @@ def main(cfg: PretrainConfig) -> None:
             save()
             raise UserError(watch.sentence(bad, bad / steps_per_epoch, folder))
     bar.close()
-    if ranks.main:
-        log.close()
     if step < total:
+        if ranks.main:
+            log.close()
         ranks.close()
         leave_early(stop, step / steps_per_epoch)
     meta |= {"finished": True, "data": train.summary(), "held_out": carved_people(splits)}
@@ -247,6 +247,8 @@ def main(cfg: PretrainConfig) -> None:
             save_weights(folder / f"{name}.safetensors", module, facts)
     print(f"latents: mean {rounded(module.latent_mean)}, deviation {rounded(module.latent_std)} per channel")
     print(f"done: {folder / 'final.safetensors'}; reconstructions in {folder / 'reconstructions.png'}")
+    if ranks.main:
+        log.close()
     ranks.close()
 
 

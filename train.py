@@ -393,14 +393,15 @@ def main(cfg: TrainConfig) -> None:
             save()
             raise UserError(watch.sentence(bad, bad / steps_per_epoch, folder))
     bar.close()
-    if ranks.main:
-        log.close()
     if step < total:
+        if ranks.main:
+            log.close()
         ranks.close()
         leave_early(stop, step / steps_per_epoch)
     if ranks.main:
         final = {**meta, "epoch": cfg.epochs, "metrics": log.rows[-1]}
         save_weights(folder / "final.safetensors", ema.module, final)
+        log.close()
     print(
         f"done: {folder / 'final.safetensors'}; samples in {folder / 'samples.png'}, curves in {folder / 'curves.png'}"
     )

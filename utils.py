@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 import zipfile
@@ -512,6 +513,8 @@ class RunLog:
     wandb can fail at any call: then one line says so and the run goes on without it.
     """
 
+    PATIENCE = 60.0  # seconds
+
     def __init__(self, folder: Path, cfg: MachineConfig, stage: str, step: int = 0):
         self.folder, self.path, self.wandb = folder, folder / "metrics.jsonl", None
         self.rows = [r for r in read_jsonl(self.path) if r["step"] <= step] if step else []
@@ -528,11 +531,19 @@ class RunLog:
         id_file = self.folder / "wandb_id"
         if not id_file.exists():
             write_atomic(id_file, uuid.uuid4().hex[:8].encode())
-        self.wandb = wandb.init(
+        facts = dict(
             project="Stable-Diffusion-ADNI", name=f"{cfg.run}-{stage}", group=cfg.run, id=id_file.read_text(),
-            resume="allow", mode=mode, dir=str(self.folder), config=asdict(cfg),
+            resume="allow", dir=str(self.folder), config=asdict(cfg),
             settings=wandb.Settings(silent=True, init_timeout=60),
         )  # fmt: skip
+        try:
+            self.wandb = wandb.init(mode=mode, **facts)
+        except Exception as e:
+            if mode == "offline":
+                raise
+            reason = next(iter(str(e).splitlines()), "")
+            print(f"wandb cannot be reached and logs offline: wandb sync later ({reason})", file=sys.stderr)
+            self.wandb = wandb.init(mode="offline", **facts)
 
     def _guard(self, call: Callable[[], Any]) -> None:
         try:
@@ -564,9 +575,13 @@ class RunLog:
         plot_curves(self.rows, self.folder / "curves.png")
 
     def close(self) -> None:
-        """End the wandb run."""
+        """End the wandb run; a server that does not answer is waited for a minute."""
         if self.wandb is not None:
-            self._guard(self.wandb.finish)
+            ending = threading.Thread(target=self._guard, args=(self.wandb.finish,), daemon=True)
+            ending.start()
+            ending.join(self.PATIENCE)
+            if ending.is_alive():
+                print("wandb does not come to an end and is left behind: wandb sync later", file=sys.stderr)
 
 
 def logged_in_to_wandb() -> bool:

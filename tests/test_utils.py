@@ -645,16 +645,16 @@ def test_log_survives_numbers_that_are_not_numbers(tmp_path):
 
 
 FAKE_WANDB = """
-import os
+import os, time
 fail = os.environ["FAIL"]
 Settings = dict
 def broken(*args, **kwargs):
     raise RuntimeError("the network is down\\nsecond line")
 class Run:
     log = broken if fail == "log" else staticmethod(lambda row, step: None)
-    finish = broken
+    finish = broken if fail != "hang" else staticmethod(lambda: time.sleep(600))
 def init(**how):
-    return broken() if fail == "init" else Run()
+    return broken() if fail == "init" or (fail, how["mode"]) == ("online", "online") else Run()
 if fail == "import":
     broken()
 """
@@ -677,6 +677,31 @@ for fail in ("disabled", "import", "init", "log", "finish"):
     assert log.wandb is None, fail
     sys.modules.pop("wandb", None)
 """
+
+
+WANDB_FAR_AWAY = """
+import os, sys
+from pathlib import Path
+import utils
+from config import PretrainConfig
+os.environ["FAIL"] = sys.argv[1]
+utils.RunLog.PATIENCE = 0.5
+log = utils.RunLog(Path(sys.argv[2]), PretrainConfig(wandb="online"), "vae")
+log.log(1, {"epoch": 1})
+assert log.wandb is not None
+log.close()
+"""
+
+
+@pytest.mark.parametrize(
+    ("fail", "sentence"), [("online", "logs offline: wandb sync later"), ("hang", "does not come to an end")]
+)
+def test_a_wandb_that_cannot_be_reached_is_not_waited_for(tmp_path, fail, sentence):
+    (tmp_path / "fake").mkdir()
+    (tmp_path / "fake" / "wandb.py").write_text(FAKE_WANDB)
+    code = f"import sys; sys.argv = ['', {fail!r}, {str(tmp_path / 'run')!r}]\n{WANDB_FAR_AWAY}"
+    done = python(code, path=tmp_path / "fake")
+    assert done.returncode == 0 and sentence in done.stderr, done.stderr
 
 
 def test_a_broken_wandb_does_not_stop_a_run(tmp_path):
