@@ -18,10 +18,10 @@ os.environ["WANDB_MODE"] = "offline"
 
 import pytest
 
-import dataset  # noqa: F401 - before cv2, whose limit on pixels it sets
-
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+import dataset  # noqa: E402, F401 (before cv2, whose limit on pixels it sets)
 
 TINY_VAE = (
     "--image-size 32 --downsample 4 --latent-channels 2 --channels 8 16 --blocks 1 --batch-size 16 --lr 2e-3 "
