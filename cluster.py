@@ -55,12 +55,23 @@ class Ranks:
         self.host = dist.new_group(backend="gloo") if nccl else dist.group.WORLD
 
     def open(self, cfg: LoopConfig, stage: str) -> Path:
-        """The folder of a stage of the run, locked and put in order by rank 0."""
-        folder = Path(cfg.checkpoints) / cfg.run / stage
+        """The folder of a stage of the run, locked and put in order by rank 0; where it cannot, all leave."""
+        problem = None
         if self.main:
-            self.lock = RunLock(folder)
-            open_run(cfg, stage)
-        return folder
+            try:
+                self.lock = RunLock(Path(cfg.checkpoints) / cfg.run / stage)
+                open_run(cfg, stage)
+            except (UserError, OSError) as e:
+                problem = e
+        if self.sum(torch.tensor(float(problem is not None))):
+            raise problem or SystemExit(2)
+        return Path(cfg.checkpoints) / cfg.run / stage
+
+    def rows(self, batch: int) -> slice:
+        """This rank's rows of a batch, at least one."""
+        if batch < self.size:
+            raise UserError(f"--batch-size {batch} does not reach {self.size} ranks: take a larger one, or fewer ranks")
+        return self.share(batch)
 
     def share(self, n: int) -> slice:
         """This rank's of n things, in one piece; pieces differ by one at most."""

@@ -143,7 +143,7 @@ def main(cfg: PretrainConfig) -> None:
     shown = val.batch(torch.linspace(0, len(val) - 1, min(8, len(val))).long(), device)
     log = RunLog(folder, cfg, "vae", step) if ranks.main else None
 
-    share = ranks.share(batch)
+    share = ranks.rows(batch)
 
     def trial(n: int) -> None:
         x = train.batch(torch.zeros(n, dtype=torch.int64), device)

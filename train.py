@@ -307,7 +307,7 @@ def main(cfg: TrainConfig) -> None:
     }  # fmt: skip
     log = RunLog(folder, cfg, "diffusion", step) if ranks.main else None
 
-    share = ranks.share(batch)
+    share = ranks.rows(batch)
 
     def trial(n: int) -> None:
         moments, y = next(latents.visit([torch.zeros(n, dtype=torch.int64)]))

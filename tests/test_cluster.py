@@ -162,6 +162,16 @@ def test_predict_and_evaluate_spread_over_ranks(trained: Path, phantoms: Path, t
     assert one["latent_spread"] == two["latent_spread"] and one["spectrum"] == two["spectrum"]
 
 
+def test_what_rank_0_refuses_ends_all_ranks(trained: Path, phantoms: Path, tmp_path: Path):
+    (tmp_path / "tiny").mkdir()
+    record = {"host": "node9", "pid": 4, "job": "17", "since": "2026-01-01 00:00:00"}
+    (tmp_path / "tiny" / "vae.lock").write_text(json.dumps(record))
+    for flags, sentence in (([], "is being worked on by process 4 on node9"), (["--run", "b"], "--batch-size 1 does")):
+        ranks = start_ranks("pre_train.py", *where(tmp_path, phantoms), *TINY_VAE, "--batch-size", "1", *flags)
+        ends = [p.communicate(timeout=60)[1] for p in ranks]
+        assert [p.returncode for p in ranks] == [2, 2] and sentence in ends[0] and "Traceback" not in "".join(ends)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The lock
 
