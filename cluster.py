@@ -215,7 +215,7 @@ def open_run(cfg: LoopConfig, stage: str) -> Path:
         os.rename(folder, old)
         print(f"the old {stage} run is now in {old}")
     folder.mkdir(parents=True, exist_ok=True)
-    for torn in folder.glob(".*.tmp"):  # of a job that was killed while it wrote
+    for torn in folder.rglob(".*.tmp"):  # of a job that was killed while it wrote
         torn.unlink()
     if not os.access(folder, os.W_OK):
         raise UserError(f"{folder} cannot be written: choose another --checkpoints folder")

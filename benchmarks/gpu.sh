@@ -17,6 +17,8 @@ mkdir -p "$OUT"
   $PY benchmarks/profile_step.py --device cuda --out "$OUT/gpu-profile.txt"
   $PY benchmarks/sample.py      --device cuda --seconds 15 --json "$OUT/gpu-sample.json"
   $PY benchmarks/train_epoch.py --device cuda --seconds 15 --json "$OUT/gpu-train_epoch.json" --data "$DATA"
+  gpus=$(nvidia-smi -L | wc -l)
+  if ((gpus > 1)); then $PY benchmarks/scaling.py --device cuda --ranks 1 2 "$gpus" --json "$OUT/gpu-scaling.json"; fi
 } 2>&1 | tee "$OUT/gpu-log.txt"
 [ "${TRAIN:-0}" = 1 ] || exit 0
 {
