@@ -62,6 +62,15 @@ def log(project: Path, pattern: str = "*") -> str:
     return "\n".join(p.read_text(errors="replace") for p in sorted((project / "slurm" / "logs").glob(pattern)))
 
 
+def wait_for_the_first_epoch(project: Path) -> None:
+    metrics = project / "checkpoints" / "r" / "diffusion" / "metrics.jsonl"
+    for _ in range(480):
+        if metrics.exists() and metrics.stat().st_size:
+            return
+        time.sleep(0.25)
+    raise AssertionError(f"{metrics} never came:\n{log(project)}")
+
+
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 
@@ -156,11 +165,7 @@ def test_a_cancelled_job_saves_and_is_not_requeued(project: Path, trained: Path,
         project, *LIGHT, "slurm/train.sbatch", *where(project, phantoms), *TINY_UNET, "--epochs", "5000",
         "--sample-every", "5000",
     )  # fmt: skip
-    metrics = project / "checkpoints" / "r" / "diffusion" / "metrics.jsonl"
-    for _ in range(480):
-        if metrics.exists() and metrics.stat().st_size:
-            break
-        time.sleep(0.25)
+    wait_for_the_first_epoch(project)
     subprocess.run(["scancel", job], check=True)
     assert wait_for(job, "CANCELLED", "COMPLETED", "FAILED", "PENDING")["JobState"] == "CANCELLED"
     time.sleep(3)
@@ -189,11 +194,7 @@ def test_a_rank_that_dies_takes_the_job_down(project: Path, trained: Path, phant
         project, "--nodes=2", "--ntasks-per-node=1", *LIGHT, "slurm/train.sbatch", *where(project, phantoms),
         *TINY_UNET, "--epochs", "5000", "--sample-every", "5000",
     )  # fmt: skip
-    metrics = project / "checkpoints" / "r" / "diffusion" / "metrics.jsonl"
-    for _ in range(480):
-        if metrics.exists() and metrics.stat().st_size:
-            break
-        time.sleep(0.25)
+    wait_for_the_first_epoch(project)
     for process in Path("/proc").glob("[0-9]*"):
         try:
             env = (process / "environ").read_bytes().split(b"\0")
