@@ -4,12 +4,20 @@ source slurm/site.env
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun no longer takes it from the job by itself
 
 run() {
-    local code=0 step id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+    local code=0 stop=0 step id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
     id=${id:-$SLURM_JOB_ID} # the last task of an array has the id of the whole as its own
-    srun --kill-on-bad-exit=1 "$PYTHON" "$@" &
+    # USR1 must not end a rank that is still starting; it is sent until they leave.
+    srun --kill-on-bad-exit=1 bash -c 'trap "" USR1; exec "$@"' - "$PYTHON" "$@" &
     step=$!
-    trap 'kill -USR1 "$step"' USR1 TERM # srun hands USR1 on to the ranks, which save; at a TERM it would kill them
-    while kill -0 "$step" 2>/dev/null; do wait "$step" || true; done # a signal ends the waiting, too
+    trap 'stop=1' USR1 TERM # srun hands USR1 on to the ranks, which save; at a TERM it would kill them
+    while kill -0 "$step" 2>/dev/null; do
+        if ((stop)); then
+            kill -USR1 "$step" || true
+            sleep 3
+        else
+            wait "$step" || true # until it ends, or a signal comes
+        fi
+    done
     wait "$step" || code=$?
     if ((code == 75)); then # saved, not finished
         trap '' USR1 TERM

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import shutil
@@ -41,6 +42,7 @@ class Warm:
         if Warm.zygote is None:
             Warm.zygote = subprocess.Popen([sys.executable, str(ROOT / "tests" / "zygote.py")], stdin=subprocess.PIPE)
         self.args, self.returncode, self.folder = [script, *args], None, Path(tempfile.mkdtemp(prefix="warm-"))
+        atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
         job = {"argv": self.args, "folder": str(self.folder), "env": dict(os.environ), "cwd": os.getcwd()}
         Warm.zygote.stdin.write(json.dumps(job).encode() + b"\n")
         Warm.zygote.stdin.flush()

@@ -146,7 +146,7 @@ def test_a_run_longer_than_its_time_limit_finishes_by_itself(project: Path, trai
     """Slurm looks at time limits twice a minute: the warning comes within half a minute, the requeue takes ten more."""
     for home in ("checkpoints", "reference"):
         shutil.copytree(trained / "tiny" / "vae", project / home / "r" / "vae")
-    flags = [*where(project, phantoms), *TINY_UNET, "--epochs", "160", "--sample-every", "80", "--dropout", "0.1"]
+    flags = [*where(project, phantoms), *TINY_UNET, "--epochs", "300", "--sample-every", "150", "--dropout", "0.1"]
     limits = ["--time=1", "--signal=B:USR1@60", *LIGHT]
     job = submit(project, *limits, "slurm/train.sbatch", *flags)
     run("train.py", *flags, "--checkpoints", project / "reference")
