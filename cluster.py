@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from utils import UserError, job_ranks
+from utils import UserError, derive_seed, job_ranks
 
 if TYPE_CHECKING:
     from config import LoopConfig
@@ -54,18 +54,45 @@ class Ranks:
         dist.init_process_group("nccl" if nccl else "gloo", rank=self.rank, world_size=self.size)
         self.host = dist.new_group(backend="gloo") if nccl else dist.group.WORLD
 
-    def open(self, cfg: LoopConfig, stage: str) -> Path:
-        """The folder of a stage of the run, locked and put in order by rank 0; where it cannot, all leave."""
-        problem = None
+    def alone(self, call: Callable[[], T]) -> T | None:
+        """call() on rank 0, None elsewhere; where it cannot be done, all leave."""
+        result = problem = None
         if self.main:
             try:
-                self.lock = RunLock(Path(cfg.checkpoints) / cfg.run / stage)
-                open_run(cfg, stage)
+                result = call()
             except (UserError, OSError) as e:
                 problem = e
         if self.sum(torch.tensor(float(problem is not None))):
             raise problem or SystemExit(2)
-        return Path(cfg.checkpoints) / cfg.run / stage
+        return result
+
+    def first(self, call: Callable[[], T]) -> T:
+        """call(), on rank 0 before the others, who find what it put right on disk."""
+        result = self.alone(call)
+        return result if self.main else call()
+
+    def fail(self, sentence: str) -> NoReturn:
+        """Leave with this sentence, said once, when rank 0 has saved."""
+        self.barrier()
+        raise UserError(sentence) if self.main else SystemExit(2)
+
+    def open(self, cfg: LoopConfig, stage: str) -> Path:
+        """The folder of a stage of the run, locked and put in order by rank 0."""
+        folder = Path(cfg.checkpoints) / cfg.run / stage
+
+        def prepare() -> None:
+            self.lock = RunLock(folder)
+            open_run(cfg, stage)
+
+        self.alone(prepare)
+        return folder
+
+    def check_same(self, *facts: object) -> None:
+        """UserError where the ranks do not see the same (data, step ...): their disks are not shared."""
+        number = derive_seed(*facts) % 2**20
+        total, squares = self.sum(torch.tensor([number, number**2], dtype=torch.float64)).tolist()
+        if squares * self.size != total**2:
+            raise UserError("the ranks do not find the same data and checkpoints: both must lie on a disk they share")
 
     def rows(self, batch: int) -> slice:
         """This rank's rows of a batch, at least one."""
@@ -74,8 +101,8 @@ class Ranks:
         return self.share(batch)
 
     def share(self, n: int) -> slice:
-        """This rank's of n things, in one piece; pieces differ by one at most."""
-        return slice(self.rank * n // self.size, (self.rank + 1) * n // self.size)
+        """This rank's of n things, in one piece; pieces differ by one at most, and rank 0 is never without."""
+        return slice(-(-self.rank * n // self.size), -(-(self.rank + 1) * n // self.size))
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model as the step calls it: its backward pass averages gradients over the ranks."""
@@ -113,19 +140,13 @@ class Ranks:
     def cuts(self, n: int, batch: int) -> list[int]:
         """Where n rows are cut so that each rank has its share of the batches: rank r has cuts[r] to cuts[r + 1]."""
         steps = -(-n // batch)
-        return [min(n, batch * (r * steps // self.size)) for r in range(self.size + 1)]
+        return [min(n, batch * -(-r * steps // self.size)) for r in range(self.size + 1)]
 
     def complete(self, rows: Tensor, cuts: list[int]) -> None:
         """Give each other the rows [cuts[r], cuts[r + 1]) that rank r holds; `rows` lies on the host."""
         for r in range(self.size if self.size > 1 else 0):
             if cuts[r] < cuts[r + 1]:
                 dist.broadcast(rows[cuts[r] : cuts[r + 1]].view(torch.uint8), r, group=self.host)
-
-    def first(self, call: Callable[[], T]) -> T:
-        """call(), on rank 0 before the others, who find what it put right on disk."""
-        result = call() if self.main else None
-        self.barrier()
-        return result if self.main else call()
 
     def barrier(self) -> None:
         """Wait until all are here."""
@@ -158,8 +179,9 @@ class RunLock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         me = {
-            "host": os.environ.get("SLURMD_NODENAME") or socket.gethostname(), "pid": os.getpid(),
-            "job": os.environ.get("SLURM_JOB_ID", ""), "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "host": os.environ.get("SLURMD_NODENAME") or socket.gethostname(), "pid": os.getpid(), "boot": boot_id(),
+            "job": os.environ.get("SLURM_JOB_ID", ""), "start": os.environ.get("SLURM_RESTART_COUNT", "0"),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         }  # fmt: skip
         held, locks = False, True
         try:
@@ -174,8 +196,9 @@ class RunLock:
         except (ValueError, KeyError, TypeError):  # empty: the last one left in good order
             other, who = {}, "another process"
         age = time.time() - os.fstat(self.file).st_mtime
-        beats = other and age < 6 * self.BEAT and (other["host"] != me["host"] or not locks)
-        if held or (beats and (other["job"] != me["job"] or not me["job"])):
+        beats = other and age < 6 * self.BEAT and (other.get("boot") != me["boot"] or not locks)
+        requeued = me["job"] and other.get("job") == me["job"] and other.get("start") != me["start"]
+        if held or (beats and not requeued):
             os.close(self.file)
             ago = f", last seen {age:.0f} s ago" if not held else ""
             raise UserError(
@@ -196,7 +219,8 @@ class RunLock:
 
     def _beat(self) -> None:
         while not self.left.wait(self.BEAT):
-            os.utime(self.file)
+            with suppress(OSError):  # a file server that is away for a moment
+                os.utime(self.path)
 
     def release(self) -> None:
         """Empty the record and let go."""
@@ -204,6 +228,14 @@ class RunLock:
             self.left.set()
             os.ftruncate(self.file, 0)
             os.close(self.file)
+
+
+def boot_id() -> str:
+    """Which machine this is, since it was started; containers may share a host name."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()
 
 
 def open_run(cfg: LoopConfig, stage: str) -> Path:
@@ -244,20 +276,28 @@ class StopSignal:
     """True once SIGTERM, SIGUSR1 or Ctrl-C arrived: the loop then finishes its step, saves and leaves.
 
     Made first of all, so that a signal during the start is not lost. Ctrl-C leaves at once before `begin`, and when it
-    comes again.
+    comes again. After `end` all is saved, and no signal may change the exit code.
     """
 
+    NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
     def __init__(self) -> None:
-        self.name, self.started = "", False
-        for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        self.name = ""
+        for s in self.NUMBERS[:2]:
             signal.signal(s, self._stop)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own could not interrupt the wait for other ranks
 
     def begin(self) -> None:
         """From here on there is something to save."""
-        self.started = True
+        signal.signal(signal.SIGINT, self._stop)
+
+    def end(self) -> None:
+        """Nothing is left to do but to leave."""
+        for s in self.NUMBERS:
+            signal.signal(s, signal.SIG_IGN)  # which, unlike a handler, outlives the interpreter
 
     def _stop(self, number: int, frame: object) -> None:
-        if number == signal.SIGINT and (self.name or not self.started):
+        if number == signal.SIGINT and self.name:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
 

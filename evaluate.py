@@ -84,7 +84,8 @@ def draw_images(
     cuts, bar = ranks.cuts(n, cfg.batch_size), progress_bar(n, what="drawing")
     with bar:
         for k in torch.arange(cuts[ranks.rank], cuts[ranks.rank + 1]).split(cfg.batch_size):
-            images[k], latents[k] = (part.cpu() for part in drawer(cfg.seed, k.tolist(), labels[k]))
+            if len(k):  # a rank may be without a share
+                images[k], latents[k] = (part.cpu() for part in drawer(cfg.seed, k.tolist(), labels[k]))
             bar.update(len(k) * ranks.size)
     ranks.complete(images, cuts)
     ranks.complete(latents, cuts)

@@ -120,7 +120,9 @@ def main(cfg: PretrainConfig) -> None:
     vae = VAE(**vae.config).to(device, memory_format=torch.channels_last)  # again: initialised by the seed
     vae.amp_dtype = pick_amp_dtype(cfg.precision, device)
     ema = make_ema(vae, cfg.ema_decay)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        vae.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=device.type != "mps"
+    )
     plateau = ReduceLROnPlateau(optimizer, factor=0.5, patience=cfg.plateau_patience)
     scaler = torch.amp.GradScaler(device.type, enabled=vae.amp_dtype == torch.float16)
     parts = {"model": vae, "ema": ema, "optimizer": optimizer, "plateau": plateau, "scaler": scaler}
@@ -137,6 +139,7 @@ def main(cfg: PretrainConfig) -> None:
             print(f"{folder} is finished: {cfg.epochs} epochs; more with --epochs, again with --fresh")
             return ranks.close()
         print(f"resuming {folder} at epoch {step / steps_per_epoch:.2f}")
+    ranks.check_same(fingerprint, step)
 
     train.images, val.images = fit(train.images, device), fit(val.images, device)
     meta = {"kind": "vae", "model": vae.config, "classes": train.classes, "config": asdict(cfg), "commit": git_commit()}
@@ -152,7 +155,7 @@ def main(cfg: PretrainConfig) -> None:
         scaler.scale(loss).backward()
         vae.zero_grad()
 
-    micro = fit_micro_batch(cfg.micro_batch, share.stop - share.start, vae, trial)
+    micro = fit_micro_batch(cfg.micro_batch, share.stop - share.start, vae, 2 if state else 4, trial)
     compile_networks(cfg.compile, [vae.encoder, vae.decoder], lambda: trial(micro), device)
     network, watch = ranks.wrap(vae), Watch(device)
 
@@ -228,9 +231,10 @@ def main(cfg: PretrainConfig) -> None:
         bar.update(batch)
         if bad := watch.hopeless(norm, step):
             save()
-            raise UserError(watch.sentence(bad, bad / steps_per_epoch, folder))
+            ranks.fail(watch.sentence(bad, bad / steps_per_epoch, folder))
     bar.close()
     if step < total:
+        stop.end()
         if ranks.main:
             log.close()
         ranks.close()
@@ -247,6 +251,7 @@ def main(cfg: PretrainConfig) -> None:
             save_weights(folder / f"{name}.safetensors", module, facts)
     print(f"latents: mean {rounded(module.latent_mean)}, deviation {rounded(module.latent_std)} per channel")
     print(f"done: {folder / 'final.safetensors'}; reconstructions in {folder / 'reconstructions.png'}")
+    stop.end()
     if ranks.main:
         log.close()
     ranks.close()

@@ -98,7 +98,8 @@ def claim_folder(out: Path, command: dict) -> None:
     record = out / "command.json"
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: name a folder")
-    if out.exists() and not record.exists() and not (out / ".lock").exists() and any(out.iterdir()):
+    there = {p.name for p in out.iterdir()} if out.exists() else set()  # one look: others may be at work here
+    if there and not there & {record.name, ".lock"}:
         raise UserError(f"{out} is not empty: choose another --out, or empty it")
     out.mkdir(parents=True, exist_ok=True)
     with lock(out):
@@ -260,8 +261,10 @@ def main(cfg: PredictConfig) -> None:
         raise UserError(f"run {cfg.run} is unconditional and has no class to be guided to: leave out --guidance")
     how = plan_sampling(cfg, model)
     out = Path(cfg.out)
-    free = ("out", "batch_size", "compile", "device", "wandb", "checkpoints", "data", "cache", "shard", "shards")
-    command = {k: v for k, v in asdict(cfg).items() if k not in free} | {"class_name": list(cfg.class_name)}
+    free = ("out", "compile", "device", "wandb", "checkpoints", "data", "cache", "shard", "shards")
+    batch = min(cfg.batch_size or (64 if device.type == "cuda" else 16), cfg.num_images)
+    command = {k: v for k, v in asdict(cfg).items() if k not in free}
+    command |= {"class_name": list(cfg.class_name), "batch_size": batch}
     checkpoint = file_hash(unet_file)
     detector = copy_detector(cfg, vae, meta, device) if cfg.reject_copies else None
     claim_folder(out, {**command, **how, "checkpoint": checkpoint})
@@ -289,7 +292,6 @@ def main(cfg: PredictConfig) -> None:
         return
 
     # An image has its place in its batch whoever draws it: the rounding of a network can hang on that.
-    batch = min(cfg.batch_size or (64 if device.type == "cuda" else 16), cfg.num_images)
     mine = range(cfg.shard * size + rank, -(-cfg.num_images // batch), cfg.shards * size)
     blocks = [list(range(b * batch, min((b + 1) * batch, cfg.num_images))) for b in mine]
     blocks = [ks for ks in blocks if left.intersection(ks)]
@@ -327,6 +329,7 @@ def main(cfg: PredictConfig) -> None:
     rows = add_to_manifest(out, rows | written, spaces, valid)
     seconds, left = time.time() - start, lacking()
     if stop and left:
+        stop.end()
         print(f"stopped by {stop.name} with {cfg.num_images - len(left)} images in {out}: the same command goes on")
         sys.exit(130 if stop.name == "SIGINT" else 75)
     print(

@@ -273,7 +273,9 @@ def main(cfg: TrainConfig) -> None:
     vae.amp_dtype = amp_dtype if device.type == "cuda" else None
     bins = min(10, len(model.scheduler.timesteps))
     ema = make_ema(model, cfg.ema_decay)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=device.type != "mps"
+    )
     if cfg.lookahead:
         optimizer = Lookahead(optimizer)
     schedule = CosineAnnealingWarmupScheduler(optimizer, max(1, round(cfg.warmup * total)), total)
@@ -296,6 +298,7 @@ def main(cfg: TrainConfig) -> None:
             print(f"{folder} is finished: {cfg.epochs} epochs; more with --epochs, again with --fresh")
             return ranks.close()
         print(f"resuming {folder} at epoch {step / steps_per_epoch:.2f}")
+    ranks.check_same(fingerprint, step)
 
     latents = Latents(vae, train, cfg.batch_size, ranks, cfg, "encoding training slices")
     val_latents = Latents(vae, val, cfg.batch_size, ranks, replace(cfg, flip=False), "encoding validation slices")
@@ -315,7 +318,7 @@ def main(cfg: TrainConfig) -> None:
         scaler.scale(training_loss(model, model, moments, y, draws, bins)[0].mean()).backward()
         model.zero_grad()
 
-    micro = fit_micro_batch(cfg.micro_batch, share.stop - share.start, model, trial)
+    micro = fit_micro_batch(cfg.micro_batch, share.stop - share.start, model, 2 if state else 4, trial)
     compile_networks(cfg.compile, [model.unet], lambda: trial(micro), device)
     network, watch = ranks.wrap(model), Watch(device)
 
@@ -391,9 +394,10 @@ def main(cfg: TrainConfig) -> None:
         bar.update(batch)
         if bad := watch.hopeless(norm, step):
             save()
-            raise UserError(watch.sentence(bad, bad / steps_per_epoch, folder))
+            ranks.fail(watch.sentence(bad, bad / steps_per_epoch, folder))
     bar.close()
     if step < total:
+        stop.end()
         if ranks.main:
             log.close()
         ranks.close()
@@ -401,6 +405,8 @@ def main(cfg: TrainConfig) -> None:
     if ranks.main:
         final = {**meta, "epoch": cfg.epochs, "metrics": log.rows[-1]}
         save_weights(folder / "final.safetensors", ema.module, final)
+    stop.end()
+    if ranks.main:
         log.close()
     print(
         f"done: {folder / 'final.safetensors'}; samples in {folder / 'samples.png'}, curves in {folder / 'curves.png'}"

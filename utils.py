@@ -50,7 +50,8 @@ def run_script(main: Callable[[Any], None], cfg: Any) -> None:
         sys.exit(130)
     except torch.OutOfMemoryError:
         batch = getattr(cfg, "batch_size", None) or 64
-        slowly = "--micro-batch auto (the same steps, in portions that fit) or " if hasattr(cfg, "micro_batch") else ""
+        by_portions = getattr(cfg, "micro_batch", "auto") != "auto"
+        slowly = "--micro-batch auto (the same steps, in portions that fit) or " if by_portions else ""
         sys.exit(_complain(f"the GPU's memory is full: take {slowly}--batch-size {max(1, batch // 2)}"))
     except OSError as e:
         if e.filename is None and e.strerror is None:
@@ -274,15 +275,19 @@ def optimise(
 ) -> Tensor:
     """Unscale, clip, step, average: with the gradients that are there. Returns their norm before clipping.
 
-    Where it is not finite, weights and moments stay as they are, in every precision; `optimizer` must be fused, which
-    skips by itself. Nothing here waits for a GPU.
+    Where it is not finite, no step is taken, in any precision. A fused optimiser skips it by itself, without a wait for
+    the GPU; MPS's does not, and so is not used there.
     """
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf")).detach()
-    if not scaler.is_enabled():  # else the scaler tells the optimiser
+    if scaler.is_enabled():
+        scaler.step(optimizer)
+        scaler.update()
+    elif optimizer.defaults["fused"]:
         getattr(optimizer, "inner", optimizer).found_inf = 1 - norm.isfinite().float()
-    scaler.step(optimizer)
-    scaler.update()
+        optimizer.step()
+    elif norm.isfinite():
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     ema.update_parameters(model)
     return norm
@@ -320,24 +325,27 @@ def skipped(numbers: Mapping[str, float]) -> str:
     return f"  {n:.0f} steps skipped: gradients not finite" if n else ""
 
 
-def fit_micro_batch(choice: int | str | None, share: int, model: nn.Module, trial: Callable[[int], object]) -> int:
+def fit_micro_batch(
+    choice: int | str | None, share: int, model: nn.Module, copies: int, trial: Callable[[int], object]
+) -> int:
     """Images that go through the network at a time: `choice`, all `share` of them for None, what fits for "auto".
 
-    `trial(n)` is a step's forward and backward pass of n images; beside it the moments of AdamW must find room.
+    `trial(n)` is a step's forward and backward pass of n images; beside it so many copies of the weights find room:
+    DDP's buckets and the best weights, and AdamW's moments where they are not there yet.
     """
     if choice != "auto":
         return min(choice or share, share)
     n = share
     while True:
         try:
-            moments = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]
+            room = [torch.empty_like(p) for p in model.parameters() for _ in range(copies)]
             trial(n)
-            del moments
+            del room
             if n < share:
                 print(f"--micro-batch auto: {n} images at a time")
             return n
         except torch.OutOfMemoryError:
-            moments = None
+            room = None
         if n == 1:
             raise UserError("not even one image fits the GPU's memory: take smaller --channels, or a larger GPU")
         model.zero_grad(set_to_none=True)

@@ -10,6 +10,7 @@ if [[ ${1-} && $1 != -* ]]; then preset=$1 && shift; fi
 run=$preset checkpoints=checkpoints last=
 for word in "$@"; do
     case $last in --run) run=$word ;; --checkpoints) checkpoints=$word ;; esac
+    case $word in --run=*) run=${word#*=} ;; --checkpoints=*) checkpoints=${word#*=} ;; esac
     last=$word
 done
 images=${OUT:-$checkpoints/$run/images}
@@ -18,6 +19,7 @@ previous=
 submit() { # STAGE [args]
     previous=$(sbatch --parsable --kill-on-invalid-dep=yes ${previous:+--dependency=afterok:$previous} \
         "slurm/$1.sbatch" "$preset" "${@:2}")
+    previous=${previous%%;*} # a federation adds the cluster's name
     echo "$1 $previous"
 }
 # shellcheck disable=SC2086

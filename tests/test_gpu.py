@@ -130,7 +130,7 @@ def test_micro_batch_auto_finds_what_fits():
         model.zero_grad()
 
     try:
-        n = fit_micro_batch("auto", 4096, model, trial)
+        n = fit_micro_batch("auto", 4096, model, 4, trial)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert 1 <= n < 4096 and asked == [4096 // 2**i for i in range(len(asked))] and asked[-1] == n

@@ -88,7 +88,7 @@ def chain(project: Path, data: Path, **stages: str) -> dict[str, str]:
     """Submit the pipeline; {stage: job}."""
     light = {"SBATCH_GRES": "none", "PRE_TRAIN": " ".join(TINY_VAE), "TRAIN": " ".join(TINY_UNET)}
     done = subprocess.run(
-        ["slurm/pipeline.sh", "small", *map(str, where(project, data, "my run")), "--wandb", "disabled"],
+        ["slurm/pipeline.sh", "small", *map(str, where(project, data)[:-2]), "--run=my run", "--wandb", "disabled"],
         cwd=project, capture_output=True, text=True, env={**os.environ, **light, **stages},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -257,11 +257,11 @@ def test_micro_batch_auto_is_halved_until_it_fits(fits, want):
         if n > fits:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    assert utils.fit_micro_batch("auto", 64, model, trial) == want and tried[-1] == want
-    assert utils.fit_micro_batch(None, 64, model, trial) == 64 and utils.fit_micro_batch(5, 64, model, trial) == 5
-    assert utils.fit_micro_batch(500, 64, model, trial) == 64
+    assert utils.fit_micro_batch("auto", 64, model, 4, trial) == want and tried[-1] == want
+    assert utils.fit_micro_batch(None, 64, model, 4, trial) == 64 and utils.fit_micro_batch(5, 64, model, 4, trial) == 5
+    assert utils.fit_micro_batch(500, 64, model, 4, trial) == 64
     with pytest.raises(UserError, match="not even one image"):
-        utils.fit_micro_batch("auto", 64, model, lambda n: trial(10**6))
+        utils.fit_micro_batch("auto", 64, model, 4, lambda n: trial(10**6))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -570,13 +570,28 @@ def test_signals_are_remembered_and_do_not_kill(handlers, capsys, number, code):
 
 def test_a_second_ctrl_c_leaves_at_once(handlers):
     stop = cluster.StopSignal()
-    with pytest.raises(KeyboardInterrupt):  # nothing has begun that could be saved
-        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # nothing has begun that could be saved
     stop.begin()
     signal.raise_signal(signal.SIGINT)
     assert stop
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
+
+
+def test_no_signal_changes_the_exit_code_once_all_is_saved():
+    code = "import cluster, os, signal, sys\nstop = cluster.StopSignal()\nstop.begin()\nstop.end()\n"
+    code += "for s in stop.NUMBERS: os.kill(os.getpid(), s)\nassert not stop\nsys.exit(75)"
+    assert python(code).returncode == 75
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_an_optimiser_that_is_not_fused_skips_too(bad):
+    model, _, scaler, ema = parts()
+    optimizer, before = torch.optim.AdamW(model.parameters(), lr=0.1, fused=False), flat(model)
+    for factor, moved in ((bad, False), (1.0, True)):
+        (model(normal(5, 4)).square().mean() * factor).backward()
+        utils.optimise(model, optimizer, scaler, ema, 1.0)
+        assert torch.equal(flat(model), before) != moved and flat(model).isfinite().all()
 
 
 def rows_of(log):
