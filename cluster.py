@@ -226,7 +226,8 @@ class RunLock:
         """Empty the record and let go."""
         if not self.left.is_set():
             self.left.set()
-            os.ftruncate(self.file, 0)
+            with suppress(OSError):  # the record then says who is gone
+                os.ftruncate(self.file, 0)
             os.close(self.file)
 
 

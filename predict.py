@@ -328,8 +328,8 @@ def main(cfg: PredictConfig) -> None:
             job.result()
     rows = add_to_manifest(out, rows | written, spaces, valid)
     seconds, left = time.time() - start, lacking()
+    stop.end()  # what is drawn is saved; a signal that is repeated must not change the exit code
     if stop and left:
-        stop.end()
         print(f"stopped by {stop.name} with {cfg.num_images - len(left)} images in {out}: the same command goes on")
         sys.exit(130 if stop.name == "SIGINT" else 75)
     print(
