@@ -177,6 +177,18 @@ def test_what_rank_0_refuses_ends_all_ranks(trained: Path, phantoms: Path, tmp_p
         assert [p.returncode for p in ranks] == [2, 2] and sentence in ends[0] and "Traceback" not in "".join(ends)
 
 
+def test_predict_stopped_by_a_signal_goes_on(trained: Path, tmp_path: Path):
+    flags = ["--checkpoints", trained, "--run", "tiny", "--num-images", "600", "--batch-size", "1", "--out", tmp_path]
+    process = start("predict.py", *flags, "--wandb", "disabled")
+    wait_for(tmp_path / "train" / "AD" / "s0i00004_0.png", process)
+    process.send_signal(signal.SIGUSR1)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75 and "stopped by SIGUSR1 with" in out, err
+    drawn = len((tmp_path / "manifest.csv").read_text().splitlines()) - 1
+    assert 5 <= drawn < 600 and len(list(tmp_path.rglob("s0*.png"))) == drawn and not (tmp_path / "README.md").exists()
+    assert f"{600 - drawn} images in" in run("predict.py", *flags, "--wandb", "disabled").stdout
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The lock
 
