@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
@@ -112,7 +112,7 @@ class Ranks:
         return nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
     def portions(
-        self, batch: int, micro: int, network: nn.Module
+        self, batch: int, micro: int, *networks: nn.Module
     ) -> Iterator[tuple[slice, float, AbstractContextManager]]:
         """This rank's rows of a batch, at most `micro` at a time: (rows of its share, weight, context of the pass).
 
@@ -122,8 +122,11 @@ class Ranks:
         n = share.stop - share.start
         for start in range(0, n, micro):
             rows = slice(start, min(start + micro, n))
-            alone = self.size == 1 or rows.stop == n
-            yield rows, (rows.stop - start) * self.size / batch, nullcontext() if alone else network.no_sync()
+            passing = ExitStack()
+            if self.size > 1 and rows.stop < n:
+                for network in networks:
+                    passing.enter_context(network.no_sync())
+            yield rows, (rows.stop - start) * self.size / batch, passing
 
     def sum(self, x: Tensor) -> Tensor:
         """x summed over the ranks, in place, where it is."""

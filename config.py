@@ -57,8 +57,8 @@ class MachineConfig:
 
 
 @dataclass(frozen=True)
-class LoopConfig(DataConfig, MachineConfig):
-    """What both trainings share."""
+class StepsConfig(MachineConfig):
+    """What every training shares."""
 
     epochs: int = 500
     """Passes over the training slices."""
@@ -78,12 +78,18 @@ class LoopConfig(DataConfig, MachineConfig):
     """torch.compile, a minute at the start for faster steps. auto: on a GPU."""
     save_minutes: float = 5.0
     """Minutes between two writes of last.pt: the most work that a killed job can lose."""
-    flip: bool = False
-    """Augmentation: mirror left and right, half of the time."""
     fresh: bool = False
     """Start over: the old files are moved to RUN/old-DATE, nothing is deleted."""
     dry_run: bool = False
     """Print the plan (data, parameters, steps, memory, where things go) and leave."""
+
+
+@dataclass(frozen=True)
+class LoopConfig(DataConfig, StepsConfig):
+    """What the trainings on slices share."""
+
+    flip: bool = False
+    """Augmentation: mirror left and right, half of the time."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +108,13 @@ class PretrainConfig(LoopConfig):
     """Residual blocks per level."""
     attention: bool = True
     """Self-attention at the lowest resolution."""
-    reconstruction: Literal["l1_ssim", "l1", "mse"] = "l1_ssim"
-    """Reconstruction loss: L1 with (1 - SSIM), L1 alone, or the squared error of the first version."""
+    reconstruction: Literal["l1_ssim", "l1_ms_ssim", "l1_ssim_frequency", "l1", "mse"] = "l1_ssim"
+    """Reconstruction loss: L1 with (1 - SSIM), with MS-SSIM, or with SSIM and the focal frequency loss; L1 alone; or
+    the squared error of the first version."""
+    adversarial: float = 0.0
+    """Weight of a patch discriminator, as a share of the reconstruction's gradient: sharp texture for some PSNR."""
+    adversarial_start: float = 0.5
+    """Share of the training after which the discriminator begins. From then on the encoder rests."""
     kl_weight: float = 3e-4
     """Weight of the KL divergence (summed over the latent, per image pixel)."""
     shift: float = 0.0
@@ -112,6 +123,8 @@ class PretrainConfig(LoopConfig):
     """Augmentation: largest rotation in degrees."""
     brightness: float = 0.0
     """Augmentation: largest relative change of brightness."""
+    schedule: Literal["plateau", "cosine"] = "plateau"
+    """Learning rate: halved when the validation loss stalls; or 5 % of warm-up, then a cosine to zero at the end."""
     plateau_patience: int = 10
     """Epochs without a better validation loss before ReduceLROnPlateau halves the learning rate."""
     gif_every: int = 5
@@ -126,8 +139,10 @@ class TrainConfig(LoopConfig):
     """Width of each resolution level."""
     blocks: int = 2
     """Residual blocks per level."""
+    patch: int = 1
+    """Latent pixels that are taken together along each side: 2 makes the network four times cheaper."""
     attention: tuple[int, ...] = (16, 8)
-    """Side lengths, in latent pixels, at which there is self-attention."""
+    """Side lengths, in patches, at which there is self-attention."""
     dropout: float = 0.0
     """Dropout inside the residual blocks."""
     norm_group: int = 24
@@ -142,12 +157,41 @@ class TrainConfig(LoopConfig):
     """Timesteps in the grid."""
     prediction: Literal["v", "eps"] = "v"
     """What the network predicts; eps is the Fast-DDPM paper's."""
+    loss_weight: Literal["uniform", "min_snr"] = "uniform"
+    """Weight of a timestep in the loss: one for all, or Min-SNR (gamma 5), which counts the noisiest ones less."""
     warmup: float = 0.1
     """Share of the steps in which the learning rate rises, before the cosine."""
     lookahead: bool = False
     """Wrap AdamW in Lookahead (k = 5, alpha = 0.5)."""
     sample_every: int = 10
     """Epochs between two grids of samples."""
+
+
+@dataclass(frozen=True)
+class DistilConfig(StepsConfig):
+    """Teach a network to draw in 1 to 4 steps what a run trained with --grid full draws in many.
+
+    The student has the teacher's VAE and network, and starts from its weights. predict.py draws from it as always.
+    """
+
+    run: str = "student"
+    """Name of the student's run."""
+    teacher: str = "pretrained"
+    """Run to learn from: CHECKPOINTS/TEACHER/, trained with --grid full."""
+    num_steps: int = 4
+    """Steps that the student draws in."""
+    teacher_steps: int = 16
+    """Steps of the teacher's trajectories (DPM-Solver++(2M), equal in log-SNR): a multiple of --num-steps."""
+    trajectories: int = 4096
+    """Trajectories to learn from: an epoch is one visit to each."""
+    epochs: int = 20
+    """Passes over the trajectories."""
+    cache: str = "cache"
+    """Folder for trajectories that do not fit the memory."""
+    seed: int = 0
+    """Seed of everything random."""
+    warmup: float = 0.05
+    """Share of the steps in which the learning rate rises, before the cosine."""
 
 
 @dataclass(frozen=True)
@@ -256,11 +300,12 @@ PRESETS: dict[str, dict[type, dict]] = {
     "adni": {},
     "small": {  # 128²: one modest GPU, or a patient CPU
         PretrainConfig: dict(
-            run="small", image_size=128, channels=(48, 96, 160), blocks=1, epochs=18, batch_size=8, lr=5e-4,
-            kl_weight=1e-3, plateau_patience=5,
+            run="small", image_size=128, downsample=4, latent_channels=4, channels=(128,), attention=False, epochs=12,
+            batch_size=8, lr=6e-4, kl_weight=1e-3, schedule="cosine", adversarial=0.3, flip=True,
         ),
         TrainConfig: dict(
-            run="small", channels=(96, 192), blocks=1, attention=(8,), epochs=45, lr=7e-4, ema_decay=0.9985, flip=True,
+            run="small", channels=(128, 256), blocks=1, patch=2, attention=(8,), epochs=90, lr=7e-4, ema_decay=0.9985,
+            flip=True,
         ),
     },
     "demo": {  # phantoms at 64²: a CPU, minutes
@@ -287,11 +332,13 @@ LIMITS: dict[str, tuple[float, float]] = {
     "lr": (1e-12, 10), "weight_decay": (0, 10), "grad_clip": (0, 1e9), "ema_decay": (0, 1), "kl_weight": (0, 1e6),
     "val_fraction": (0, 0.9), "dropout": (0, 0.9), "class_dropout": (0, 1), "warmup": (0, 1), "eta": (0, 1),
     "shift": (0, 0.5), "rotate": (0, 180), "brightness": (0, 1), "sample_every": (1, 10**9), "gif_every": (1, 10**9),
-    "norm_group": (1, 10**4), "micro_batch": (1, 10**6), "shards": (1, 10**6), "shard": (0, 10**6),
+    "adversarial": (0, 100), "adversarial_start": (0, 1),
+    "norm_group": (1, 10**4), "patch": (1, 64), "micro_batch": (1, 10**6), "shards": (1, 10**6), "shard": (0, 10**6),
     "channels": (1, 2**14), "downsample": (1, 1024), "attention": (0, 4096), "in_channels": (1, 1024),
     "resolution": (1, 4096), "num_classes": (0, 10**5), "num_train_timesteps": (2, 10**4), "beta_start": (1e-9, 0.5),
     "beta_end": (1e-9, 0.5),
-    "perplexity": (1, 10**6), "max_slices": (10, 10**9), "count": (10, 10**6), "resamples": (10, 10**5),
+    "teacher_steps": (1, 999), "trajectories": (16, 10**8), "perplexity": (1, 10**6), "max_slices": (10, 10**9),
+    "count": (10, 10**6), "resamples": (10, 10**5),
 }  # fmt: skip
 
 

@@ -34,6 +34,11 @@ def ssim(a: Tensor, b: Tensor, border: bool = True) -> Tensor:
     The values are torchmetrics', which counts a border of mirrored pixels; training leaves the border out. By hand,
     because torchmetrics takes eight seconds to import, and the blur is fast as a banded matrix on either side.
     """
+    return _ssim(a, b, border)[0]
+
+
+def _ssim(a: Tensor, b: Tensor, border: bool = True) -> tuple[Tensor, Tensor]:
+    """SSIM, and its contrast-structure factor alone, each [B]."""
     if border:
         a, b = (F.pad(x, [5] * 4, mode="reflect") for x in (a, b))
     left, right = gaussian_band(a.shape[2], a.dtype, a.device), gaussian_band(a.shape[3], a.dtype, a.device).T
@@ -44,8 +49,11 @@ def ssim(a: Tensor, b: Tensor, border: bool = True) -> Tensor:
     mu_a, mu_b, aa, bb, ab = blur(torch.cat([a, b, a * a, b * b, a * b])).chunk(5)
     var_a, var_b, cov = aa - mu_a * mu_a, bb - mu_b * mu_b, ab - mu_a * mu_b
     c1, c2 = 0.01**2, 0.03**2
-    value = (2 * mu_a * mu_b + c1) * (2 * cov + c2) / ((mu_a**2 + mu_b**2 + c1) * (var_a + var_b + c2))
-    return value.mean(dim=(1, 2, 3))
+    structure = (2 * cov + c2) / (var_a + var_b + c2)
+    value = (2 * mu_a * mu_b + c1) / (mu_a**2 + mu_b**2 + c1) * structure
+    if border:  # torchmetrics leaves it out of this factor alone
+        structure = structure[..., 5:-5, 5:-5]
+    return value.mean(dim=(1, 2, 3)), structure.mean(dim=(1, 2, 3))
 
 
 @lru_cache
@@ -67,19 +75,21 @@ def unpaired(a: Tensor, b: Tensor) -> tuple[float, float]:
     return psnr(a, b).mean().item(), ssim(a, b).mean().item()
 
 
-def ms_ssim(a: Tensor, b: Tensor) -> Tensor:
+def ms_ssim(a: Tensor, b: Tensor, border: bool = True) -> Tensor:
     """Multi-scale SSIM (Wang et al. 2003), per image: [B]; as many of its five scales as the images' side allows.
 
-    Five scales need 176 pixels, four 99, three 44 (torchmetrics: side // (scales - 1)^2 above 10).
+    Five scales need 176 pixels, four 99, three 44 (torchmetrics, whose values these are: side // (scales - 1)^2 above
+    10). `border` as in `ssim`.
     """
-    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
-
     betas = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
     scales = next(n for n in (5, 4, 3, 2) if min(a.shape[-2:]) // (n - 1) ** 2 > 10)
-    betas = tuple(x / sum(betas[:scales]) for x in betas[:scales])
-    return multiscale_structural_similarity_index_measure(
-        a, b, data_range=1.0, sigma=1.5, betas=betas, normalize="relu", reduction="none"
-    ).reshape(-1)
+    value = torch.ones(len(a), dtype=a.dtype, device=a.device)
+    for i, beta in enumerate(betas[:scales]):
+        whole, structure = _ssim(a, b, border)
+        factor = whole if i == scales - 1 else structure
+        value = value * factor.clamp(min=1e-6) ** (beta / sum(betas[:scales]))  # negative ones count as none
+        a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
+    return value
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -101,7 +101,8 @@ class UNet(nn.Module):
     """Denoising U-Net on latents.
 
     x float [B, C, H, W] (unit variance), t int64 [B] in 0..999, y int64 [B] in 0..num_classes (num_classes itself is
-    "no class"; None when the network has no classes) -> [B, C, H, W]. `config` rebuilds the network.
+    "no class"; None when the network has no classes) -> [B, C, H, W]. `config` rebuilds the network. `patch` latent
+    pixels along each side are taken together (space to depth), which costs the square of it less.
     """
 
     def __init__(
@@ -114,16 +115,21 @@ class UNet(nn.Module):
         num_classes: int = 0,
         dropout: float = 0.0,
         norm_group: int = 1,
+        patch: int = 1,
     ):
         super().__init__()
         self.config = dict(
             in_channels=in_channels, resolution=resolution, channels=list(channels), blocks=blocks,
-            attention=list(attention), num_classes=num_classes, dropout=dropout, norm_group=norm_group,
+            attention=list(attention), num_classes=num_classes, dropout=dropout, norm_group=norm_group, patch=patch,
         )  # fmt: skip
         if channels[0] % 2:
             raise ValueError(f"the first width must be even, not {channels[0]}")
+        if resolution % patch:
+            raise ValueError(f"a {resolution}x{resolution} latent cannot be cut into patches of {patch}")
+        resolution //= patch
         if resolution % 2 ** (len(channels) - 1):
             raise ValueError(f"a {resolution}x{resolution} latent cannot be halved {len(channels) - 1} times")
+        self.patch = patch
         emb = 4 * channels[0]
         self.time = nn.Sequential(nn.Linear(channels[0], emb), nn.SiLU(), nn.Linear(emb, emb))
         # N(0, 1), as always; drawn here, because on the meta device nn.Embedding's own costs torch 4 s of imports.
@@ -135,7 +141,7 @@ class UNet(nn.Module):
             attn = AttentionBlock(cout, norm_group) if side in attention else nn.Identity()
             return nn.ModuleList([ResidualBlock(cin, cout, emb, dropout, norm_group), attn])
 
-        self.stem = nn.Conv2d(in_channels, channels[0], 3, padding=1)
+        self.stem = nn.Conv2d(in_channels * patch**2, channels[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         skips, width, side = [channels[0]], channels[0], resolution
         for level, c in enumerate(channels):
@@ -155,14 +161,15 @@ class UNet(nn.Module):
             if level:
                 self.up.append(Upsample(width, channels[level - 1]))
                 width, side = channels[level - 1], side * 2
-        self.norm, self.out = group_norm(width, norm_group), zero_init(nn.Conv2d(width, in_channels, 3, padding=1))
+        self.norm = group_norm(width, norm_group)
+        self.out = zero_init(nn.Conv2d(width, in_channels * patch**2, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         emb = self.time(timestep_embedding(t, self.time[0].in_features))  # [B, E]
         if self.label is not None:
             emb = emb + self.label(y)
         emb = F.silu(emb)
-        h = self.stem(x)  # [B, c0, H, W]
+        h = self.stem(F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x)  # [B, c0, H/patch, W/patch]
         skips = [h]
         for layer in self.down:  # a pair is (residual, attention); anything else halves the resolution
             h = layer[1](layer[0](h, emb)) if isinstance(layer, nn.ModuleList) else layer(h)
@@ -174,7 +181,8 @@ class UNet(nn.Module):
                 h = layer[1](layer[0](torch.cat([h, skips.pop()], dim=1), emb))
             else:
                 h = layer(h)
-        return self.out(F.silu(self.norm(h)))  # [B, C, H, W]
+        h = self.out(F.silu(self.norm(h)))  # [B, C patch^2, H/patch, W/patch]
+        return F.pixel_shuffle(h, self.patch) if self.patch > 1 else h  # [B, C, H, W]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -185,11 +193,14 @@ def make_grid(grid: str, num_steps: int, alphas_cumprod: np.ndarray) -> np.ndarr
     """The subset of timesteps that is trained and sampled on: ascending int64 [S], both ends in.
 
     logsnr: nearest to equal steps in log-SNR. nonuniform: as published for Fast-DDPM (arXiv 2405.14802, section 3.2).
-    uniform: evenly spaced. full: all of them, whatever num_steps says. Raises ValueError on an unknown name or count.
+    uniform: evenly spaced. full: all of them, whatever num_steps says. student: what a distilled network takes, equal
+    steps in log-SNR without the clean end, from 1 up. Raises ValueError on an unknown name or count.
     """
     last = len(alphas_cumprod) - 1
     if grid == "full":
         return np.arange(last + 1)
+    if grid == "student":
+        return make_grid("logsnr", num_steps + 1, alphas_cumprod)[1:]
     if not 2 <= num_steps <= last + 1:
         raise ValueError(f"a grid has 2 to {last + 1} steps, not {num_steps}")
     if grid == "uniform":
@@ -323,11 +334,13 @@ def sample(
 class StableDiffusion(nn.Module):
     """U-Net + schedule: training loss and denoiser. The arithmetic is float32; the network alone runs in amp_dtype."""
 
-    def __init__(self, unet: UNet, scheduler: NoiseScheduler_Fast_DDPM, prediction: str = "v"):
+    def __init__(
+        self, unet: UNet, scheduler: NoiseScheduler_Fast_DDPM, prediction: str = "v", loss_weight: str = "uniform"
+    ):
         super().__init__()
         if prediction not in ("v", "eps"):
             raise ValueError(f"prediction is v or eps, not '{prediction}'")
-        self.unet, self.scheduler, self.prediction = unet, scheduler, prediction
+        self.unet, self.scheduler, self.prediction, self.loss_weight = unet, scheduler, prediction, loss_weight
         self.num_classes: int = unet.config["num_classes"]
         self.amp_dtype: torch.dtype | None = None
 
@@ -344,6 +357,14 @@ class StableDiffusion(nn.Module):
         target = alpha * noise - sigma * z if self.prediction == "v" else noise  # v: Salimans & Ho 2022, eq. 11
         x0 = alpha * x_t - sigma * out if self.prediction == "v" else (x_t - sigma * out) / alpha
         return (out - target).square().mean(dim=(1, 2, 3)), x0.detach()
+
+    def weight(self, t: Tensor) -> Tensor:
+        """Weight of the loss at t [B], float32 [B]: 1, or Min-SNR with gamma 5 (Hang et al. 2023, section 3.4)."""
+        if self.loss_weight == "uniform":
+            return torch.ones(t.shape, device=t.device)
+        abar = self.scheduler.alphas_cumprod[t]
+        snr = abar / (1 - abar)
+        return snr.clamp(max=5) / (snr + 1 if self.prediction == "v" else snr)
 
     def hide_labels(self, y: Tensor, hide: Tensor) -> Tensor:
         """Labels with the "no class" label where `hide` (Ho & Salimans 2022)."""

@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from cluster import Ranks, StopSignal, check_same_run, leave_early
 from dataset import ADNIDataset, carved_people, load_splits, to_float
 from metrics import psnr, ssim, unit
+from modules import CosineAnnealingWarmupScheduler
 from utils import (
     RunLog,
     UserError,
@@ -51,7 +52,7 @@ from utils import (
     training_cost,
     visit,
 )
-from vae import VAE, vae_loss
+from vae import VAE, PatchDiscriminator, adversarial_gradient, hinge_loss, vae_loss
 
 
 def augment(x: Tensor, u: Tensor, cfg: PretrainConfig) -> Tensor:
@@ -84,6 +85,28 @@ def evaluate(vae: VAE, val: ADNIDataset, cfg: PretrainConfig, ranks: Ranks) -> d
             total += torch.cat([loss, quality]).cpu().double()
     loss, reconstruction, kl, p, s = (ranks.sum(total) / len(val)).tolist()
     return {"loss/val": loss, "reconstruction/val": reconstruction, "KL/val": kl, "PSNR/val": p, "SSIM/val": s}
+
+
+def backward(
+    network: nn.Module, judge: nn.Module, rival: nn.Module | None, x: Tensor, noise: Tensor, weight: float,
+    scaler: torch.amp.GradScaler, cfg: PretrainConfig, strength: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """Add the gradients of these images: loss, reconstruction, KL and the discriminator's loss, [4].
+
+    `rival` is the discriminator where it learns and is fooled, with this share of its weight, and None before that;
+    `judge` is the same without its ranks.
+    """
+    x_hat, mean, logvar = network(x, noise)
+    loss, reconstruction, kl = vae_loss(x_hat, x, mean, logvar, cfg.reconstruction, cfg.kl_weight)
+    if rival is None:
+        scaler.scale(weight * loss).backward()
+        return torch.stack([loss, reconstruction, kl, torch.zeros_like(kl)]).detach()
+    (gradient,) = torch.autograd.grad(reconstruction, x_hat, retain_graph=True)
+    fooling = adversarial_gradient(judge, x_hat, gradient, strength * cfg.adversarial)
+    torch.autograd.backward([scaler.scale(weight * loss), x_hat], [None, scaler.scale(weight * fooling)])
+    hinge = hinge_loss(*rival(torch.cat([x, x_hat.detach()])).chunk(2))
+    scaler.scale(weight * hinge).backward()
+    return torch.stack([loss, reconstruction, kl, hinge]).detach()
 
 
 def show_reconstructions(vae: VAE, x: Tensor, folder: Path, epoch: int, last: bool) -> None:
@@ -120,20 +143,31 @@ def main(cfg: PretrainConfig) -> None:
     vae = VAE(**vae.config).to(device, memory_format=torch.channels_last)  # again: initialised by the seed
     vae.amp_dtype = pick_amp_dtype(cfg.precision, device)
     ema = make_ema(vae, cfg.ema_decay)
-    optimizer = torch.optim.AdamW(
-        vae.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=device.type != "mps"
-    )
-    plateau = ReduceLROnPlateau(optimizer, factor=0.5, patience=cfg.plateau_patience)
+    judge = PatchDiscriminator().to(device, memory_format=torch.channels_last)
+    judge.amp_dtype = vae.amp_dtype
+    groups = [{"params": [*vae.parameters()]}]
+    if cfg.adversarial:  # Adam's memory of an opponent that changes is kept short
+        groups.append({"params": [*judge.parameters()], "betas": (0.5, 0.9), "weight_decay": 0.0})
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=device.type != "mps")
+    if cfg.schedule == "plateau":
+        schedule = ReduceLROnPlateau(optimizer, factor=0.5, patience=cfg.plateau_patience)
+    else:
+        schedule = CosineAnnealingWarmupScheduler(optimizer, max(1, round(0.05 * total)), total)
     scaler = torch.amp.GradScaler(device.type, enabled=vae.amp_dtype == torch.float16)
-    parts = {"model": vae, "ema": ema, "optimizer": optimizer, "plateau": plateau, "scaler": scaler}
+    parts = {"model": vae, "ema": ema, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+    parts |= {"judge": judge} if cfg.adversarial else {}
+    fooling_from = round(cfg.adversarial_start * total) if cfg.adversarial else total
     step, evaluated, best = 0, 0, float("inf")
-    # Since the last evaluation, over the steps taken: loss, reconstruction, KL, gradient norm, and the number of steps.
-    sums = torch.zeros(5, device=device)
+    # Since the last evaluation, over the steps taken: loss, reconstruction, KL, discriminator's loss, gradient norm, and
+    # the number of steps.
+    sums = torch.zeros(6, device=device)
     state = ranks.first(lambda: load_state(folder / "last.pt"))
     if state:
         check_same_run(cfg, fingerprint, state, folder)
         for name, part in parts.items():
             part.load_state_dict(state[name])
+        if cfg.schedule == "cosine":  # --epochs may be new
+            schedule.total_steps, schedule.warmup_steps = total, max(1, round(0.05 * total))
         step, evaluated, best, sums = state["step"], state["evaluated"], state["best"], state["sums"].to(device)
         if step >= total and (folder / "final.safetensors").exists():
             print(f"{folder} is finished: {cfg.epochs} epochs; more with --epochs, again with --fresh")
@@ -149,15 +183,13 @@ def main(cfg: PretrainConfig) -> None:
     share = ranks.rows(batch)
 
     def trial(n: int) -> None:
-        x = train.batch(torch.zeros(n, dtype=torch.int64), device)
-        x_hat, mean, logvar = vae(x, torch.zeros(n, *vae.latent_shape, device=device))
-        loss = vae_loss(x_hat, x, mean, logvar, cfg.reconstruction, cfg.kl_weight)[0]
-        scaler.scale(loss).backward()
-        vae.zero_grad()
+        x, noise = train.batch(torch.zeros(n, dtype=torch.int64), device), torch.zeros(n, *vae.latent_shape)
+        backward(vae, judge, judge if cfg.adversarial else None, x, noise.to(device), 1.0, scaler, cfg)
+        vae.zero_grad(), judge.zero_grad()
 
     micro = fit_micro_batch(cfg.micro_batch, share.stop - share.start, vae, 2 if state else 4, trial)
     compile_networks(cfg.compile, [vae.encoder, vae.decoder], lambda: trial(micro), device)
-    network, watch = ranks.wrap(vae), Watch(device)
+    networks, watch = [ranks.wrap(vae), *([ranks.wrap(judge)] if cfg.adversarial else [])], Watch(device)
 
     champion = None  # the best weights since the last save, which writes them: epochs can be seconds long
 
@@ -180,17 +212,21 @@ def main(cfg: PretrainConfig) -> None:
         if place == 0 and step > evaluated:
             speed = (step - clock_step) * batch / max(1e-9, time.time() - clock)
             numbers = evaluate(ema.module, val, cfg, ranks)
-            plateau.step(numbers["loss/val"])
+            fooled = step > fooling_from
+            if cfg.schedule == "plateau" and not fooled:  # the discriminator raises the loss, and that is no stall
+                schedule.step(numbers["loss/val"])
             *means, taken = sums.tolist()
-            loss, reconstruction, kl, norm = (value / max(1.0, taken) for value in means)
+            loss, reconstruction, kl, hinge, norm = (value / max(1.0, taken) for value in means)
             numbers |= {"loss/train": loss, "reconstruction/train": reconstruction, "KL/train": kl, "epoch": epoch}
+            numbers |= {"discriminator/train": hinge} if fooled else {}
             numbers |= {"gradient norm": norm, "learning rate": optimizer.param_groups[0]["lr"], "images per s": speed}
             if taken < step - evaluated:
                 numbers["skipped steps"] = step - evaluated - taken
             if device.type == "cuda":
                 numbers["GPU memory (GB)"] = torch.cuda.max_memory_allocated(device) / 1e9
-            if numbers["loss/val"] < best:
-                best = numbers["loss/val"]
+            # The validation loss cannot see texture: once a discriminator makes some, the latest weights are the best.
+            if fooled or numbers["loss/val"] < best:
+                best = min(best, numbers["loss/val"])
                 champion = (deepcopy(ema.module), {**meta, "epoch": epoch, "metrics": numbers})
             if ranks.main:
                 log.log(step, numbers)
@@ -217,15 +253,22 @@ def main(cfg: PretrainConfig) -> None:
             x = augment(x, (torch.rand(batch, 5, generator=g, device=device) * 2 - 1)[share], cfg)
         noise = torch.randn((batch, *vae.latent_shape), generator=g, device=device)[share]
 
-        means = torch.zeros(3, device=device)
-        for rows, weight, passing in ranks.portions(batch, micro, network):
+        means, rival, strength = torch.zeros(4, device=device), None, 0.0
+        if step >= fooling_from:
+            # The encoder rests: texture is the decoder's work, and the latents stay what they are. And a discriminator
+            # that knows nothing yet would do harm, so its weight grows over a tenth of the training.
+            if vae.encoder[-1].weight.requires_grad:
+                vae.encoder.requires_grad_(False)
+                networks[0] = ranks.wrap(vae)
+            rival, strength = networks[1], min(1.0, (step - fooling_from) / (0.1 * total))
+        for rows, weight, passing in ranks.portions(batch, micro, *networks):
             with passing:
-                x_hat, mean, logvar = network(x[rows], noise[rows])
-                parts_of_loss = vae_loss(x_hat, x[rows], mean, logvar, cfg.reconstruction, cfg.kl_weight)
-                scaler.scale(weight * parts_of_loss[0]).backward()
-            means += torch.stack(parts_of_loss).detach() * (len(x_hat) / batch)
+                part = backward(networks[0], judge, rival, x[rows], noise[rows], weight, scaler, cfg, strength)
+            means += part * (rows.stop - rows.start) / batch
         ranks.sum(means)
-        norm = optimise(vae, optimizer, scaler, ema, cfg.grad_clip)
+        norm = optimise(vae, optimizer, scaler, ema, cfg.grad_clip, judge if rival else None)
+        if cfg.schedule == "cosine":
+            schedule.step()
         sums += torch.where(norm.isfinite(), torch.cat([means, norm[None], torch.ones_like(norm)[None]]), 0.0)
         step += 1
         bar.update(batch)

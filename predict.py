@@ -70,7 +70,9 @@ def plan_sampling(cfg: PredictConfig, model: StableDiffusion) -> dict:
     else:
         # Weights of the full grid know every timestep; their ten-step default is the grid that keeps the spread.
         grid = cfg.grid or ("logsnr" if own["grid"] == "full" else own["grid"])
-        solver, eta = cfg.solver or "dpm++2m", cfg.eta or 0.0
+        solver, eta = cfg.solver or ("ddim" if grid == "student" else "dpm++2m"), cfg.eta or 0.0
+    if own["grid"] == "student" and (solver, eta) != ("ddim", 0.0):
+        raise UserError(f"run {cfg.run} was distilled and takes its own steps only: leave out --solver and --eta")
     num_steps = cfg.num_steps or (10 if own["grid"] == "full" else own["num_steps"])
     if own["grid"] != "full" and (grid, num_steps) != (own["grid"], own["num_steps"]):
         raise UserError(

@@ -131,10 +131,11 @@ def loss_by_timestep(
 def training_loss(
     network: nn.Module, model: StableDiffusion, moments: Tensor, y: Tensor, draws: Sequence[Tensor], bins: int
 ) -> tuple[Tensor, Tensor]:
-    """What `loss_by_timestep` gives for a visit to these slices, by rows of `draw_step`."""
+    """What `loss_by_timestep` gives for a visit to these slices, by rows of `draw_step`; the first of it weighted."""
     which, posterior, hidden, places, noise = draws
-    z, y = draw(moments, which, posterior), model.hide_labels(y, hidden)
-    return loss_by_timestep(network, model.scheduler.timesteps, z, y, places, noise, bins)
+    z, y, timesteps = draw(moments, which, posterior), model.hide_labels(y, hidden), model.scheduler.timesteps
+    loss, counted = loss_by_timestep(network, timesteps, z, y, places, noise, bins)
+    return loss * model.weight(timesteps[places]), counted
 
 
 def losses(model: StableDiffusion, val: Latents, trained: Tensor, cfg: TrainConfig, ranks: Ranks) -> dict[str, float]:
@@ -250,10 +251,11 @@ def main(cfg: TrainConfig) -> None:
         try:
             channels, side, _ = vae.latent_shape
             unet = UNet(
-                channels, side, cfg.channels, cfg.blocks, cfg.attention, num_classes, cfg.dropout, cfg.norm_group
-            )
+                channels, side, cfg.channels, cfg.blocks, cfg.attention, num_classes, cfg.dropout, cfg.norm_group,
+                cfg.patch,
+            )  # fmt: skip
             return StableDiffusion(
-                unet, NoiseScheduler_Fast_DDPM(num_steps=cfg.num_steps, grid=cfg.grid), cfg.prediction
+                unet, NoiseScheduler_Fast_DDPM(num_steps=cfg.num_steps, grid=cfg.grid), cfg.prediction, cfg.loss_weight
             )
         except ValueError as e:
             raise UserError(f"{e}: change --channels, --grid or --num-steps") from None

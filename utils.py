@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from config import MachineConfig
 
 FORMAT = 1  # of the weight files; raised when old files can no longer be read
-STATE_FORMAT = 2  # of last.pt, likewise
+STATE_FORMAT = 3  # of last.pt, likewise
 
 
 class UserError(Exception):
@@ -272,14 +272,20 @@ def optimise(
     scaler: torch.amp.GradScaler,
     ema: torch.optim.swa_utils.AveragedModel,
     clip: float,
+    rival: nn.Module | None = None,
 ) -> Tensor:
     """Unscale, clip, step, average: with the gradients that are there. Returns their norm before clipping.
+
+    A `rival` (discriminator) of the same optimiser is clipped by itself, and both step or neither.
 
     Where it is not finite, no step is taken, in any precision. A fused optimiser skips it by itself, without a wait for
     the GPU; MPS's does not, and so is not used there.
     """
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf")).detach()
+    if rival is not None:
+        theirs = nn.utils.clip_grad_norm_(rival.parameters(), clip or float("inf"))
+        norm = torch.where(theirs.isfinite(), norm, theirs)
     if scaler.is_enabled():
         scaler.step(optimizer)
         scaler.update()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metrics import ssim
+from metrics import ms_ssim, ssim
 from modules import (
     AttentionBlock,
     ResidualBlock,
@@ -157,12 +157,65 @@ class VAE(nn.Module):
         self.latent_std.copy_((squares / count - (total / count).square()).sqrt())
 
 
+class PatchDiscriminator(nn.Module):
+    """Which patches are real: images [B, 1, S, S] in [-1, 1] -> [B, 1, S/8, S/8], each sees 38 x 38 pixels.
+
+    After Isola et al. 2017; GroupNorm in the place of BatchNorm, so that no image hangs on the others of its batch.
+    """
+
+    def __init__(self, channels: Sequence[int] = (32, 64, 128)):
+        super().__init__()
+        layers: list[nn.Module] = []
+        for cin, cout in zip((1, *channels), channels):
+            layers += [nn.Conv2d(cin, cout, 4, stride=2, padding=1), group_norm(cout, 8), nn.LeakyReLU(0.2)]
+        self.net = nn.Sequential(*layers, nn.Conv2d(channels[-1], 1, 3, padding=1))
+        self.amp_dtype: torch.dtype | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        with autocast(x, self.amp_dtype):
+            return self.net(x.contiguous(memory_format=torch.channels_last)).float()
+
+
+def hinge_loss(of_real: Tensor, of_fake: Tensor) -> Tensor:
+    """What the discriminator minimises (Lim & Ye 2017): 1 where it cannot tell, 0 where all is right by a margin."""
+    return 0.5 * (F.relu(1 - of_real).mean() + F.relu(1 + of_fake).mean())
+
+
+def adversarial_gradient(judge: nn.Module, x_hat: Tensor, gradient: Tensor, weight: float) -> Tensor:
+    """What fooling the judge adds to the gradient at x_hat, [B, 1, S, S].
+
+    Each image's part has `weight` times the norm of the reconstruction's `gradient` there (Défossez et al. 2022,
+    section 3.4, per image), so the two keep their balance however sure of itself the judge is.
+    """
+    x = x_hat.detach().requires_grad_()
+    (g,) = torch.autograd.grad(-judge(x).mean(), x)
+    norm, own = (v.flatten(1).norm(dim=1).view(-1, 1, 1, 1) for v in (gradient, g))
+    return weight * norm / own.clamp(min=1e-20) * g
+
+
+def focal_frequency(x_hat: Tensor, x: Tensor) -> Tensor:
+    """Squared error of the spectrum, each frequency weighted by its own error (Jiang et al. 2021, eq. 4-6): scalar."""
+    distance = (torch.fft.fft2(x_hat.float(), norm="ortho") - torch.fft.fft2(x.float(), norm="ortho")).abs()
+    weight = distance.detach()
+    weight = weight / weight.amax(dim=(2, 3), keepdim=True).clamp(min=1e-12)
+    return (weight * distance.square()).mean()
+
+
 def reconstruction_loss(x_hat: Tensor, x: Tensor, kind: str) -> Tensor:
-    """Mean over pixels: "mse", "l1", or "l1_ssim" = L1 + 0.5 (1 - SSIM). Images in [-1, 1]; scalar."""
+    """Mean over pixels of images in [-1, 1]; scalar. Where x is black, x_hat may be darker.
+
+    "mse"; "l1"; "l1_ssim" = L1 + 0.5 (1 - SSIM); "l1_ms_ssim", the same at several scales; "l1_ssim_frequency" =
+    l1_ssim + focal frequency loss.
+    """
+    # `decode` clamps: darker than black is black. Half of a slice is, and would else be half of the gradient.
+    x_hat = torch.where((x_hat < x) & (x <= -1), x, x_hat)
     if kind == "mse":
         return F.mse_loss(x_hat, x)
-    l1 = F.l1_loss(x_hat, x)
-    return l1 if kind == "l1" else l1 + 0.5 * (1 - ssim((x_hat + 1) / 2, (x + 1) / 2, border=False).mean())
+    loss = F.l1_loss(x_hat, x)
+    if kind != "l1":
+        similar = ms_ssim if kind == "l1_ms_ssim" else ssim
+        loss = loss + 0.5 * (1 - similar((x_hat + 1) / 2, (x + 1) / 2, border=False).mean())
+    return loss + focal_frequency(x_hat, x) if kind == "l1_ssim_frequency" else loss
 
 
 def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:

@@ -1,0 +1,277 @@
+"""Ours, MONAI's and diffusers' latent diffusion on the same slices for the same minutes, scored by the same judge.
+
+python benchmarks/peers.py --data DIR: rows to docs/results/quality-peers.json, 16 images of each beside them, and all
+images as PNG under CHECKPOINTS/peers/NAME, so that evaluate.py --images can look at them, too. Needs
+requirements-bench.txt. Ours runs first, by its own scripts; what it took, start of Python included, the peers may take.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from quality import Judge, Table, draw, script  # noqa: I001 (puts the repository on the path)
+from torch import Tensor, nn
+
+from config import DataConfig
+from dataset import load_splits
+from evaluate import images_of
+from evidence import Images
+from utils import (
+    autocast,
+    describe_hardware,
+    git_commit,
+    image_grid,
+    pick_amp_dtype,
+    pick_device,
+    png_bytes,
+    to_pixels,
+    write_atomic,
+)
+from vae import Drawer, load_run
+
+
+@dataclass(frozen=True)
+class PeersConfig:
+    """Train three projects for the same time and score what they draw."""
+
+    data: str = os.environ.get("ADNI_ROOT", "data")
+    """Folder of slices; people of val/ are the judges."""
+    cache: str = "cache"
+    """Folder for decoded slices."""
+    checkpoints: str = "checkpoints/study"
+    """Folder for the runs."""
+    vae_epochs: int = 3
+    """Epochs of our VAE."""
+    unet_epochs: int = 12
+    """Epochs of our U-Net."""
+    num_images: int = 320
+    """Images of each set in a score."""
+    device: str = "auto"
+    """auto, cuda or cpu."""
+    out: str = "docs/results"
+    """Folder of the rows."""
+
+
+class Peer:
+    """A peer's networks, training losses and samplers, by its own parts, as its examples put them together.
+
+    Beyond the examples, in the peers' favour: our learning rate (1e-4, theirs, learns little in minutes), the latent's
+    scale measured over 256 slices, bf16, channels last.
+    """
+
+    def __init__(self, name: str, device: torch.device):
+        self.name, self.device, self.amp_dtype = name, device, pick_amp_dtype("auto", device)
+        self.judge = None
+        if name == "MONAI":  # tutorials/generation/2d_ldm
+            from monai.losses import PatchAdversarialLoss
+            from monai.networks.nets import AutoencoderKL, DiffusionModelUNet, PatchDiscriminator
+            from monai.networks.schedulers import DDIMScheduler, DDPMScheduler
+
+            self.vae = AutoencoderKL(
+                spatial_dims=2, in_channels=1, out_channels=1, num_res_blocks=(2, 2, 2), channels=(16, 32, 96),
+                attention_levels=(False, False, False), latent_channels=4, norm_num_groups=8,
+            )  # fmt: skip
+            self.judge = PatchDiscriminator(spatial_dims=2, num_layers_d=3, channels=32, in_channels=1, out_channels=1)
+            self.adversarial = PatchAdversarialLoss(criterion="least_squares")
+            self.unet = DiffusionModelUNet(
+                spatial_dims=2, in_channels=4, out_channels=4, num_res_blocks=1, channels=(64, 128, 256),
+                attention_levels=(False, False, True), norm_num_groups=32, num_head_channels=(0, 0, 64),
+            )  # fmt: skip
+            betas = dict(schedule="scaled_linear_beta", beta_start=0.0015, beta_end=0.0195)
+            self.scheduler = DDPMScheduler(num_train_timesteps=1000, **betas)
+            self.solvers = {"DDIM": DDIMScheduler(num_train_timesteps=1000, clip_sample=False, **betas)}
+            self.ema_decay = 0.0
+        else:  # examples/unconditional_image_generation with --use_ema, on the latents of its AutoencoderKL
+            from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+
+            self.vae = AutoencoderKL(
+                in_channels=1, out_channels=1, down_block_types=("DownEncoderBlock2D",) * 3,
+                up_block_types=("UpDecoderBlock2D",) * 3, block_out_channels=(8, 24, 96), layers_per_block=1,
+                latent_channels=4, norm_num_groups=8,
+            )  # fmt: skip
+            self.unet = UNet2DModel(
+                sample_size=32, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(64, 128, 256),
+                down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+                up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"), attention_head_dim=64,
+            )  # fmt: skip
+            self.scheduler = DDPMScheduler(num_train_timesteps=1000)
+            self.solvers = {
+                "DPM-Solver++(2M)": DPMSolverMultistepScheduler(num_train_timesteps=1000, timestep_spacing="linspace"),
+                "DDIM": DDIMScheduler(num_train_timesteps=1000, clip_sample=False),
+            }
+            self.ema_decay = 0.999
+        for m in (self.vae, self.unet, self.judge):
+            if m is not None:
+                m.to(device, memory_format=torch.channels_last)
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation."""
+        if self.name == "MONAI":
+            return self.vae.encode(x)
+        d = self.vae.encode(x).latent_dist
+        return d.mean, d.std
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.vae.decode(z) if self.name == "MONAI" else self.vae.decode(z).sample
+
+    def denoise(self, x: Tensor, t: Tensor) -> Tensor:
+        with autocast(x, self.amp_dtype):
+            return (self.unet(x, t) if self.name == "MONAI" else self.unet(x, t).sample).float()
+
+    def train_vae(self, batches: Iterator[Tensor], seconds: float, lr: float) -> int:
+        """Images seen in that time."""
+        optimizer, seen, start = torch.optim.Adam(self.vae.parameters(), lr), 0, time.time()
+        rival = torch.optim.Adam(self.judge.parameters(), 5e-4) if self.judge else None
+        while (gone := time.time() - start) < seconds:
+            x = next(batches)
+            with autocast(x, self.amp_dtype):
+                mean, sd = self.posterior(x)
+                x_hat = self.decode(mean + sd * torch.randn_like(sd)).float()
+            kl = 0.5 * (mean.float() ** 2 + sd.float() ** 2 - (sd.float() ** 2).log() - 1).sum((1, 2, 3)).mean()
+            rec = F.l1_loss(x_hat, x) if self.name == "MONAI" else F.mse_loss(x_hat, x)
+            loss, fooling = rec + 1e-6 * kl, self.judge is not None and gone > seconds / 2
+            if fooling:
+                verdict = self.judge(x_hat.contiguous())[-1]
+                loss = loss + 0.01 * self.adversarial(verdict, target_is_real=True, for_discriminator=False)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            if fooling:
+                rival.zero_grad(set_to_none=True)
+                of_fake, of_real = self.judge(x_hat.detach().contiguous())[-1], self.judge(x.contiguous())[-1]
+                told = [self.adversarial(v, r, for_discriminator=True) for v, r in ((of_fake, False), (of_real, True))]
+                (0.5 * sum(told)).backward()
+                rival.step()
+            seen += len(x)
+        return seen
+
+    def train_unet(self, latents: Callable[[], Tensor], seconds: float, lr: float) -> int:
+        """Images seen in that time; the averaged weights, where the peer averages, are what is left."""
+        from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+        optimizer, seen, start = torch.optim.AdamW(self.unet.parameters(), lr), 0, time.time()
+        ema = AveragedModel(self.unet, multi_avg_fn=get_ema_multi_avg_fn(self.ema_decay)) if self.ema_decay else None
+        while time.time() - start < seconds:
+            z = latents()
+            noise, t = torch.randn_like(z), torch.randint(0, 1000, (len(z),), device=z.device)
+            x_t = self.scheduler.add_noise(original_samples=z, noise=noise, timesteps=t)
+            loss = F.mse_loss(self.denoise(x_t, t), noise)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
+            optimizer.step()
+            if ema:
+                ema.update_parameters(self.unet)
+            seen += len(z)
+        if ema:
+            self.unet.load_state_dict(ema.module.state_dict())
+        return seen
+
+    @torch.no_grad()
+    def draw(self, n: int, steps: int, solver: str, scale: float) -> tuple[Images, float]:
+        """(n images, images/s)."""
+        self.unet.eval(), self.vae.eval()
+        scheduler, pixels, start = self.solvers[solver], [], time.time()
+        g = torch.Generator().manual_seed(0)
+        for k in torch.arange(n).split(64):
+            scheduler.set_timesteps(steps)
+            x = torch.randn(len(k), 4, 32, 32, generator=g).to(self.device)
+            for t in scheduler.timesteps:
+                out = self.denoise(x, torch.full((len(k),), int(t), device=self.device))
+                done = scheduler.step(out, t, x)
+                x = done[0] if isinstance(done, tuple) else done.prev_sample
+            with autocast(x, self.amp_dtype):
+                pixels.append(to_pixels(self.decode(x / scale).float()).cpu())
+        speed = n / (time.time() - start)
+        return Images(torch.cat(pixels), torch.zeros(n), np.arange(n).astype(str)), speed
+
+
+def theirs(images: Images, judge: Judge) -> dict[str, float]:
+    """MONAI's own metrics: its FID on the judge's VGG features, and its MS-SSIM between pairs (diversity)."""
+    from monai.metrics import FIDMetric, MultiScaleSSIMMetric
+
+    fid = FIDMetric()(judge.embed("vgg", images.sample(judge.n, 2).pixels), judge.real["vgg"])
+    x = images.pixels[:, None].float() / 255
+    half = len(x) // 2
+    similar = MultiScaleSSIMMetric(spatial_dims=2, data_range=1.0, kernel_size=7, weights=(0.1, 0.3, 0.6))
+    return {
+        "MONAI_FID": round(fid.item(), 4),
+        "MONAI_MS_SSIM": round(similar(x[:half], x[half : 2 * half]).mean().item(), 4),
+    }
+
+
+def main(cfg: PeersConfig) -> None:
+    device, home = pick_device(cfg.device), Path(cfg.checkpoints)
+    splits, _ = load_splits(DataConfig(data=cfg.data, cache=cfg.cache), 128)
+    train, val = splits["train"], splits["val"]
+    judge = Judge(images_of(train), images_of(val), cfg.num_images, device)
+    table = Table(Path(cfg.out) / "quality-peers.json")
+    stamp = {
+        "date": time.strftime("%Y-%m-%d"), "device": describe_hardware(device), "commit": git_commit(),
+        "data": Path(cfg.data).name, "side": 128, "n": cfg.num_images,
+    }  # fmt: skip
+    table.add({"name": "floor", **judge.floor(), **theirs(judge.held_out, judge), **stamp})
+
+    def put(name: str, images: Images, **facts: object) -> None:
+        for k, image in enumerate(images.pixels.numpy()):
+            write_atomic(home / "peers" / name / f"{k:05d}_0.png", png_bytes(image))
+        grid = png_bytes(image_grid(images.pixels[:16].numpy(), columns=8))
+        write_atomic(Path(cfg.out) / "quality-peers" / f"{name}.png", grid)
+        table.add({"name": name, **facts, **judge.score(images), **theirs(images, judge), **stamp})
+
+    where = ["--data", cfg.data, "--cache", cfg.cache, "--checkpoints", home, "--run", "peer-ours"]
+    where += ["--wandb", "disabled", "--device", cfg.device]
+    seconds = [script("pre_train.py", "small", *where, "--epochs", cfg.vae_epochs)]
+    few = ["--sample-every", cfg.unet_epochs]
+    seconds.append(script("train.py", "small", *where, "--epochs", cfg.unet_epochs, *few))
+    model, vae, _, _ = load_run(home / "peer-ours", "best", device)
+    model.amp_dtype = vae.amp_dtype = pick_amp_dtype("auto", device)
+    images, _, speed = draw(Drawer(model, vae, 64), cfg.num_images)
+    seen = [cfg.vae_epochs * len(train), cfg.unet_epochs * len(train)]
+    put("ours-10", images, seconds=[round(s) for s in seconds], seen=seen, images_per_s=round(speed, 2))
+
+    for name in ("MONAI", "diffusers"):
+        torch.manual_seed(0)
+        peer = Peer(name, device)
+
+        def batches(size: int = 8) -> Iterator[Tensor]:
+            while True:
+                x = train.batch(torch.randint(len(train), (size,)), device)
+                yield torch.where(torch.rand(size, 1, 1, 1, device=device) < 0.5, x.flip(3), x)
+
+        seen = [peer.train_vae(batches(), seconds[0], 6e-4)]
+        with torch.no_grad():
+            rec = [(peer.decode(peer.posterior(x)[0]).float(), x) for x in val.batches(64, device)]
+            error = torch.cat([((a.clamp(-1, 1) - b) / 2).square().mean((1, 2, 3)) for a, b in rec])
+            mirrored = [[peer.posterior(v) for v in (x, x.flip(3))] for x in train.batches(64, device)]
+        # Latents are encoded once, as ours are, and their scale is that of the first 256 slices.
+        moments = [torch.cat([torch.cat([m[i][j] for m in mirrored]) for i in (0, 1)]).float() for j in (0, 1)]
+        scale = 1 / (moments[0][:256] + moments[1][:256] * torch.randn_like(moments[1][:256])).std().item()
+
+        def latents(moments: list[Tensor] = moments, scale: float = scale) -> Tensor:
+            i = torch.randint(len(moments[0]), (16,), device=device)
+            return scale * (moments[0][i] + moments[1][i] * torch.randn_like(moments[1][i]))
+
+        seen.append(peer.train_unet(latents, seconds[1], 7e-4))
+        for steps, solver in ((10, next(iter(peer.solvers))), (50, "DDIM")):
+            images, speed = peer.draw(cfg.num_images, steps, solver, scale)
+            facts = {"solver": solver, "steps": steps, "seconds": [round(s) for s in seconds], "seen": seen}
+            put(
+                f"{name}-{steps}",
+                images,
+                PSNR=round(-10 * error.log10().mean().item(), 2),
+                images_per_s=round(speed, 2),
+                **facts,
+            )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(PeersConfig, description=__doc__))
