@@ -158,8 +158,8 @@ def main(cfg: PretrainConfig) -> None:
     parts |= {"judge": judge} if cfg.adversarial else {}
     fooling_from = round(cfg.adversarial_start * total) if cfg.adversarial else total
     step, evaluated, best = 0, 0, float("inf")
-    # Since the last evaluation, over the steps taken: loss, reconstruction, KL, discriminator's loss, gradient norm, and
-    # the number of steps.
+    # Over the steps since the last evaluation: loss, reconstruction, KL, the discriminator's loss, gradient norm; and
+    # how many steps they were.
     sums = torch.zeros(6, device=device)
     state = ranks.first(lambda: load_state(folder / "last.pt"))
     if state:

@@ -43,7 +43,9 @@ class VAE(nn.Module):
     """Convolutional variational autoencoder (Kingma & Welling 2014; layout after Rombach et al. 2022).
 
     Images are float [B, 1, S, S] in [-1, 1]; latents [B, C, S/downsample, S/downsample]. `encode` and `decode` speak of
-    normalised latents, (posterior sample - latent_mean) / latent_std, so that nobody scales latents by hand.
+    normalised latents, (latent_rotation @ posterior sample - latent_mean) / latent_std; nobody scales latents by hand.
+    The rotation takes the channels to their principal axes: a diffusion's errors are alike in all channels, and where
+    channels nearly agree (correlations of 0.8 are usual) such errors drown what they differ by.
     The last step of `downsample` that the levels do not cover is a space-to-depth stem, and its inverse at the end.
     """
 
@@ -67,7 +69,8 @@ class VAE(nn.Module):
         if image_size % downsample:
             raise ValueError(f"an image of {image_size} pixels cannot be divided by {downsample}")
         self.amp_dtype: torch.dtype | None = None
-        # Per channel over the training set, written once at the end of pre-training; until then they do nothing.
+        # Over the training set, written once at the end of pre-training; until then they do nothing.
+        self.register_buffer("latent_rotation", torch.eye(latent_channels))
         self.register_buffer("latent_mean", torch.zeros(latent_channels))
         self.register_buffer("latent_std", torch.ones(latent_channels))
 
@@ -117,14 +120,20 @@ class VAE(nn.Module):
         return self.reconstruct(mean + (0.5 * logvar).exp() * noise), mean, logvar
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Images -> (mean, std) of the normalised latent: a redraw is mean + std * noise."""
+        """Images -> (mean, std) of the normalised latent: a redraw is mean + std * noise.
+
+        The std is that of each rotated channel; what the rotation correlates in a posterior this narrow is left out.
+        """
         mean, logvar = self.posterior(x)
         m, s = self.latent_mean[:, None, None], self.latent_std[:, None, None]
-        return (mean - m) / s, (0.5 * logvar).exp() / s
+        return (rotate(self.latent_rotation, mean) - m) / s, rotate(
+            self.latent_rotation.square(), logvar.exp()
+        ).sqrt() / s
 
     def decode(self, z: Tensor) -> Tensor:
         """Normalised latents -> images in [-1, 1]."""
-        return self.reconstruct(z * self.latent_std[:, None, None] + self.latent_mean[:, None, None]).clamp(-1, 1)
+        z = z * self.latent_std[:, None, None] + self.latent_mean[:, None, None]
+        return self.reconstruct(rotate(self.latent_rotation.T, z)).clamp(-1, 1)
 
     @torch.no_grad()
     def embed(self, x: Tensor) -> Tensor:
@@ -143,18 +152,32 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def measure_latents(self, batches: Iterable[Tensor], add: Callable[[Tensor], Tensor] = lambda sums: sums) -> None:
-        """Set latent_mean and latent_std to those of posterior samples over batches of images, in closed form.
+        """Set rotation, mean and deviation to those of posterior samples over batches of images, in closed form.
 
         `add` sums over the ranks where each has batches of its own.
         """
-        sums = torch.zeros(3, self.config["latent_channels"], dtype=torch.float64)
+        c = self.config["latent_channels"]
+        sums = torch.zeros(c + 1, c + 1, dtype=torch.float64)  # of (z, 1) (z, 1)^T
         for x in batches:
-            mean, logvar = (v.cpu().double() for v in self.posterior(x))  # MPS has no float64
-            squares = mean.square() + logvar.exp()  # E[z^2] = mean^2 + variance
-            sums += torch.stack([v.sum(dim=(0, 2, 3)) for v in (mean, squares, torch.ones_like(mean))])
-        total, squares, count = add(sums)
-        self.latent_mean.copy_(total / count)
-        self.latent_std.copy_((squares / count - (total / count).square()).sqrt())
+            mean, logvar = (
+                v.cpu().double().transpose(0, 1).flatten(1) for v in self.posterior(x)
+            )  # MPS has no float64
+            z = torch.cat([mean, torch.ones_like(mean[:1])])  # [C + 1, B h w]
+            sums += z @ z.T
+            sums.diagonal()[:c] += logvar.exp().sum(1)  # E[z^2] = mean^2 + variance
+        sums = add(sums)
+        mean = sums[:c, c] / sums[c, c]
+        variance, axes = torch.linalg.eigh(sums[:c, :c] / sums[c, c] - mean[:, None] * mean)
+        axes = axes.flip(1).T  # in rows, the largest first; each so that its largest entry is positive
+        axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
+        self.latent_rotation.copy_(axes)
+        self.latent_mean.copy_(axes @ mean)
+        self.latent_std.copy_(variance.flip(0).clamp(min=0).sqrt())
+
+
+def rotate(matrix: Tensor, z: Tensor) -> Tensor:
+    """matrix [C, C] times the channels of z [B, C, h, w]."""
+    return torch.einsum("dc,bchw->bdhw", matrix, z)
 
 
 class PatchDiscriminator(nn.Module):
@@ -239,6 +262,7 @@ def load_vae(path: Path, device: torch.device) -> tuple[VAE, dict]:
         vae = build(VAE, meta.get("model"), tensors)
     except ValueError as e:
         raise UserError(f"{path} describes a VAE that this version cannot build: {str(e)[:200]}") from None
+    tensors.setdefault("latent_rotation", torch.eye(vae.config["latent_channels"]))  # weights from before there was one
     load_into(vae, tensors, path)
     if not (vae.latent_std > 0).all():
         raise UserError(f"{path} holds latents without any spread: train the VAE again")

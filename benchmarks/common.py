@@ -28,6 +28,11 @@ from modules import NoiseScheduler_Fast_DDPM, StableDiffusion, UNet  # noqa: E40
 from utils import describe_hardware, file_hash, git_commit, pick_amp_dtype, pick_device, save_weights  # noqa: E402
 from vae import VAE  # noqa: E402
 
+# The 128² networks of the comparisons of speed, which the peers' below are matched to; `adni` is the preset's own.
+SMALL = (
+    dict(image_size=128, downsample=8, latent_channels=8, channels=(48, 96, 160), blocks=1, attention=True),
+    dict(channels=(96, 192), blocks=1, patch=1, attention=(8,)),
+)
 # Widths, residual blocks, groups of GroupNorm and channels of an attention head of the peers' networks: those within
 # 5 % of ours in parameters and in FLOPs. `check_match` refuses to compare others.
 UNETS = {
@@ -68,6 +73,8 @@ class Bench:
         self.gpu = self.device.type == "cuda"
         self.preset = cfg.preset if cfg.preset != "auto" else "adni" if self.gpu else "small"
         self.pre, self.tra = (replace(c(), **PRESETS[self.preset].get(c, {})) for c in (PretrainConfig, TrainConfig))
+        if self.preset == "small":
+            self.pre, self.tra = replace(self.pre, **SMALL[0]), replace(self.tra, **SMALL[1])
         self.amp_dtype = pick_amp_dtype("auto", self.device)
         self.latent = self.vae().latent_shape
         print(f"{self.preset} sizes, {describe_hardware(self.device)}, {self.amp_dtype or torch.float32}")

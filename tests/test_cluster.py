@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_errors import refused, small_disk  # noqa: F401 (a fixture)
-from test_pipeline import wait_for, where
+from test_pipeline import ADVERSARIAL, wait_for, where
 
 import cluster
 import utils
@@ -100,6 +100,20 @@ def test_two_ranks_train_the_vae_of_one(trained: Path, phantoms: Path, tmp_path:
     for u, v in zip(*rows):
         for key in u.keys() - {"images per s"}:
             assert u[key] == pytest.approx(v[key], rel=1e-4), key
+
+
+def test_two_ranks_and_a_discriminator_are_one(phantoms: Path, tmp_path: Path):
+    flags = [*TINY_VAE, *ADVERSARIAL, "--epochs", "4", "--gif-every", "4"]
+    run("pre_train.py", *where(tmp_path / "one", phantoms), *flags)
+    run_ranks("pre_train.py", *where(tmp_path / "two", phantoms), *flags, "--micro-batch", "5")
+    x = torch.rand(8, 1, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    one, two = (
+        load_vae(tmp_path / n / "tiny" / "vae" / "best.safetensors", torch.device("cpu"))[0] for n in ("one", "two")
+    )
+    torch.testing.assert_close(one.decode(one.encode(x)[0]), two.decode(one.encode(x)[0]), rtol=1e-4, atol=1e-4)
+    rows = [utils.read_jsonl(tmp_path / n / "tiny" / "vae" / "metrics.jsonl")[-1] for n in ("one", "two")]
+    for key in rows[0].keys() - {"images per s"}:
+        assert rows[0][key] == pytest.approx(rows[1][key], rel=1e-3), key
 
 
 def test_a_signal_to_one_rank_stops_all_and_one_process_goes_on(trained: Path, phantoms: Path, tmp_path: Path):

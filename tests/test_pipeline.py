@@ -122,6 +122,34 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
     raise AssertionError(f"{path} never came")
 
 
+ADVERSARIAL = ["--adversarial", "0.3", "--adversarial-start", "0.4", "--schedule", "cosine", "--ema-decay", "0.9"]
+
+
+def test_a_vae_with_a_discriminator_resumes_to_the_same_weights(phantoms: Path, tmp_path: Path):
+    """Stopped before the discriminator's start and after it; the encoder rests from there on, the decoder goes on."""
+    flags = [*TINY_VAE, *ADVERSARIAL, "--epochs", "30", "--gif-every", "100", "--save-minutes", "0"]
+    run("pre_train.py", *where(tmp_path, phantoms, "whole"), *flags)
+    parts = tmp_path / "parts" / "vae"
+    for rows in (3, 20):
+        process = start("pre_train.py", *where(tmp_path, phantoms, "parts"), *flags)
+        while len(read_jsonl(parts / "metrics.jsonl") if (parts / "metrics.jsonl").exists() else []) < rows:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        process.communicate()
+        assert process.returncode == 75
+    run("pre_train.py", *where(tmp_path, phantoms, "parts"), *flags)
+    for name in ("best.safetensors", "final.safetensors"):
+        assert same_weights(tmp_path / "whole" / "vae" / name, parts / name)
+    log = read_jsonl(tmp_path / "whole" / "vae" / "metrics.jsonl")
+    assert [r["epoch"] for r in log if "discriminator/train" in r] == list(range(13, 31))
+    assert 0.5 < log[12]["discriminator/train"] < 1.5 and log[-1]["learning rate"] < 1e-5
+    # with a discriminator the last weights are the best, whatever the validation loss
+    assert same_weights(
+        tmp_path / "whole" / "vae" / "best.safetensors", tmp_path / "whole" / "vae" / "final.safetensors"
+    )
+
+
 @pytest.mark.parametrize(("how", "code"), [(signal.SIGTERM, 75), (signal.SIGKILL, -9), (signal.SIGINT, 130)])
 def test_unet_interrupted_anywhere_resumes_to_the_same_weights(
     how: signal.Signals, code: int, copied: Path, phantoms: Path, tmp_path: Path
@@ -341,7 +369,9 @@ def test_tsne_draws_a_map_and_measures_the_separation_by_person(
     assert json.loads((tmp_path / "map2" / "tsne.json").read_text())["generated"] == 6
 
 
-@pytest.mark.parametrize("script", ["pre_train.py", "train.py", "predict.py", "evaluate.py", "tsne.py", "dataset.py"])
+@pytest.mark.parametrize(
+    "script", ["pre_train.py", "train.py", "distil.py", "predict.py", "evaluate.py", "tsne.py", "dataset.py"]
+)
 def test_help_answers_without_torch(script: str):
     code = (
         f"import sys, runpy; sys.argv = ['{script}', *{['check'] if script == 'dataset.py' else []}, '--help']\n"

@@ -8,12 +8,25 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import distributions
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 import metrics
 from utils import UserError, save_weights
-from vae import LOGVAR_RANGE, VAE, kl_divergence, load_vae, reconstruction_loss, vae_loss
+from vae import (
+    LOGVAR_RANGE,
+    VAE,
+    PatchDiscriminator,
+    adversarial_gradient,
+    focal_frequency,
+    hinge_loss,
+    kl_divergence,
+    load_vae,
+    reconstruction_loss,
+    vae_loss,
+)
 
 maths = settings(deadline=None, derandomize=True, max_examples=30)
 
@@ -178,7 +191,38 @@ def test_encode_and_decode_are_inverse_scalings():
     z, std = vae.encode(x)
     assert not torch.allclose(z, mean, atol=0.1)
     torch.testing.assert_close(vae.decode(z), want, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(std * vae.latent_std[:, None, None], (0.5 * logvar).exp())
+    # the deviation of a rotated sample, channel by channel, by drawing many
+    z = torch.einsum("dc,kbchw->kbdhw", vae.latent_rotation, (0.5 * logvar).exp() * normal(4000, *mean.shape))
+    torch.testing.assert_close(std * vae.latent_std[:, None, None], z.std(0), rtol=0.06, atol=1e-3)
+
+
+def test_channels_are_uncorrelated_and_in_order():
+    vae, x = tiny_vae(latent_channels=4), images(64)
+    with torch.no_grad():
+        vae.encoder[-1].weight[1] = vae.encoder[-1].weight[0] + 0.1 * vae.encoder[-1].weight[1]  # two nearly agree
+    raw = vae.posterior(x)[0].detach().transpose(0, 1).flatten(1).numpy()
+    assert np.corrcoef(raw)[0, 1] > 0.8
+    vae.measure_latents([x])
+    rotation, std = vae.latent_rotation.double(), vae.latent_std
+    torch.testing.assert_close(rotation @ rotation.T, torch.eye(4).double(), atol=1e-6, rtol=0)
+    assert (std[:-1] >= std[1:]).all()
+    z = vae.encode(x)[0].detach().double().transpose(0, 1).flatten(1)
+    between = z @ z.T / z.shape[1]
+    own = torch.einsum("dc,c,ec->de", rotation, (vae.posterior(x)[1].double().exp().mean((0, 2, 3))), rotation)
+    between += own / (std[:, None] * std[None])
+    torch.testing.assert_close(between, torch.eye(4).double(), atol=2e-3, rtol=0)
+
+
+def test_weights_from_before_the_rotation_are_read(tmp_path):
+    vae, x = tiny_vae(), images(4)
+    vae.latent_std.fill_(2.0)
+    write(tmp_path / "new.safetensors", vae)
+    tensors = load_file(tmp_path / "new.safetensors")
+    del tensors["latent_rotation"]
+    with safe_open(tmp_path / "new.safetensors", "pt") as f:
+        save_file(tensors, tmp_path / "old.safetensors", {"meta": f.metadata()["meta"]})
+    old, _ = load_vae(tmp_path / "old.safetensors", torch.device("cpu"))
+    torch.testing.assert_close(old.encode(x)[0], vae.posterior(x)[0] / 2)
 
 
 def test_decode_leaves_its_input_alone_and_stays_in_range():
@@ -247,6 +291,91 @@ def test_reconstruction_losses_against_formulas():
     assert reconstruction_loss(x_hat, x, "mse").item() == pytest.approx(mse, rel=1e-5)
     assert reconstruction_loss(x_hat, x, "l1").item() == pytest.approx(l1, rel=1e-5)
     assert reconstruction_loss(x_hat, x, "l1_ssim").item() == pytest.approx(l1 + 0.5 * (1 - similarity), rel=1e-4)
+
+
+def test_focal_frequency_against_numpy():
+    x, x_hat = images(3, seed=1), images(3, seed=2)
+    difference = np.fft.fft2(x_hat.double().numpy(), norm="ortho") - np.fft.fft2(x.double().numpy(), norm="ortho")
+    weight = np.abs(difference) / np.abs(difference).max(axis=(2, 3), keepdims=True)
+    want = (weight * np.abs(difference) ** 2).mean()
+    assert focal_frequency(x_hat, x).item() == pytest.approx(want, rel=1e-5)
+    whole, part = (reconstruction_loss(x_hat, x, kind).item() for kind in ("l1_ssim_frequency", "l1_ssim"))
+    assert whole - part == pytest.approx(want, rel=1e-4)
+    # what every pixel is off by is one frequency, and its weight is 1: (side * offset)^2 over side^2 pixels
+    assert focal_frequency(x + 0.5, x).item() == pytest.approx(0.25, rel=1e-5)
+
+
+def test_ms_ssim_loss_sees_several_scales():
+    x = images(2, side=64)
+    noisy = x + 0.3 * normal(2, 1, 64, 64)
+    one, several = (reconstruction_loss(noisy, x, kind).item() for kind in ("l1_ssim", "l1_ms_ssim"))
+    assert several < one  # coarse scales average the noise away
+    a = x.clone().requires_grad_()
+    reconstruction_loss(a + 0.01, x, "l1_ms_ssim").backward()
+    assert a.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["mse", "l1", "l1_ssim", "l1_ms_ssim", "l1_ssim_frequency"])
+def test_darker_than_black_is_black(kind):
+    """`decode` clamps, so the loss asks for no more; everything else counts as before."""
+    x = images(2, side=32).clamp(-1, 1)
+    x[:, :, :16] = -1
+    darker = x.clone()
+    darker[:, :, :16] = -1.7
+    assert reconstruction_loss(darker, x, kind).item() == pytest.approx(0, abs=1e-5)
+    a = darker.requires_grad_()
+    reconstruction_loss(a, x, kind).backward()
+    assert not a.grad[:, :, :16].any()
+    assert reconstruction_loss(x + 0.1, x, kind).item() > 0  # brighter than black is wrong
+    assert reconstruction_loss(0 * x - 0.5, 0 * x, kind).item() > 0  # and so is darker than grey
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The discriminator
+
+
+def test_no_verdict_hangs_on_the_batch():
+    torch.manual_seed(0)
+    judge, x = PatchDiscriminator(), images(3, side=32)
+    verdict = judge(x)
+    assert verdict.shape == (3, 1, 4, 4)
+    torch.testing.assert_close(judge(x[1:2]), verdict[1:2], rtol=1e-4, atol=1e-5)
+
+
+def test_a_patch_is_judged_by_38_pixels():
+    torch.manual_seed(0)
+    judge = PatchDiscriminator()
+    for m in judge.net:  # norms look at the whole image
+        if isinstance(m, torch.nn.GroupNorm):
+            m.forward = lambda x: x
+    x = images(1, side=96).requires_grad_()
+    judge(x)[0, 0, 6, 6].backward()
+    seen = x.grad[0, 0].abs().sum(0).nonzero()[:, 0]
+    assert seen.max() - seen.min() + 1 == 38
+
+
+def test_hinge_loss():
+    real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.0])
+    assert hinge_loss(real, fake).item() == pytest.approx(0.5 * (0.25 + 0.5))
+    assert hinge_loss(torch.zeros(4), torch.zeros(4)).item() == 1
+    assert hinge_loss(torch.full((4,), 1.5), torch.full((4,), -1.5)).item() == 0
+
+
+@maths
+@given(weight=st.floats(0.01, 10), scale=st.floats(1e-6, 1e6), seed=st.integers(0, 99))
+def test_fooling_keeps_its_share_of_each_images_gradient(weight, scale, seed):
+    torch.manual_seed(seed)
+    judge, x_hat = PatchDiscriminator((8, 8, 8)), images(3, side=16, seed=seed)
+    gradient = scale * normal(3, 1, 16, 16, seed=seed)
+    for p in judge.net[-1].parameters():
+        p.data *= 100  # however loud it is
+    g = adversarial_gradient(judge, x_hat, gradient, weight)
+    for ours, theirs in zip(g, gradient):
+        assert ours.norm().item() == pytest.approx(weight * theirs.norm().item(), rel=1e-4)
+    # a step along -g is more real to the judge; the judge itself learns nothing from it
+    step = 1e-3 * g / g.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    assert judge(x_hat - step).mean() > judge(x_hat).mean()
+    assert all(p.grad is None for p in judge.parameters())
 
 
 @pytest.mark.parametrize("kind", ["mse", "l1", "l1_ssim"])
