@@ -300,12 +300,11 @@ PRESETS: dict[str, dict[type, dict]] = {
     "adni": {},
     "small": {  # 128²: one modest GPU, or a patient CPU
         PretrainConfig: dict(
-            run="small", image_size=128, downsample=4, latent_channels=4, channels=(128,), attention=False, epochs=12,
-            batch_size=8, lr=6e-4, kl_weight=1e-3, schedule="cosine", adversarial=0.3, flip=True,
+            run="small", image_size=128, channels=(48, 96, 160), blocks=1, epochs=10, batch_size=8, lr=6e-4,
+            kl_weight=1e-3, schedule="cosine", adversarial=0.2, flip=True,
         ),
         TrainConfig: dict(
-            run="small", channels=(128, 256), blocks=1, patch=2, attention=(8,), epochs=90, lr=7e-4, ema_decay=0.9985,
-            flip=True,
+            run="small", channels=(128, 256), blocks=1, attention=(8,), epochs=90, lr=7e-4, ema_decay=0.9985, flip=True,
         ),
     },
     "demo": {  # phantoms at 64²: a CPU, minutes

@@ -255,6 +255,13 @@ class NoiseScheduler_Fast_DDPM(nn.Module):
         self.register_buffer("alphas_cumprod", torch.tensor(self.abar, dtype=torch.float32), persistent=False)
         self.register_buffer("timesteps", torch.tensor(make_grid(grid, num_steps, self.abar)), persistent=False)
 
+    @property
+    def fast_timesteps(self) -> list[int]:
+        """What is sampled on by default: the grid itself, and ten steps equal in log-SNR where it is the full one."""
+        if self.config["grid"] == "full":
+            return make_grid("logsnr", 10, self.abar).tolist()
+        return self.timesteps.tolist()
+
     def alpha_sigma(self, t: Tensor, ndim: int = 4) -> tuple[Tensor, Tensor]:
         """sqrt(abar) and sqrt(1 - abar) at t [B], each float32 [B, 1, ...]."""
         abar = self.alphas_cumprod[t].view(-1, *[1] * (ndim - 1))
@@ -305,10 +312,11 @@ def sample(
 ) -> Tensor:
     """From x_T ~ N(0, 1) [B, C, H, W] to x_0, one network call a step, down the grid to the clean image.
 
-    denoise(x_t, t) returns the estimates (eps, x0). `callback(t_prev, x, x0)` sees every intermediate.
-    solver "ddim" is `scheduler.step`; "dpm++2m" is DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2).
+    denoise(x_t, t) returns the estimates (eps, x0). Without `timesteps`, the scheduler's fast ones are taken.
+    `callback(t_prev, x, x0)` sees every intermediate. solver "ddim" is `scheduler.step`; "dpm++2m" is
+    DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2).
     """
-    ts = [int(t) for t in (scheduler.timesteps if timesteps is None else timesteps)][::-1]  # descending
+    ts = [int(t) for t in (scheduler.fast_timesteps if timesteps is None else timesteps)][::-1]  # descending
     abar = scheduler.abar
     x0_last, h_last = None, None
     for t, t_prev in zip(ts, [*ts[1:], -1]):

@@ -255,9 +255,10 @@ def main(cfg: PretrainConfig) -> None:
 
         means, rival, strength = torch.zeros(4, device=device), None, 0.0
         if step >= fooling_from:
-            # The encoder rests: texture is the decoder's work, and the latents stay what they are. And a discriminator
-            # that knows nothing yet would do harm, so its weight grows over a tenth of the training.
+            # The encoder rests, at its average: texture is the decoder's work, and latents stay what they are. And as a
+            # discriminator that knows nothing yet would do harm, its weight grows over a tenth of the training.
             if vae.encoder[-1].weight.requires_grad:
+                vae.encoder.load_state_dict(ema.module.encoder.state_dict())
                 vae.encoder.requires_grad_(False)
                 networks[0] = ranks.wrap(vae)
             rival, strength = networks[1], min(1.0, (step - fooling_from) / (0.1 * total))

@@ -289,10 +289,10 @@ UNETS = {
     "lr 2e-3": ["--lr", "2e-3"],
     "batch 64": ["--batch-size", "64", "--lr", "1.4e-3"],
     "no attention": ["--attention", "0"],
-    "no patch": ["--patch", "1", "--channels", "32", "64", "128", "--attention", "8"],
+    "patches of 2": ["--patch", "2", "--channels", "128", "256"],
     "twice as wide": ["--channels", "128", "256"],
 }
-SMALL_UNET = ["--channels", 64, 128, "--blocks", 1, "--patch", 2, "--attention", 8, "--lr", "7e-4", "--batch-size", 16]
+SMALL_UNET = ["--channels", 64, 128, "--blocks", 1, "--attention", 8, "--lr", "7e-4", "--batch-size", 16]
 
 
 def study_unet(q: Quality) -> None:

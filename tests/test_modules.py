@@ -101,6 +101,13 @@ def test_ten_step_grids_are_the_documented_ones(grid):
     assert scheduler.timesteps.dtype == torch.int64
 
 
+@pytest.mark.parametrize("n", [1, 2, 4, 8])
+def test_a_students_steps_are_some_of_its_teachers(n):
+    student, teacher = (make_grid("student", steps, ABAR) for steps in (n, 16))
+    assert student.tolist() == teacher[16 // n - 1 :: 16 // n].tolist()
+    assert student[-1] == 999 and len(student) == n and student[0] > 0
+
+
 def test_full_grid_is_all_timesteps_whatever_the_count():
     assert NoiseScheduler_Fast_DDPM(grid="full", num_steps=7).timesteps.tolist() == list(range(1000))
 
@@ -320,7 +327,7 @@ def spread_of_sampler(scheduler, **how):
 @pytest.mark.parametrize("grid", [*GRIDS, "full"])
 def test_spread_follows_the_closed_form(grid, solver):
     ts = GRIDS.get(grid, list(range(1000)))
-    got = spread_of_sampler(NoiseScheduler_Fast_DDPM(grid=grid), solver=solver)
+    got = spread_of_sampler(NoiseScheduler_Fast_DDPM(grid=grid), timesteps=ts, solver=solver)
     np.testing.assert_allclose(got, [spread64(ts, solver, s) for s in S], rtol=0.01)
     if (grid, solver) in TABLE:
         np.testing.assert_allclose(got, TABLE[grid, solver], rtol=0.01)
@@ -330,9 +337,8 @@ def test_default_grid_and_solver_keep_the_spread():
     np.testing.assert_allclose(spread_of_sampler(NoiseScheduler_Fast_DDPM()), 1, atol=0.05)
 
 
-def test_weights_of_the_full_grid_can_be_sampled_on_another():
-    scheduler = NoiseScheduler_Fast_DDPM(grid="full")
-    got = spread_of_sampler(scheduler, timesteps=GRIDS["logsnr"])
+def test_weights_of_the_full_grid_are_sampled_in_ten_steps_by_default():
+    got = spread_of_sampler(NoiseScheduler_Fast_DDPM(grid="full"))
     np.testing.assert_allclose(got, TABLE["logsnr", "dpm++2m"], rtol=0.01)
 
 
@@ -345,7 +351,8 @@ def test_ancestral_sampling_keeps_the_spread():
         return (x - a * x0) / b, x0
 
     g = torch.Generator().manual_seed(0)
-    x = sample(denoise, torch.randn(2, 1, 64, 64, generator=g), scheduler, solver="ddim", eta=1.0, generator=g)
+    x = torch.randn(2, 1, 64, 64, generator=g)
+    x = sample(denoise, x, scheduler, range(1000), solver="ddim", eta=1.0, generator=g)
     sd = x.flatten(1).std(dim=1) / s.flatten()
     assert ((sd - 1).abs() < 0.05).all()  # 4096 scalars: sd of the estimate is 1.1 %
 
@@ -417,6 +424,14 @@ def test_loss_is_the_mean_square_per_image(prediction):
     v = np.sqrt(a) * noise.double().numpy() - np.sqrt(1 - a) * z.double().numpy()
     target = v if prediction == "v" else noise.double().numpy()
     close(model(z, t, noise)[0], (target**2).mean(axis=(1, 2, 3)))
+
+
+@pytest.mark.parametrize("prediction", ["v", "eps"])
+def test_min_snr_weights_against_numpy(prediction):
+    model, t = StableDiffusion(tiny_unet(0), NoiseScheduler_Fast_DDPM(), prediction, "min_snr"), torch.arange(1000)
+    snr = ABAR / (1 - ABAR)
+    close(model.weight(t), np.minimum(snr, 5) / (snr + 1 if prediction == "v" else snr), 1e-4)
+    assert (tiny_diffusion(0, prediction).weight(t) == 1).all()
 
 
 @pytest.mark.parametrize("prediction", ["v", "eps"])
@@ -498,7 +513,10 @@ def test_arithmetic_is_float32_when_the_network_is_not():
 # The U-Net
 
 
-@pytest.mark.parametrize("how", [{}, dict(num_classes=0), dict(channels=(8, 8, 16), blocks=2, attention=(8, 2))])
+@pytest.mark.parametrize(
+    "how",
+    [{}, dict(num_classes=0), dict(channels=(8, 8, 16), blocks=2, attention=(8, 2)), dict(patch=2, attention=(2,))],
+)
 def test_unet_shape_and_rebuilding_from_its_config(how):
     net = tiny_unet(**how).eval()
     again = UNet(**net.config).eval()
@@ -540,6 +558,22 @@ def test_attention_only_at_the_named_resolutions(attention, count):
 def test_unet_refuses_a_resolution_that_cannot_be_halved():
     with pytest.raises(ValueError, match="12x12"):
         UNet(1, 12, (8, 8, 8, 8))
+
+
+def test_a_patched_unet_is_the_unet_of_rearranged_pixels():
+    patched, plain = tiny_unet(patch=2, attention=(2,)), tiny_unet(in_channels=8, resolution=4, attention=(2,))
+    plain.load_state_dict(patched.state_dict())
+    x, t, y = normal(3, 2, 8, 8), torch.tensor([0, 500, 999]), torch.tensor([0, 1, 2])
+    # row i, column j of every 2 x 2 patch are channels of their own, channel by channel
+    rows = torch.stack([x[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)], dim=2).flatten(1, 2)
+    out, want = patched(x, t, y), plain(rows, t, y).unflatten(1, (2, 4))
+    for k in range(4):
+        torch.testing.assert_close(out[:, :, k // 2 :: 2, k % 2 :: 2], want[:, :, k])
+
+
+def test_unet_refuses_patches_that_do_not_fit():
+    with pytest.raises(ValueError, match="patches of 3"):
+        UNet(1, 8, (8, 8), patch=3)
 
 
 @pytest.mark.parametrize("channels", [8, 96, 128])
