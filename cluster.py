@@ -261,7 +261,7 @@ def open_run(cfg: LoopConfig, stage: str) -> Path:
 # What may differ between the two commands of one run; anything else would make the resumed run a mixture of two.
 FREE_TO_CHANGE = {
     "epochs", "device", "wandb", "cache", "checkpoints", "save_minutes", "fresh", "dry_run", "gif_every",
-    "sample_every", "data", "micro_batch",
+    "sample_every", "data", "micro_batch", "adversarial",
 }  # fmt: skip
 
 

@@ -164,6 +164,10 @@ def main(cfg: PretrainConfig) -> None:
     state = ranks.first(lambda: load_state(folder / "last.pt"))
     if state:
         check_same_run(cfg, fingerprint, state, folder)
+        if bool(cfg.adversarial) != ("judge" in state):
+            raise UserError(
+                f"{folder} was started {'with' if 'judge' in state else 'without'} a discriminator: so go on"
+            )
         for name, part in parts.items():
             part.load_state_dict(state[name])
         if cfg.schedule == "cosine":  # --epochs may be new

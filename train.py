@@ -39,7 +39,6 @@ from utils import (
     describe_cost,
     describe_hardware,
     empty_anywhere,
-    file_hash,
     fit,
     fit_micro_batch,
     frozen,
@@ -290,7 +289,7 @@ def main(cfg: TrainConfig) -> None:
     state = ranks.first(lambda: load_state(folder / "last.pt"))
     if state:
         check_same_run(cfg, fingerprint, state, folder)
-        if state["vae"] != file_hash(vae_file):
+        if state["vae"] != vae.latent_hash():
             raise UserError(f"{folder} was started on the latents of another VAE than {vae_file}: use --fresh")
         for name, part in parts.items():
             part.load_state_dict(state[name])
@@ -306,7 +305,7 @@ def main(cfg: TrainConfig) -> None:
     val_latents = Latents(vae, val, cfg.batch_size, ranks, replace(cfg, flip=False), "encoding validation slices")
     meta = {
         "kind": "diffusion", "model": model.unet.config, "scheduler": model.scheduler.config,
-        "prediction": cfg.prediction, "classes": train.classes, "vae": file_hash(vae_file), "config": asdict(cfg),
+        "prediction": cfg.prediction, "classes": train.classes, "vae": vae.latent_hash(), "config": asdict(cfg),
         "commit": git_commit(), "data": train.summary(), "held_out": carved_people(splits),
         "hardware": describe_hardware(device),
     }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -143,6 +144,13 @@ class VAE(nn.Module):
         if x.shape[-1] != side:
             x = F.interpolate(x, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
         return self.encode(2 * x - 1)[0].flatten(1).cpu()
+
+    def latent_hash(self) -> str:
+        """12 hex digits of the encoder's weights. A diffusion belongs to them; the decoder may be trained further."""
+        digest = hashlib.sha256()
+        for _, v in sorted(self.encoder.state_dict().items()):
+            digest.update(v.float().cpu().contiguous().numpy())
+        return digest.hexdigest()[:12]
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -321,7 +329,8 @@ def load_run(
     model, meta = load_diffusion(unet_file, device)
     vae, _ = load_vae(vae_file, device)
     net = model.unet.config
-    if file_hash(vae_file) != meta.get("vae") or (net["in_channels"], *2 * [net["resolution"]]) != vae.latent_shape:
+    same = meta.get("vae") in (vae.latent_hash(), file_hash(vae_file))  # the file's hash: of weights of older versions
+    if not same or (net["in_channels"], *2 * [net["resolution"]]) != vae.latent_shape:
         raise UserError(f"{unet_file} was trained on the latents of another VAE than {vae_file}: run train.py --fresh")
     if device.type == "cpu" and precision == "auto":
         precision = "fp32"

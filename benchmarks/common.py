@@ -25,7 +25,7 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 
 from config import PRESETS, PretrainConfig, TrainConfig  # noqa: E402
 from modules import NoiseScheduler_Fast_DDPM, StableDiffusion, UNet  # noqa: E402
-from utils import describe_hardware, file_hash, git_commit, pick_amp_dtype, pick_device, save_weights  # noqa: E402
+from utils import describe_hardware, git_commit, pick_amp_dtype, pick_device, save_weights  # noqa: E402
 from vae import VAE  # noqa: E402
 
 # The 128² networks of the comparisons of speed, which the peers' below are matched to; `adni` is the preset's own.
@@ -167,7 +167,7 @@ def make_run(b: Bench, folder: Path) -> None:
     save_weights(folder / "vae" / "best.safetensors", vae, {"kind": "vae", "model": vae.config, "finished": True})
     meta = {
         "kind": "diffusion", "model": model.unet.config, "scheduler": model.scheduler.config, "prediction": "v",
-        "classes": ["AD", "NC"], "vae": file_hash(folder / "vae" / "best.safetensors"), "config": config,
+        "classes": ["AD", "NC"], "vae": vae.latent_hash(), "config": config,
         "data": "nothing", "epoch": 0,
     }  # fmt: skip
     save_weights(folder / "diffusion" / "best.safetensors", model, meta)

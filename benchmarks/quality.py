@@ -315,15 +315,15 @@ def study_unet(q: Quality) -> None:
 TRAININGS = {
     "logsnr-10-v-seed0": [],
     "full-v-seed0": ["--grid", "full"],
-    "nonuniform-10-v": ["--grid", "nonuniform"],
-    "logsnr-10-eps": ["--prediction", "eps"],
     "logsnr-10-v-seed1": ["--seed", 1],
     "full-v-seed1": ["--grid", "full", "--seed", 1],
-    "uniform-10-v": ["--grid", "uniform"],
+    "nonuniform-10-v": ["--grid", "nonuniform"],
+    "logsnr-10-eps": ["--prediction", "eps"],
     "nonuniform-10-eps": ["--grid", "nonuniform", "--prediction", "eps"],
-    "full-eps": ["--grid", "full", "--prediction", "eps"],
+    "uniform-10-v": ["--grid", "uniform"],
     "logsnr-5-v": ["--num-steps", 5],
     "logsnr-20-v": ["--num-steps", 20],
+    "full-eps": ["--grid", "full", "--prediction", "eps"],
     "logsnr-10-v-seed2": ["--seed", 2],
     "full-v-seed2": ["--grid", "full", "--seed", 2],
 }
@@ -336,17 +336,14 @@ def study_samplers(q: Quality) -> None:
         q.unet(run, Path(q.cfg.vae_run) / "vae" / "best.safetensors", q.cfg.epochs or 16, *flags)
         model, _, _, _ = load_run(Path(q.cfg.checkpoints) / run, "final", q.device)
         own, abar = model.scheduler.config, model.scheduler.abar
-        if own["grid"] != "full":
-            plans = [(own["grid"], own["num_steps"], *how) for how in (("dpm++2m", 0), ("ddim", 0), ("ddim", 1))]
-        else:
-            plans = [("logsnr", n, "dpm++2m", 0) for n in (5, 10, 20)] + [("logsnr", n, "ddim", 0) for n in (10, 50)]
-            if run == "full-v-seed0":
-                plans += [
-                    ("uniform", 10, "dpm++2m", 0),
-                    ("nonuniform", 10, "dpm++2m", 0),
-                    ("nonuniform", 10, "ddim", 0),
-                ]
-                plans += [("full", 1000, "ddim", 1)]
+        grid, steps = ("logsnr", 10) if own["grid"] == "full" else (own["grid"], own["num_steps"])
+        plans = [(grid, steps, "dpm++2m", 0)]
+        if not run.endswith(("seed1", "seed2")):
+            plans += [(grid, steps, "ddim", 0), (grid, steps, "ddim", 1)]
+        if run == "full-v-seed0":
+            plans += [("logsnr", 5, "dpm++2m", 0), ("logsnr", 20, "dpm++2m", 0), ("logsnr", 50, "ddim", 0)]
+            plans += [("uniform", 10, "dpm++2m", 0), ("nonuniform", 10, "dpm++2m", 0), ("nonuniform", 10, "ddim", 0)]
+            plans += [("full", 1000, "ddim", 1)]
         for grid, steps, solver, eta in plans:
             name = f"{run}/{grid}-{steps}-{solver}" + f"-eta{eta}" * bool(eta)
             q.generated(name, run, make_grid(grid, steps, abar).tolist(), solver, float(eta), trained_on=own["grid"])

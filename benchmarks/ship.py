@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from evaluate import ABOUT, rows_of  # noqa: E402
-from utils import UserError, file_hash, read_jsonl, run_script, save_weights, write_atomic  # noqa: E402
+from utils import UserError, read_jsonl, run_script, save_weights, write_atomic  # noqa: E402
 from vae import load_run, load_vae  # noqa: E402
 
 HEAD = [["", "value", "95 % interval", "floor", "n"], ["---"] * 5]
@@ -63,8 +63,10 @@ def main(cfg: ShipConfig) -> None:
     _, vae_meta = load_vae(home / "vae" / "best.safetensors", torch.device("cpu"))
     for p in [*model.parameters(), *vae.parameters()]:  # the latents' mean and deviation stay as they are
         p.data = p.data.half()
+    for m in (vae_meta, meta):  # folders are nobody's business
+        m["config"] |= {"data": Path(m["config"].get("data", "")).name, "cache": "cache", "checkpoints": "checkpoints"}
     save_weights(out / "vae" / "best.safetensors", vae, vae_meta)
-    meta = {**meta, "vae": file_hash(out / "vae" / "best.safetensors")}
+    meta = {**meta, "vae": vae.latent_hash()}
     save_weights(out / "diffusion" / "best.safetensors", model, meta)
 
     size = sum(p.stat().st_size for p in out.glob("*/best.safetensors")) / 1e6

@@ -1,0 +1,101 @@
+"""The weights that come with the repository, and how they are made ready: they load, and draw what they say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from conftest import ROOT, run, run_any
+from safetensors import safe_open
+
+import anatomy
+
+PRETRAINED = ROOT / "checkpoints" / "pretrained"
+
+
+def images(folder: Path) -> dict[str, np.ndarray]:
+    """uint8 [N, S, S] by class."""
+    return {
+        c.name: np.stack([cv2.imread(str(p), 0) for p in sorted(c.iterdir())])
+        for c in sorted((folder / "train").iterdir())
+    }
+
+
+def test_plain_predict_draws_brains_from_the_repository_alone(tmp_path: Path):
+    run("predict.py", "--num-images", "6", "--out", tmp_path / "out")
+    (drawn,) = images(tmp_path / "out").values()
+    assert drawn.shape == (6, 128, 128)
+    found = anatomy.measure(drawn)
+    # the training slices of ds002748 cover 0.27 to 0.40 of the picture
+    assert (found["brain_area"] > 0.24).all() and (found["brain_area"] < 0.45).all()
+    assert (drawn[:, :8] == 0).mean() > 0.99 and drawn.std() > 40  # black around, bright inside
+    assert np.abs(drawn[0].astype(int) - drawn[1]).mean() > 5  # and not one and the same
+
+
+def test_phantoms_follow_their_class_and_more_so_with_guidance(tmp_path: Path):
+    difference = []
+    for guidance in ("1", "2.5"):
+        out = tmp_path / guidance
+        flags = ["--run", "pretrained/phantoms", "--num-images", "64", "--guidance", guidance, "--out", out]
+        run("predict.py", *flags)
+        by_class = {name: anatomy.measure(x)["ventricle_fraction"] for name, x in images(out).items()}
+        assert list(by_class) == ["AD", "NC"]
+        difference.append(by_class["AD"].mean() - by_class["NC"].mean())
+    assert 0.003 < difference[0] < difference[1]
+
+
+@pytest.mark.parametrize("folder", ["", "phantoms", "student"])
+def test_every_weight_says_what_it_was_trained_on(folder: Path):
+    home = PRETRAINED / folder
+    if not home.exists():
+        pytest.skip(f"{home} is not shipped")
+    card = (home / "README.md").read_text()
+    for words in (
+        "Not for diagnosis",
+        "trained on",
+        "licence",
+        "people",
+        "steps of",
+        "hardware",
+        "copy_rate",
+        "## Limits",
+    ):
+        assert words in card, words
+    for part in ("vae", "diffusion"):
+        with safe_open(home / part / "best.safetensors", "pt") as f:
+            meta = json.loads(f.metadata()["meta"])
+        assert "people" in meta["data"] and meta["commit"] and meta["hardware"]
+        assert not any("/" in str(meta["config"][key]) for key in ("data", "cache", "checkpoints"))  # nobody's folders
+
+
+def test_all_weights_together_are_small():
+    assert sum(p.stat().st_size for p in PRETRAINED.rglob("*.safetensors")) <= 60e6
+
+
+def test_a_shipped_run_draws_what_the_run_draws(trained: Path, phantoms: Path, tmp_path: Path):
+    where = ["--checkpoints", trained, "--run", "tiny"]
+    ship = [
+        "benchmarks/ship.py", "--checkpoints", trained, "--run", "tiny", "--out", tmp_path / "runs" / "shipped",
+        "--data", "Phantoms, procedural (licence: none needed).", "--notes", "A test.",
+    ]  # fmt: skip
+    if not (trained / "tiny" / "report" / "report.json").exists():
+        refused = run_any(*ship)
+        assert refused.returncode == 2 and "evaluate.py" in refused.stderr
+        (trained / "tiny" / "report").mkdir(exist_ok=True)
+        numbers = {"value": 0.01, "floor": 0.02, "ci_low": 0.0, "ci_high": 0.03, "n": 100}
+        (trained / "tiny" / "report" / "report.json").write_text(json.dumps({"memorisation": {"copy_rate": numbers}}))
+    run(*ship)
+    home = tmp_path / "runs" / "shipped"
+    sizes = [sum(p.stat().st_size for p in f.glob("*/best.safetensors")) for f in (home, trained / "tiny")]
+    assert sizes[0] < 0.7 * sizes[1]
+    drawn = []
+    for flags in (where, ["--checkpoints", tmp_path / "runs", "--run", "shipped"]):
+        out = tmp_path / f"out{len(drawn)}"
+        run("predict.py", *flags, "--num-images", "4", "--out", out)
+        drawn.append(np.concatenate(list(images(out).values())).astype(int))
+    assert np.abs(drawn[0] - drawn[1]).mean() < 1
+    card = (home / "README.md").read_text()
+    assert "| copy_rate | 0.01 | 0 … 0.03 | 0.02 | 100 |" in card and "A test." in card and "minutes" in card
