@@ -90,13 +90,8 @@ class Trajectories:
                 noise = [torch.randn(shape, generator=generator(seed, k)) for k in index.tolist()]
                 x, seen = torch.stack(noise).to(ranks.device), []
                 y = self.labels[index].to(ranks.device) if teacher.num_classes else None
-                sample(
-                    teacher.denoiser(y),
-                    x,
-                    teacher.scheduler,
-                    grid,
-                    callback=lambda t, x_t, x0, seen=seen: seen.append(x_t),
-                )
+                keep = lambda t, x_t, x0, seen=seen: seen.append(x_t)  # noqa: E731
+                sample(teacher.denoiser(y), x, teacher.scheduler, grid, callback=keep)
                 self.states[index] = torch.stack([x, *seen[every - 1 :: every]], dim=1).cpu().half()
                 bar.update(len(index) * ranks.size)
         ranks.complete(self.states, cuts)
@@ -181,11 +176,11 @@ def main(cfg: DistilConfig) -> None:
         return
 
     ranks = Ranks(device)
-    vae_file = folder / "vae" / "best.safetensors"
+    vae_file, vae_bytes = folder / "vae" / "best.safetensors", (home / "vae" / "best.safetensors").read_bytes()
+    if vae_file.exists() and vae_file.read_bytes() != vae_bytes:
+        raise UserError(f"run {cfg.run} has a VAE of its own ({vae_file}): name the student otherwise")
     folder = ranks.open(cfg, "diffusion")
-    ranks.first(
-        lambda: write_atomic(vae_file, (home / "vae" / "best.safetensors").read_bytes()) if ranks.main else None
-    )
+    ranks.alone(lambda: write_atomic(vae_file, vae_bytes))
     model = model.to(device, memory_format=torch.channels_last)
     model.load_state_dict(teacher.state_dict())
     model.amp_dtype = amp_dtype

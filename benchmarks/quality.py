@@ -39,6 +39,7 @@ from utils import (  # noqa: E402
     pick_amp_dtype,
     pick_device,
     png_bytes,
+    save_weights,
     to_uint8,
     write_atomic,
 )
@@ -65,6 +66,8 @@ class QualityConfig:
     """Images of each set in a score."""
     device: str = "auto"
     """auto, cuda or cpu."""
+    only: tuple[str, ...] = ()
+    """Names of the variants to do; all where none are named."""
     part: int = 0
     """Do every PARTS-th variant from this one on."""
     parts: int = 1
@@ -183,8 +186,8 @@ class Quality:
         if not self.table.has("floor"):
             self.table.add({"name": "floor", **self.judge.floor(), **self.stamp})
 
-    def mine(self, names: list) -> list:
-        return names[self.cfg.part :: self.cfg.parts]
+    def mine(self, names: list[str]) -> list[str]:
+        return [n for n in names if not self.cfg.only or n in self.cfg.only][self.cfg.part :: self.cfg.parts]
 
     def flags(self, name: str) -> list[object]:
         c = self.cfg
@@ -279,6 +282,7 @@ def study_vae(q: Quality) -> None:
 
 UNETS = {
     "base": [],
+    "latents not rotated": [],
     "eps": ["--prediction", "eps"],
     "min-SNR": ["--loss-weight", "min_snr"],
     "no flip": ["--no-flip"],
@@ -295,12 +299,25 @@ UNETS = {
 SMALL_UNET = ["--channels", 64, 128, "--blocks", 1, "--attention", 8, "--lr", "7e-4", "--batch-size", 16]
 
 
+def not_rotated(path: Path, out: Path) -> Path:
+    """The same VAE with latents normalised channel by channel, as most projects do."""
+    vae, meta = load_vae(path, torch.device("cpu"))
+    r = vae.latent_rotation
+    vae.latent_mean = r.T @ vae.latent_mean
+    vae.latent_std = (r.T.square() @ vae.latent_std.square()).sqrt()
+    vae.latent_rotation = torch.eye(len(r))
+    save_weights(out, vae, meta)
+    return out
+
+
 def study_unet(q: Quality) -> None:
     """Each U-Net on the same latents."""
     for name in q.mine(list(UNETS)):
         run = f"unet-{name.replace(' ', '-')}"
-        flags = [*SMALL_UNET, *UNETS[name]]
-        seconds = q.unet(run, Path(q.cfg.vae_run) / "vae" / "best.safetensors", q.cfg.epochs or 16, *flags)
+        flags, vae_file = [*SMALL_UNET, *UNETS[name]], Path(q.cfg.vae_run) / "vae" / "best.safetensors"
+        if name == "latents not rotated":
+            vae_file = not_rotated(vae_file, Path(q.cfg.checkpoints) / "not-rotated" / "vae" / "best.safetensors")
+        seconds = q.unet(run, vae_file, q.cfg.epochs or 16, *flags)
         model, _, meta, _ = load_run(Path(q.cfg.checkpoints) / run, "final", q.device)
         timesteps = model.scheduler.timesteps.tolist()
         facts = {

@@ -139,6 +139,10 @@ def test_what_cannot_be_distilled(trained: Path, teacher: Path):
     assert "--grid full" in refused(*flags(trained, "no"), "--teacher", "tiny")
     assert "no multiple" in refused(*flags(teacher, "no", "--num-steps", "3"))
     assert "is the teacher" in refused(*flags(teacher, "t"))
+    (teacher / "own" / "vae").mkdir(parents=True)
+    (teacher / "own" / "vae" / "best.safetensors").write_bytes(b"another")
+    assert "a VAE of its own" in refused(*flags(teacher, "own"))
+    assert (teacher / "own" / "vae" / "best.safetensors").read_bytes() == b"another"
     assert "no weights" in refused(*flags(teacher, "no"), "--teacher", "nobody")
     assert "other settings" in refused(*flags(teacher, "s", "--num-steps", "2", "--epochs", "6"))
     assert not (trained / "no").exists() and not (teacher / "no").exists()

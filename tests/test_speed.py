@@ -229,9 +229,11 @@ def test_peers_are_matched_in_size(preset: str, peer: str):
     assert done.stdout.count("M parameters") == 2
 
 
-@pytest.mark.parametrize("name", ["train_step", "train_epoch", "sample", "data", "scale", "profile_step", "evidence"])
+@pytest.mark.parametrize(
+    "name", ["train_step", "train_epoch", "sample", "data", "scale", "profile_step", "evidence", "quality", "ship"]
+)
 def test_benchmarks_explain_themselves(name: str):
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--help"], capture_output=True, text=True, timeout=120
     )
-    assert done.returncode == 0 and "--json" in done.stdout
+    assert done.returncode == 0 and ("--json" in done.stdout or "--out" in done.stdout)

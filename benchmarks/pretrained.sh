@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# The weights in checkpoints/pretrained/, each by one command, from the repository's folder:
+#   DATA=path/to/ds002748 bash benchmarks/pretrained.sh real       # two hours on two CPU cores
+#   bash benchmarks/pretrained.sh phantoms                         # a quarter of an hour
+#   DATA=path/to/ds002748 bash benchmarks/pretrained.sh real256    # one GPU; replaces `real` once it has been run and read
+set -euo pipefail
+PY=${PY:-.venv/bin/python}
+DS="OpenNeuro ds002748 v1.0.5 (licence CC0; Bezmaternykh et al., Neural Plasticity 2021, 8846097), cognitively normal adults:"
+what=${1:?real, phantoms or real256}
+
+case $what in
+real)
+  vae=(small --data "$DATA" --run real --wandb disabled)
+  unet=(small --data "$DATA" --run real --grid full --epochs 75 --ema-decay 0.999 --sample-every 5 --wandb disabled)
+  out=checkpoints/pretrained notes="Trained for an hour on CPU cores: folds of the cortex are rougher than in people. 128x128." ;;
+real256)
+  vae=(adni --data "$DATA" --run real256 --downsample 4 --latent-channels 4 --channels 128 --blocks 2 --no-attention
+       --schedule cosine --adversarial 0.5 --flip --lr 6e-4 --kl-weight 1e-3 --epochs 60 --wandb disabled)
+  unet=(adni --data "$DATA" --run real256 --patch 2 --grid full --flip --dropout 0.1 --ema-decay 0.9995 --lr 3e-4 --batch-size 64
+        --epochs 600 --sample-every 50 --wandb disabled)
+  out=checkpoints/pretrained notes="256x256." ;;
+phantoms)
+  vae=(demo --run phantoms) unet=(demo --run phantoms) DATA=phantom
+  DS="Procedural phantoms of phantom.py (no people; licence of this repository): AD and NC are borrowed names."
+  out=checkpoints/pretrained/phantoms notes="The classes say nothing about a disease. 64x64." ;;
+*) echo "real, phantoms or real256, not $what" >&2; exit 2 ;;
+esac
+
+$PY pre_train.py "${vae[@]}"
+$PY train.py "${unet[@]}"
+$PY evaluate.py --run "$what" --data "$DATA" --no-training-pictures --wandb disabled
+$PY benchmarks/ship.py --run "$what" --out $out --data "$DS" --notes "$notes" --commands "bash benchmarks/pretrained.sh $what"
