@@ -11,7 +11,7 @@ what=${1:?real, phantoms or real256}
 case $what in
 real)
   vae=(small --data "$DATA" --run real --wandb disabled)
-  unet=(small --data "$DATA" --run real --grid full --epochs 75 --ema-decay 0.999 --sample-every 5 --wandb disabled)
+  unet=(small --data "$DATA" --run real --wandb disabled)
   out=checkpoints/pretrained notes="Trained for an hour on CPU cores: folds of the cortex are rougher than in people. 128x128." ;;
 real256)
   vae=(adni --data "$DATA" --run real256 --downsample 4 --latent-channels 4 --channels 128 --blocks 2 --no-attention

@@ -1,7 +1,8 @@
 """Which choices pay: VAE, U-Net, grids and samplers, each trained and scored on the same people (docs/results.md).
 
-python benchmarks/quality.py vae|unet|samplers --data DIR. Rows go to docs/results/quality-WHAT.json as they are
+python benchmarks/quality.py vae|unet|samplers|students --data DIR. Rows go to docs/results/quality-WHAT.json as they are
 measured; the same command again goes on, and two of them at once share the work (--part 0 --parts 2).
+`tables` prints the rows that are there as Markdown.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from vae import VAE, Drawer, load_run, load_vae  # noqa: E402
 class QualityConfig:
     """Train and score the variants of one question."""
 
-    what: Annotated[Literal["vae", "unet", "samplers"], tyro.conf.Positional]
+    what: Annotated[Literal["vae", "unet", "samplers", "students", "tables"], tyro.conf.Positional]
     """Which question."""
     data: str = os.environ.get("ADNI_ROOT", "data")
     """Folder of slices; people of val/ are the judges."""
@@ -296,7 +297,7 @@ UNETS = {
     "patches of 2": ["--patch", "2", "--channels", "128", "256"],
     "twice as wide": ["--channels", "128", "256"],
 }
-SMALL_UNET = ["--channels", 64, 128, "--blocks", 1, "--attention", 8, "--lr", "7e-4", "--batch-size", 16]
+SMALL_UNET = ["--channels", 64, 128, "--ema-decay", "0.9985", "--grid", "logsnr"]
 
 
 def not_rotated(path: Path, out: Path) -> Path:
@@ -366,12 +367,64 @@ def study_samplers(q: Quality) -> None:
             q.generated(name, run, make_grid(grid, steps, abar).tolist(), solver, float(eta), trained_on=own["grid"])
 
 
+def study_students(q: Quality) -> None:
+    """Students of 4, 2 and 1 steps of the full grid's first run, beside their teacher in as many steps and in ten."""
+    teacher = "full-v-seed0"
+    flags = [*SMALL_UNET, *TRAININGS[teacher]]
+    q.unet(teacher, Path(q.cfg.vae_run) / "vae" / "best.safetensors", q.cfg.epochs or 16, *flags)
+    abar = load_run(Path(q.cfg.checkpoints) / teacher, "final", q.device)[0].scheduler.abar
+    if not q.cfg.part:
+        q.generated("teacher, 10 steps", teacher, make_grid("logsnr", 10, abar).tolist(), "dpm++2m")
+    for n in q.mine(["4", "2", "1"]):
+        grid, run = make_grid("student", int(n), abar).tolist(), f"student-{n}"
+        q.generated(f"teacher, {n} steps", teacher, grid, "dpm++2m")
+        where = ["--checkpoints", q.cfg.checkpoints, "--cache", q.cfg.cache, "--device", q.cfg.device]
+        few = ["--trajectories", 2048, "--epochs", q.cfg.epochs or 16, "--lr", "3e-4", "--ema-decay", "0.998"]
+        named = ["--teacher", teacher, "--run", run, "--num-steps", n, "--wandb", "disabled"]
+        seconds = script("distil.py", *where, *named, *few)
+        q.generated(f"student, {n} steps", run, grid, "ddim", seconds=round(seconds))
+
+
+COLUMNS = {
+    "PSNR": "PSNR", "SSIM": "SSIM", "reconstruction_high_frequencies_db": "its high freq., dB", "loss_val": "loss",
+    "frechet_vgg": "Fréchet VGG", "frechet_ae": "Fréchet AE", "kernel_vgg": "kernel VGG", "kernel_ae": "kernel AE",
+    "precision_vgg": "precision", "recall_vgg": "recall", "precision_ae": "precision AE", "recall_ae": "recall AE",
+    "high_frequencies_db": "high freq., dB", "two_sample_accuracy": "two-sample", "two_sample_auc": "AUC",
+    "MONAI_FID": "MONAI FID", "MONAI_MS_SSIM": "MONAI MS-SSIM", "spread": "spread, min … max", "copy_rate": "copies",
+    "decoded_per_s": "decoded/s", "images_per_s": "images/s",
+}  # fmt: skip
+
+
+def cell(value: object) -> str:
+    if isinstance(value, list):
+        return f"{min(value):.2f} … {max(value):.2f}"
+    return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def tables(folder: Path) -> str:
+    """Every table as Markdown, columns without a number left out."""
+    text = []
+    for path in sorted(folder.glob("quality-*.json")):
+        rows = json.loads(path.read_text())
+        names = [k for k in COLUMNS if any(k in r for r in rows)]
+        text += [
+            f"{path.stem}: {rows[-1]['n']} images, {rows[-1]['side']}x{rows[-1]['side']}, {rows[-1]['device']}",
+            "",
+        ]
+        text += ["| | " + " | ".join(COLUMNS[k] for k in names) + " |", "|---|" + "---|" * len(names)]
+        text += [f"| {r['name']} | " + " | ".join(cell(r.get(k)) for k in names) + " |" for r in rows]
+        text.append("")
+    return "\n".join(text)
+
+
 def main(cfg: QualityConfig) -> None:
+    if cfg.what == "tables":
+        return print(tables(Path(cfg.out)))
     if cfg.what == "vae":
         return study_vae(Quality(cfg, 64))
     vae, _ = load_vae(Path(cfg.vae_run) / "vae" / "best.safetensors", torch.device("cpu"))
     q = Quality(cfg, vae.config["image_size"])
-    {"unet": study_unet, "samplers": study_samplers}[cfg.what](q)
+    {"unet": study_unet, "samplers": study_samplers, "students": study_students}[cfg.what](q)
 
 
 if __name__ == "__main__":

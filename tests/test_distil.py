@@ -130,7 +130,7 @@ def test_a_student_interrupted_resumes_to_the_same_weights(teacher: Path, studen
     assert "is finished" in run("distil.py", *flags(teacher, "again", *more)).stdout
 
 
-def test_what_cannot_be_distilled(trained: Path, teacher: Path):
+def test_what_cannot_be_distilled(trained: Path, teacher: Path, student: Path):
     def refused(*args: str | Path) -> str:
         done = run_any("distil.py", *args)
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr

@@ -184,6 +184,27 @@ def test_torn_last_file_falls_back_to_the_one_before(copied: Path, phantoms: Pat
     assert [r["epoch"] for r in read_jsonl(folder / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
+def test_a_decoder_trained_further_keeps_its_latents_and_its_unet(phantoms: Path, tmp_path: Path):
+    home, vae = where(tmp_path, phantoms), tmp_path / "tiny" / "vae" / "best.safetensors"
+    run("pre_train.py", *home, *TINY_VAE, *ADVERSARIAL, "--epochs", "5")
+    run("train.py", *home, *TINY_UNET, "--epochs", "1", "--sample-every", "1")
+    before, x = load_file(vae), ["--checkpoints", tmp_path, "--run", "tiny", "--num-images", "1", "--out"]
+    run("predict.py", *x, tmp_path / "before")
+    sharper = ["--epochs", "8", "--adversarial", "2"]
+    run("pre_train.py", *home, *TINY_VAE, *ADVERSARIAL, *sharper)
+    after = load_file(vae)
+    for name in before:
+        same = (before[name] == after[name]).all()
+        assert same if name.startswith("encoder") else True, name
+    assert any((before[name] != after[name]).any() for name in before if name.startswith("decoder"))
+    np.testing.assert_allclose(before["latent_std"], after["latent_std"], rtol=1e-5)
+    run("predict.py", *x, tmp_path / "after")  # the U-Net is still a pair with it
+    a, b = (next(iter(images(tmp_path / name).values())) for name in ("before", "after"))
+    assert not np.array_equal(a, b)
+    refused = run_any("pre_train.py", *home, *TINY_VAE, *ADVERSARIAL, "--epochs", "9", "--adversarial", "0")
+    assert refused.returncode == 2 and "started with a discriminator" in refused.stderr
+
+
 def test_single_class_and_unconditional_train_without_labels(copied: Path, phantoms: Path, tmp_path: Path):
     one = tmp_path / "one"
     for split in ("train", "val"):
