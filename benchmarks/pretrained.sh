@@ -27,6 +27,7 @@ phantoms)
 esac
 
 $PY pre_train.py "${vae[@]}"
+[ "$what" != real ] || $PY pre_train.py "${vae[@]}" --epochs 16 --adversarial 1 # a sharper decoder for the same latents
 $PY train.py "${unet[@]}"
 $PY evaluate.py --run "$what" --data "$DATA" --no-training-pictures --wandb disabled
 $PY benchmarks/ship.py --run "$what" --out $out --data "$DS" --notes "$notes" --commands "bash benchmarks/pretrained.sh $what"

@@ -1,8 +1,8 @@
 """Which choices pay: VAE, U-Net, grids and samplers, each trained and scored on the same people (docs/results.md).
 
-python benchmarks/quality.py vae|unet|samplers|students --data DIR. Rows go to docs/results/quality-WHAT.json as they are
-measured; the same command again goes on, and two of them at once share the work (--part 0 --parts 2).
-`tables` prints the rows that are there as Markdown.
+python benchmarks/quality.py vae|unet|samplers|students --data DIR. Rows go to docs/results/quality-WHAT.json as they
+are measured; the same command again goes on, and two of them at once share the work (--part 0 --parts 2). `tables`
+prints the rows that are there as Markdown.
 """
 
 from __future__ import annotations
@@ -208,14 +208,16 @@ class Quality:
         (home / "vae" / "best.safetensors").write_bytes(vae.read_bytes())
         return script("train.py", "small", *self.flags(name), "--epochs", epochs, "--sample-every", epochs, *flags)
 
-    def generated(self, name: str, run: str, timesteps: list[int], solver: str, eta: float = 0.0, **facts) -> None:
-        """Draw from a run's final weights, score, and put the row down. Half the images take a thousand steps."""
+    def generated(
+        self, name: str, run: str, timesteps: list[int], solver: str, eta: float = 0.0, n: int = 0, **facts: object
+    ) -> None:
+        """Draw n images from a run's final weights, score them, and put the row down."""
         if self.table.has(name):
             return
         model, vae, _, _ = load_run(Path(self.cfg.checkpoints) / run, "final", self.device, "auto")
         model.amp_dtype = pick_amp_dtype("auto", self.device)
         drawer = Drawer(model, vae, 64, timesteps=timesteps, solver=solver, eta=eta)
-        n = self.cfg.num_images if len(timesteps) < 100 else self.cfg.num_images // 2
+        n = n or self.cfg.num_images
         images, z, speed = draw(drawer, n)
         self.show(name, images.pixels)
         spread = z.std((0, 2, 3))  # training latents have 1
@@ -361,10 +363,14 @@ def study_samplers(q: Quality) -> None:
         if run == "full-v-seed0":
             plans += [("logsnr", 5, "dpm++2m", 0), ("logsnr", 20, "dpm++2m", 0), ("logsnr", 50, "ddim", 0)]
             plans += [("uniform", 10, "dpm++2m", 0), ("nonuniform", 10, "dpm++2m", 0), ("nonuniform", 10, "ddim", 0)]
-            plans += [("full", 1000, "ddim", 1)]
         for grid, steps, solver, eta in plans:
             name = f"{run}/{grid}-{steps}-{solver}" + f"-eta{eta}" * bool(eta)
             q.generated(name, run, make_grid(grid, steps, abar).tolist(), solver, float(eta), trained_on=own["grid"])
+        if run == "full-v-seed0":  # a thousand steps take half the images, and ten steps as many beside them
+            half = q.cfg.num_images // 2
+            for grid, steps, solver, eta in (("logsnr", 10, "dpm++2m", 0), ("full", 1000, "ddim", 1)):
+                name, timesteps = f"{run}/{grid}-{steps}-{solver}, {half} images", make_grid(grid, steps, abar).tolist()
+                q.generated(name, run, timesteps, solver, float(eta), half, trained_on="full")
 
 
 def study_students(q: Quality) -> None:
