@@ -52,7 +52,7 @@ from utils import (
     training_cost,
     visit,
 )
-from vae import VAE, PatchDiscriminator, adversarial_gradient, hinge_loss, vae_loss
+from vae import VAE, PatchDiscriminator, adversarial_gradient, hinge_loss, load_vae, vae_loss
 
 
 def augment(x: Tensor, u: Tensor, cfg: PretrainConfig) -> Tensor:
@@ -178,6 +178,9 @@ def main(cfg: PretrainConfig) -> None:
             return ranks.close()
         print(f"resuming {folder} at epoch {step / steps_per_epoch:.2f}")
     ranks.check_same(fingerprint, step)
+    # Where a finished run goes on: its latents, which a resting encoder does not change.
+    done_before = state is not None and (folder / "final.safetensors").exists()
+    measured = load_vae(folder / "final.safetensors", device)[0] if done_before else None
 
     train.images, val.images = fit(train.images, device), fit(val.images, device)
     meta = {"kind": "vae", "model": vae.config, "classes": train.classes, "config": asdict(cfg), "commit": git_commit()}
@@ -295,6 +298,8 @@ def main(cfg: PretrainConfig) -> None:
         if name == "best":
             module.load_state_dict(tensors)
         module.eval().measure_latents(train.batches(cfg.batch_size, device, ranks.share), ranks.sum)
+        if measured and measured.latent_hash() == module.latent_hash():  # to the last bit what a U-Net was trained on
+            module.load_state_dict({k: v for k, v in measured.state_dict().items() if "latent" in k}, strict=False)
         if ranks.main:
             save_weights(folder / f"{name}.safetensors", module, facts)
     print(f"latents: mean {rounded(module.latent_mean)}, deviation {rounded(module.latent_std)} per channel")

@@ -194,10 +194,9 @@ def test_a_decoder_trained_further_keeps_its_latents_and_its_unet(phantoms: Path
     run("pre_train.py", *home, *TINY_VAE, *ADVERSARIAL, *sharper)
     after = load_file(vae)
     for name in before:
-        same = (before[name] == after[name]).all()
-        assert same if name.startswith("encoder") else True, name
+        if not name.startswith("decoder"):
+            assert (before[name] == after[name]).all(), name
     assert any((before[name] != after[name]).any() for name in before if name.startswith("decoder"))
-    np.testing.assert_allclose(before["latent_std"], after["latent_std"], rtol=1e-5)
     run("predict.py", *x, tmp_path / "after")  # the U-Net is still a pair with it
     a, b = (next(iter(images(tmp_path / name).values())) for name in ("before", "after"))
     assert not np.array_equal(a, b)
