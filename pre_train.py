@@ -165,14 +165,15 @@ def main(cfg: PretrainConfig) -> None:
     if state:
         check_same_run(cfg, fingerprint, state, folder)
         if bool(cfg.adversarial) != ("judge" in state):
-            raise UserError(
-                f"{folder} was started {'with' if 'judge' in state else 'without'} a discriminator: so go on"
-            )
+            how = "with" if "judge" in state else "without"
+            raise UserError(f"{folder} was started {how} a discriminator: go on with it so, or start over with --fresh")
         for name, part in parts.items():
             part.load_state_dict(state[name])
         if cfg.schedule == "cosine":  # --epochs may be new
             schedule.total_steps, schedule.warmup_steps = total, max(1, round(0.05 * total))
         step, evaluated, best, sums = state["step"], state["evaluated"], state["best"], state["sums"].to(device)
+        if step > state.get("fooling_from", step):  # an encoder that rests goes on resting, whatever --epochs is now
+            fooling_from = state["fooling_from"]
         if step >= total and (folder / "final.safetensors").exists():
             print(f"{folder} is finished: {cfg.epochs} epochs; more with --epochs, again with --fresh")
             return ranks.close()
@@ -208,7 +209,7 @@ def main(cfg: PretrainConfig) -> None:
             save_weights(folder / "best.safetensors", *champion)
             champion = None
         saved = {name: part.state_dict() for name, part in parts.items()}
-        numbers = {"step": step, "evaluated": evaluated, "best": best, "sums": sums.cpu()}
+        numbers = {"step": step, "evaluated": evaluated, "best": best, "sums": sums.cpu(), "fooling_from": fooling_from}
         save_state(folder / "last.pt", {**saved, **numbers, "config": asdict(cfg), "data": fingerprint})
 
     bar, clock, clock_step, saved_at = progress_bar(total * batch, step * batch), time.time(), step, time.time()
