@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -63,8 +64,13 @@ def test_shares_and_portions_are_the_whole_once(n: int, size: int, micro: int):
         return ranks
 
     class Network:
-        def no_sync(self) -> str:
-            return "alone"
+        alone = False
+
+        @contextmanager
+        def no_sync(self) -> Iterator[None]:
+            self.alone = True
+            yield
+            self.alone = False
 
     rows = [i for r in range(size) for i in range(n)[rank(r).share(n)]]
     assert rows == list(range(n)) and (not n or rank(0).share(n).stop > 0)
@@ -74,10 +80,14 @@ def test_shares_and_portions_are_the_whole_once(n: int, size: int, micro: int):
     values, mean = torch.arange(float(n)).square(), 0.0
     for r in range(size):
         mine, passes = values[rank(r).share(n)], []
-        for part, weight, passing in rank(r).portions(n, micro, Network()):
+        networks = Network(), Network()
+        for part, weight, passing in rank(r).portions(n, micro, *networks):
             assert 0 < len(mine[part]) <= micro
             mean += weight * mine[part].mean().item() / size
-            passes.append(passing == "alone")
+            with passing:
+                passes.append(networks[0].alone)
+                assert networks[1].alone == networks[0].alone
+            assert not networks[0].alone
         # the last portion of each rank carries the gradients
         assert passes == ([size > 1] * (len(passes) - 1) + [False] if passes else [])
     assert mean == pytest.approx(values.mean().item() if n else 0.0)
