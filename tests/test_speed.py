@@ -230,7 +230,8 @@ def test_peers_are_matched_in_size(preset: str, peer: str):
 
 
 @pytest.mark.parametrize(
-    "name", ["train_step", "train_epoch", "sample", "data", "scale", "profile_step", "evidence", "quality", "ship"]
+    "name",
+    ["train_step", "train_epoch", "sample", "data", "scale", "profile_step", "evidence", "quality", "peers", "ship"],
 )
 def test_benchmarks_explain_themselves(name: str):
     done = subprocess.run(
