@@ -31,7 +31,7 @@ def test_plain_predict_draws_brains_from_the_repository_alone(tmp_path: Path):
     found = anatomy.measure(drawn)
     # the training slices of ds002748 cover 0.27 to 0.40 of the picture
     assert (found["brain_area"] > 0.24).all() and (found["brain_area"] < 0.45).all()
-    assert (drawn[:, :8] == 0).mean() > 0.99 and drawn.std() > 40  # black around, bright inside
+    assert drawn[:, :8].mean() < 3 and drawn.std() > 40  # dark around, bright inside
     assert np.abs(drawn[0].astype(int) - drawn[1]).mean() > 5  # and not one and the same
 
 
