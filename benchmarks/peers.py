@@ -29,6 +29,7 @@ from utils import (
     describe_hardware,
     git_commit,
     image_grid,
+    make_ema,
     pick_amp_dtype,
     pick_device,
     png_bytes,
@@ -163,10 +164,9 @@ class Peer:
 
     def train_unet(self, latents: Callable[[], Tensor], seconds: float, lr: float) -> int:
         """Images seen in that time; the averaged weights, where the peer averages, are what is left."""
-        from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
         optimizer, seen, start = torch.optim.AdamW(self.unet.parameters(), lr), 0, time.time()
-        ema = AveragedModel(self.unet, multi_avg_fn=get_ema_multi_avg_fn(self.ema_decay)) if self.ema_decay else None
+        # With a warm-up, as diffusers' own has: a plain 0.999 would still hold the first, random weights after minutes.
+        ema = make_ema(self.unet, self.ema_decay) if self.ema_decay else None
         while time.time() - start < seconds:
             z = latents()
             noise, t = torch.randn_like(z), torch.randint(0, 1000, (len(z),), device=z.device)
