@@ -300,6 +300,7 @@ UNETS = {
     "twice as wide": ["--channels", "128", "256"],
 }
 SMALL_UNET = ["--channels", 64, 128, "--ema-decay", "0.9985", "--grid", "logsnr"]
+TRAINED_ALREADY = {"base": "full-v-seed0", "eps": "full-eps"}  # by the samplers' question
 
 
 def not_rotated(path: Path, out: Path) -> Path:
@@ -314,21 +315,20 @@ def not_rotated(path: Path, out: Path) -> Path:
 
 
 def study_unet(q: Quality) -> None:
-    """Each U-Net on the same latents."""
+    """Each U-Net on the same latents, trained on the full grid and drawn from in ten steps."""
     for name in q.mine(list(UNETS)):
-        run = f"unet-{name.replace(' ', '-')}"
-        flags, vae_file = [*SMALL_UNET, *UNETS[name]], Path(q.cfg.vae_run) / "vae" / "best.safetensors"
+        run = TRAINED_ALREADY.get(name, f"unet-{name.replace(' ', '-')}")
+        flags, vae_file = [*SMALL_UNET, "--grid", "full", *UNETS[name]], Path(q.cfg.vae_run) / "vae" / "best.safetensors"
         if name == "latents not rotated":
             vae_file = not_rotated(vae_file, Path(q.cfg.checkpoints) / "not-rotated" / "vae" / "best.safetensors")
         seconds = q.unet(run, vae_file, q.cfg.epochs or 16, *flags)
         model, _, meta, _ = load_run(Path(q.cfg.checkpoints) / run, "final", q.device)
-        timesteps = model.scheduler.timesteps.tolist()
         facts = {
             "loss_val": round(meta["metrics"]["loss/val"], 4),
             "loss_train": round(meta["metrics"]["loss/train"], 4),
         }
         parameters = sum(p.numel() for p in model.parameters())
-        q.generated(name, run, timesteps, "dpm++2m", parameters=parameters, seconds=round(seconds), **facts)
+        q.generated(name, run, model.scheduler.fast_timesteps, "dpm++2m", parameters=parameters, seconds=round(seconds), **facts)
 
 
 # (run, its flags): what the sampler table is made of. Several seeds where the question is close.
