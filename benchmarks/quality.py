@@ -318,7 +318,8 @@ def study_unet(q: Quality) -> None:
     """Each U-Net on the same latents, trained on the full grid and drawn from in ten steps."""
     for name in q.mine(list(UNETS)):
         run = TRAINED_ALREADY.get(name, f"unet-{name.replace(' ', '-')}")
-        flags, vae_file = [*SMALL_UNET, "--grid", "full", *UNETS[name]], Path(q.cfg.vae_run) / "vae" / "best.safetensors"
+        flags = [*SMALL_UNET, "--grid", "full", *UNETS[name]]
+        vae_file = Path(q.cfg.vae_run) / "vae" / "best.safetensors"
         if name == "latents not rotated":
             vae_file = not_rotated(vae_file, Path(q.cfg.checkpoints) / "not-rotated" / "vae" / "best.safetensors")
         seconds = q.unet(run, vae_file, q.cfg.epochs or 16, *flags)
@@ -327,8 +328,8 @@ def study_unet(q: Quality) -> None:
             "loss_val": round(meta["metrics"]["loss/val"], 4),
             "loss_train": round(meta["metrics"]["loss/train"], 4),
         }
-        parameters = sum(p.numel() for p in model.parameters())
-        q.generated(name, run, model.scheduler.fast_timesteps, "dpm++2m", parameters=parameters, seconds=round(seconds), **facts)
+        facts |= {"parameters": sum(p.numel() for p in model.parameters()), "seconds": round(seconds)}
+        q.generated(name, run, model.scheduler.fast_timesteps, "dpm++2m", **facts)
 
 
 # (run, its flags): what the sampler table is made of. Several seeds where the question is close.
