@@ -295,6 +295,41 @@ class CheckConfig:
     """Correlation of two thumbnails above which they count as one picture."""
 
 
+@dataclass(frozen=True)
+class SliceConfig:
+    """Cut volumes (NIfTI, DICOM series) into slices, laid out as training data. The same command again goes on.
+
+    Slices have square pixels, front or top upwards, the patient's right on the left side. OUT/volumes.csv says what
+    became of every volume and why one was left out.
+    """
+
+    volumes: Annotated[str, tyro.conf.Positional]
+    """Folder with .nii, .nii.gz and folders of DICOM files, at any depth."""
+    out: Annotated[str, tyro.conf.Positional]
+    """Folder to write to: OUT/SPLIT/CLASS/SCAN_SLICE.png. New, or this command's own."""
+    table: str = ""
+    """CSV as LONI exports it, with the columns Subject, Group and Image Data ID: classes and patients."""
+    groups: tuple[str, ...] = ()
+    """Groups of the table to keep, e.g. AD CN. Default: all."""
+    class_name: str = "all"
+    """Class of all volumes, where there is no table."""
+    split: Literal["train", "val", "test"] = "train"
+    """Side of the split. Without val/, training sets people of train/ aside by itself."""
+    plane: Literal["axial", "coronal", "sagittal"] = "axial"
+    """Plane of the slices."""
+    range: tuple[float, float] | None = None
+    """First and last position in mm. Axial: below the top of the head (default 44 75, as measured on brains without a
+    skull; add about 12 with one). Coronal: in front of the middle of the head; sagittal: right of it (-16 15)."""
+    spacing: float = 1.0
+    """Millimetres from slice to slice."""
+    pixel_size: float | None = None
+    """Side of a pixel in mm. Default: the smallest side of the volume's voxels."""
+    window: tuple[float, float] = (0.5, 99.5)
+    """Percentiles of the brain's intensities that become black and white."""
+    workers: int = 0
+    """Volumes at a time. 0: one per core, at most 8."""
+
+
 # The recipe of the first version at 256² is `adni`; every script's defaults are that preset.
 PRESETS: dict[str, dict[type, dict]] = {
     "adni": {},
@@ -339,6 +374,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "beta_end": (1e-9, 0.5),
     "teacher_steps": (1, 999), "trajectories": (16, 10**8), "perplexity": (1, 10**6), "max_slices": (10, 10**9),
     "count": (10, 10**6), "resamples": (10, 10**5),
+    "range": (-1000, 1000), "spacing": (0.01, 100), "pixel_size": (0.05, 20), "window": (0, 100), "workers": (0, 256),
 }  # fmt: skip
 
 
@@ -356,6 +392,11 @@ def parse(config: type[Config], argv: list[str] | None = None) -> Config:
     name = os.path.basename(sys.argv[0]) or "script"
     about = f"{config.__doc__}\n\nusage: python {name} [{'|'.join(PRESETS)}] [--flag value ...]   (no preset: adni)"
     cfg = tyro.cli(config, default=default, args=argv, prog=f"python {name} {preset}", description=about)
+    return within_limits(cfg)
+
+
+def within_limits(cfg: Config) -> Config:
+    """The same, if every number is within LIMITS; else one sentence and exit code 2."""
     for key, value in vars(cfg).items():
         if wrong := outside_limits(key, value):
             print(f"error: --{key.replace('_', '-')} {wrong}", file=sys.stderr)
@@ -396,10 +437,16 @@ def check_arguments(make: Callable, given: object) -> dict[str, Any]:
     return given
 
 
-def parse_check(argv: list[str] | None = None) -> CheckConfig:
-    """The command line of `python dataset.py check DIR`."""
+def parse_dataset(argv: list[str] | None = None) -> CheckConfig | SliceConfig:
+    """The command line of `python dataset.py check DIR` and `python dataset.py slice VOLUMES OUT`."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["check"]:
-        return tyro.cli(CheckConfig, args=argv[1:], prog="python dataset.py check", description=CheckConfig.__doc__)
-    print("usage: python dataset.py check DIR [--flag value ...]   (check --help says more)")
+    kinds = {"check": CheckConfig, "slice": SliceConfig}
+    if argv[:1] and argv[0] in kinds:
+        kind, prog = kinds[argv[0]], f"python dataset.py {argv[0]}"
+        return within_limits(tyro.cli(kind, args=argv[1:], prog=prog, description=kind.__doc__))
+    print(
+        "usage: python dataset.py check DIR          looks a data folder over\n"
+        "       python dataset.py slice VOLUMES OUT  cuts NIfTI and DICOM volumes into slices\n"
+        "(check --help and slice --help say more)"
+    )
     raise SystemExit(0 if argv[:1] in (["--help"], ["-h"]) else 2)

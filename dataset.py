@@ -1,10 +1,11 @@
-"""Slices from folders, split by person, decoded once. `python dataset.py check DIR` looks a folder over."""
+"""Slices from folders, split by person, decoded once.
+
+`python dataset.py check DIR` looks a folder over, `python dataset.py slice VOLUMES OUT` makes one (volumes.py).
+"""
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import os
 import re
@@ -16,20 +17,20 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import CheckConfig, DataConfig, check_arguments, parse_check
+from config import CheckConfig, DataConfig, SliceConfig, check_arguments, parse_dataset
 
 # Of a file whose header claims more, nothing is decoded. OpenCV reads its limit, else gigabytes, when it is imported.
 MAX_PIXELS = 2**25
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_PIXELS))
 
 if __name__ == "__main__":
-    cfg = parse_check()  # before torch is imported, so that --help answers at once
+    cfg = parse_dataset()  # before torch is imported, so that --help answers at once
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from utils import UserError, is_folder_name, progress_bar, run_script, visit, write_atomic
+from utils import UserError, is_folder_name, progress_bar, read_table, run_script, visit, write_atomic
 
 IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 SPLITS = ("train", "val", "test")
@@ -168,22 +169,6 @@ def scan(root: Path, subject_regex: str) -> list[Slice]:
 def read_patients(path: Path) -> dict[str, str]:
     """ROOT/subjects.csv (scan,patient): which scans belong to one patient. Empty if there is no such file."""
     return {r["scan"]: r["patient"] for r in read_table(path, "scan", "patient")} if path.exists() else {}
-
-
-def read_table(path: Path, *columns: str) -> list[dict[str, str]]:
-    """Rows of a CSV file in which these columns are filled; UserError says what is wrong with it."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # as spreadsheets write it, too
-        table = csv.DictReader(io.StringIO(text, newline=""))
-        rows, head = list(table), table.fieldnames or []
-    except (UnicodeDecodeError, csv.Error) as e:
-        raise UserError(f"{path} is no table of comma-separated values in UTF-8 ({e}): mend or remove it") from None
-    if not {*columns} <= {*head}:
-        raise UserError(f"{path} needs the columns {','.join(columns)}; it has {repr(head)[1:-1][:100]}")
-    for n, row in enumerate(rows, 1):
-        if not all(row[c] and "\0" not in row[c] for c in columns):
-            raise UserError(f"{path} lacks {' or '.join(columns)} in row {n:,} below the head: mend it")
-    return rows
 
 
 def find_overlap(slices: Sequence[Slice]) -> dict[str, tuple[Slice, Slice]]:
@@ -550,5 +535,13 @@ def check(cfg: CheckConfig) -> None:
     print("fit for training")
 
 
+def main(cfg: CheckConfig | SliceConfig) -> None:
+    if isinstance(cfg, CheckConfig):
+        return check(cfg)
+    from volumes import slice_volumes
+
+    slice_volumes(cfg)
+
+
 if __name__ == "__main__":
-    run_script(check, cfg)
+    run_script(main, cfg)

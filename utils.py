@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import io
 import json
@@ -511,10 +512,10 @@ def file_hash(path: Path) -> str:
 # Bars, logs, and what goes on record
 
 
-def progress_bar(total: int, done: int = 0, what: str = "") -> tqdm:
+def progress_bar(total: int, done: int = 0, what: str = "", unit: str = " images") -> tqdm:
     """A bar in images, with images/s and time left; in a log file, where it cannot redraw itself, once a minute."""
     return tqdm(
-        total=total, initial=done, desc=what or None, unit=" images", unit_scale=total >= 10_000, dynamic_ncols=True,
+        total=total, initial=done, desc=what or None, unit=unit, unit_scale=total >= 10_000, dynamic_ncols=True,
         smoothing=0.05, mininterval=0.5 if sys.stderr.isatty() else 60, leave=not what, delay=0.5,
         disable=job_ranks()[0] > 0,
     )  # fmt: skip
@@ -625,6 +626,22 @@ def read_jsonl(path: Path) -> list[dict]:
         except (ValueError, RecursionError):
             continue
         rows += [row] if is_row(row) else []
+    return rows
+
+
+def read_table(path: Path, *columns: str) -> list[dict[str, str]]:
+    """Rows of a CSV file in which these columns are filled; UserError says what is wrong with it."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # as spreadsheets write it, too
+        table = csv.DictReader(io.StringIO(text, newline=""))
+        rows, head = list(table), table.fieldnames or []
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise UserError(f"{path} is no table of comma-separated values in UTF-8 ({e}): mend or remove it") from None
+    if not {*columns} <= {*head}:
+        raise UserError(f"{path} needs the columns {','.join(columns)}; it has {repr(head)[1:-1][:100]}")
+    for n, row in enumerate(rows, 1):
+        if not all(row[c] and "\0" not in row[c] for c in columns):
+            raise UserError(f"{path} lacks {' or '.join(columns)} in row {n:,} below the head: mend it")
     return rows
 
 

@@ -15,6 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import matplotlib.backends.backend_agg
 import matplotlib.figure  # noqa: F401
+import nibabel  # noqa: F401
+import pydicom  # noqa: F401
+import scipy.ndimage  # noqa: F401
 import torch._dynamo  # noqa: F401 (every optimiser asks for it)
 import torchmetrics.functional.image  # noqa: F401
 
@@ -22,6 +25,7 @@ import evidence  # noqa: F401
 import features  # noqa: F401
 import predict  # noqa: F401
 import train  # noqa: F401
+import volumes  # noqa: F401
 
 
 def serve() -> dict:

@@ -1,0 +1,409 @@
+"""python dataset.py slice: made volumes, whole and damaged, in any orientation."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import nibabel
+import numpy as np
+import pytest
+from conftest import ROOT, run, run_any, start
+from scipy.spatial.transform import Rotation
+
+SHAPE = np.array([80, 96, 80])
+VOXEL = 2.4
+
+
+def head(world: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Intensities at world coordinates [..., 3]: a skull, a brain with folds, and a bright spot front right.
+
+    Its top is at z = 85; the spot lies 60 mm below, 30 mm to the right and 35 mm in front of the middle.
+    """
+    x, y, z = np.moveaxis(world, -1, 0)
+    outer, inner = ((x / a) ** 2 + (y / b) ** 2 + (z / b) ** 2 for a, b in ((72, 85), (62, 75)))
+    folds = 60 + 12 * np.sin(x / 9 + seed) * np.cos(y / 11) * np.cos(z / 8)
+    spot = 60 * np.exp(-((x - 30) ** 2 + (y - 35) ** 2 + (z - 25) ** 2) / 72)
+    return np.where(outer > 1, 0, np.where(inner > 1, 90, folds + spot)).astype(np.float32)
+
+
+def sampled(affine: np.ndarray, shape: np.ndarray, seed: int = 0) -> np.ndarray:
+    index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
+    return head(index @ affine[:3, :3].T + affine[:3, 3], seed)
+
+
+def upright(voxel: float | tuple[float, float, float] = VOXEL, shape: np.ndarray = SHAPE) -> np.ndarray:
+    """Affine of a RAS grid around the origin."""
+    affine = np.diag([*np.broadcast_to(voxel, 3), 1.0])
+    affine[:3, 3] = -affine[:3, :3] @ ((np.asarray(shape) - 1) / 2)
+    return affine
+
+
+def write_nifti(path: Path, voxels: np.ndarray, affine: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(voxels, affine), path)
+    return path
+
+
+def write_dicom(
+    folder: Path, voxels: np.ndarray, affine: np.ndarray, patient: str = "P1", series: int = 1
+) -> list[Path]:
+    """Slices along the last axis; affine in RAS, as NIfTI has it."""
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lps = np.diag([-1.0, -1, 1, 1]) @ affine
+    sizes = np.linalg.norm(lps[:3, :3], axis=0)
+    paths = []
+    for k in range(voxels.shape[2]):
+        meta = FileMetaDataset()
+        meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID = MRImageStorage, ExplicitVRLittleEndian
+        meta.MediaStorageSOPInstanceUID = f"1.2.3.{series}.{k + 1}"
+        ds = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
+        ds.SOPClassUID, ds.SOPInstanceUID = MRImageStorage, meta.MediaStorageSOPInstanceUID
+        ds.PatientID, ds.SeriesInstanceUID, ds.SeriesNumber, ds.Modality = patient, f"1.2.3.{series}", series, "MR"
+        ds.Rows, ds.Columns = voxels.shape[:2]
+        ds.PixelSpacing = [f"{sizes[0]:.6f}", f"{sizes[1]:.6f}"]
+        along = [*lps[:3, 1] / sizes[1], *lps[:3, 0] / sizes[0]]
+        ds.ImageOrientationPatient = [f"{v:.8f}" for v in along]
+        ds.ImagePositionPatient = [f"{v:.6f}" for v in lps[:3, 3] + k * lps[:3, 2]]
+        ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
+        ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 16, 15, 0
+        ds.RescaleSlope, ds.RescaleIntercept = "0.01", "0"
+        ds.PixelData = (voxels[:, :, k] * 100).round().astype("<u2").tobytes()
+        path = folder / f"{k * 7 % 100:02d}-{k}-{affine[0, 0]:.1f}.dcm"  # named in another order than they lie
+        ds.save_as(path, enforce_file_format=True)
+        paths.append(path)
+    return paths
+
+
+def slices(out: Path) -> dict[str, dict[int, np.ndarray]]:
+    """Images by scan and number."""
+    found: dict[str, dict[int, np.ndarray]] = {}
+    for path in sorted(out.glob("t*/*/*.png")):
+        scan, _, number = path.stem.rpartition("_")
+        found.setdefault(scan, {})[int(number)] = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    return found
+
+
+def table(out: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((out / "volumes.csv").open()))
+
+
+def reordered(voxels: np.ndarray, affine: np.ndarray, order: tuple[int, int, int], flips: tuple[int, ...]) -> tuple:
+    """The same volume as another scanner stores it: axes in another order, some backwards."""
+    change = np.zeros((4, 4))
+    change[3, 3] = 1
+    for new, old in enumerate(order):
+        change[old, new] = -1 if new in flips else 1
+        change[old, 3] = voxels.shape[old] - 1 if new in flips else 0
+    return np.ascontiguousarray(np.flip(voxels.transpose(order), flips)), affine @ change
+
+
+ORDERS = {"axial": ((0, 1, 2), ()), "coronal": ((0, 2, 1), (0, 2)), "sagittal": ((1, 2, 0), (1,))}
+
+
+@pytest.mark.parametrize("plane", ["axial", "coronal", "sagittal"])
+def test_the_same_slices_however_the_volume_is_stored(tmp_path: Path, plane: str):
+    """NIfTI and DICOM in three orders of axes give the same pixels; an oblique volume, to within interpolation."""
+    affine, inputs = upright(), tmp_path / "in"
+    voxels = sampled(affine, SHAPE)
+    for name, (order, flips) in ORDERS.items():
+        write_nifti(inputs / f"nifti{name}.nii.gz", *reordered(voxels, affine, order, flips))
+        write_dicom(inputs / f"dicom{name}", *reordered(voxels, affine, order, flips))
+    tilted = np.eye(4)
+    tilted[:3, :3] = Rotation.from_euler("xyz", [9, -6, 12], degrees=True).as_matrix()
+    fine = np.array([140, 150, 140])
+    write_nifti(inputs / "oblique.nii", sampled(tilted @ upright(1.4, fine), fine), tilted @ upright(1.4, fine))
+    where = ["--range", 36, 72] if plane == "axial" else ["--range", -14, 34]
+    run(
+        "dataset.py",
+        "slice",
+        inputs,
+        tmp_path / "out",
+        "--plane",
+        plane,
+        *where,
+        "--spacing",
+        12,
+        "--pixel-size",
+        VOXEL,
+    )
+    found = slices(tmp_path / "out")
+    assert len(found) == 7
+    reference = found.pop("niftiaxial")
+    assert list(reference) == list(range(4 if plane == "axial" else 5))
+    oblique = found.pop("oblique")
+    for scan, images in found.items():
+        for k, image in images.items():
+            assert np.abs(image.astype(int) - reference[k]).max() <= (0 if "nifti" in scan else 1), (scan, k)
+    h, w = reference[0].shape
+    for k, image in oblique.items():  # its own grid is larger: the middles lie on one another
+        y, x = (image.shape[0] - h) // 2, (image.shape[1] - w) // 2
+        best = min(
+            np.mean(np.abs(image[y + i : y + i + h, x + j : x + j + w].astype(float) - reference[k]))
+            for i in (-1, 0, 1, 2)
+            for j in (-1, 0, 1, 2)
+        )
+        assert best < 12, k  # of 255; edges of the skull, half a pixel off, are most of it
+    # Front or top upwards, the patient's right (in a sagittal slice, the front) on the left side: the spot tells.
+    down, right = {"axial": (35, 30), "coronal": (25, 30), "sagittal": (25, 35)}[plane]
+    image, middle = reference[4 if plane != "axial" else 2].astype(float), (np.array([h, w]) - 1) / 2
+    corners = {
+        (i, j): image[round(middle[0] + i * down / VOXEL), round(middle[1] + j * right / VOXEL)]
+        for i in (-1, 1)
+        for j in (-1, 1)
+    }
+    assert max(corners, key=corners.get) == (-1, -1)
+
+
+def test_positions_and_pixels_are_millimetres(tmp_path: Path):
+    """Anisotropic voxels do not stretch the head, and --range counts from its top."""
+    shape = np.array([190, 60, 110])
+    affine = upright((1.0, 3.2, 1.7), shape)
+    write_nifti(tmp_path / "in/a.nii.gz", sampled(affine, shape), affine)
+    run("dataset.py", "slice", tmp_path / "in", tmp_path / "out", "--range", "20", "85", "--spacing", "65")
+    images = slices(tmp_path / "out")["a"]
+    for k, below in ((0, 20), (1, 85)):
+        z = 85 - below
+        wide = 2 * 72 * np.sqrt(1 - (z / 85) ** 2)
+        long = 2 * 85 * np.sqrt(1 - (z / 85) ** 2)
+        rows, columns = (np.flatnonzero((images[k] > 60).any(axis)) for axis in (1, 0))
+        assert np.ptp(columns) == pytest.approx(wide, abs=5)
+        assert np.ptp(rows) == pytest.approx(long, abs=6)
+    run("dataset.py", "slice", tmp_path / "in", tmp_path / "two", "--range", "20", "85", "--pixel-size", "2")
+    assert abs(slices(tmp_path / "two")["a"][0].shape[0] * 2 - images[0].shape[0]) <= 2
+
+
+def test_window_is_of_the_brain(tmp_path: Path):
+    """Twice the gain and a bright skull change nothing; --window sets black and white."""
+    affine = upright()
+    voxels = sampled(affine, SHAPE)
+    bright = np.where(voxels == 90, 250, voxels)
+    write_nifti(tmp_path / "in/a.nii", voxels, affine)
+    write_nifti(tmp_path / "in/b.nii", bright * 7, affine)
+    run("dataset.py", "slice", tmp_path / "in", tmp_path / "out", "--spacing", "10")
+    a, b = (slices(tmp_path / "out")[scan] for scan in "ab")
+    inner = slice(30, 50)
+    for k in a:
+        assert np.abs(a[k][inner, inner].astype(int) - b[k][inner, inner]).max() <= 1
+    run("dataset.py", "slice", tmp_path / "in", tmp_path / "hard", "--spacing", "10", "--window", "40", "60")
+    hard = slices(tmp_path / "hard")["a"][0][inner, inner]
+    assert np.mean((hard == 0) | (hard == 255)) > 0.7
+
+
+def make(kind: str, folder: Path) -> None:
+    """A volume that cannot be used."""
+    affine = upright()
+    voxels = sampled(affine, SHAPE)
+    whole = gzip.compress(nibabel.Nifti1Image(voxels, affine).to_bytes(), 1)
+    folder.mkdir(parents=True)
+    if kind == "torn":
+        (folder / "a.nii.gz").write_bytes(whole[: len(whole) // 2])
+    elif kind == "flipped":
+        (folder / "a.nii.gz").write_bytes(whole[:-6] + bytes([whole[-6] ^ 1]) + whole[-5:])
+    elif kind == "short":
+        (folder / "a.nii").write_bytes(nibabel.Nifti1Image(voxels, affine).to_bytes()[:-9])
+    elif kind == "nothing":
+        (folder / "a.nii").write_bytes(b"")
+    elif kind == "text":
+        (folder / "a.nii.gz").write_bytes(b"dear reader, " * 50)
+    elif kind == "4-D":
+        write_nifti(folder / "a.nii", np.stack([voxels] * 2, 3), affine)
+    elif kind == "empty":
+        write_nifti(folder / "a.nii", 0 * voxels, affine)
+    elif kind == "flat":
+        write_nifti(folder / "a.nii", 0 * voxels + 7, affine)
+    elif kind == "colour":
+        colour = np.zeros(SHAPE, [("R", "u1"), ("G", "u1"), ("B", "u1")])
+        nibabel.save(nibabel.Nifti1Image(colour, affine), folder / "a.nii")
+    elif kind == "huge":
+        header = bytearray(nibabel.Nifti1Image(voxels, affine).to_bytes())
+        header[42:48] = np.array([30000] * 3, "<i2").tobytes()
+        (folder / "a.nii").write_bytes(header)
+    elif kind == "lying":
+        image = nibabel.Nifti1Image(voxels, None)
+        image.header["sform_code"] = image.header["qform_code"] = 0
+        nibabel.save(image, folder / "a.nii")
+    elif kind == "slab":
+        write_nifti(folder / "a.nii", voxels[:, :, 40:56], affine)
+    elif kind == "freesurfer":
+        (folder / "a.mgz").write_bytes(whole)
+    elif kind == "gap":
+        write_dicom(folder, voxels, affine)[40].unlink()
+    elif kind == "localizer":
+        write_dicom(folder, voxels[:, :, 40:42], affine)
+        write_dicom(folder, *[x[:, :, 40:42] if x.ndim == 3 else x for x in reordered(voxels, affine, (2, 1, 0), ())])
+    elif kind == "repeated":
+        write_dicom(folder, voxels[:, :, :20], affine)
+        for path in [*folder.glob("*.dcm")]:
+            path.with_name("again" + path.name).write_bytes(path.read_bytes())
+    elif kind == "no dicom":
+        (folder / "a.dcm").write_bytes(b"\0" * 128 + b"DICM" + b"rubbish" * 9)
+
+
+REASONS = {
+    "torn": "end-of-stream", "flipped": "CRC", "short": "shorter than its header", "nothing": "", "text": "gzipped",
+    "4-D": "4-D", "empty": "empty", "flat": "one intensity", "colour": "", "huge": "shorter than its header",
+    "lying": "orientation", "slab": "less than a head", "freesurfer": "not read", "gap": "missing",
+    "localizer": "orientations", "repeated": "one position", "no dicom": "",
+}  # fmt: skip
+
+
+def test_what_cannot_be_used_is_said_and_the_rest_goes_on(tmp_path: Path):
+    affine = upright()
+    voxels = sampled(affine, SHAPE)
+    for kind in REASONS:
+        make(kind, tmp_path / "in" / kind)
+    write_nifti(tmp_path / "in/good.nii.gz", voxels, affine)
+    with_holes = voxels.copy()
+    with_holes[voxels == 0] = np.nan
+    write_nifti(tmp_path / "in/nan.nii", with_holes[..., None], affine)
+    write_dicom(tmp_path / "in/dicom", voxels, affine)
+    (tmp_path / "in/dicom/notes.txt").write_text("not a volume")
+    done = run("dataset.py", "slice", tmp_path / "in", tmp_path / "out", "--spacing", "10")
+    rows = {r["source"].split("/")[0]: r for r in table(tmp_path / "out")}
+    for kind, reason in REASONS.items():
+        assert rows[kind]["left_out"] and reason in rows[kind]["left_out"], (kind, rows[kind]["left_out"])
+        assert kind in done.stdout
+    found = slices(tmp_path / "out")
+    assert set(found) == {"good", "nan", "dicom"}
+    for k in found["good"]:
+        assert np.array_equal(found["good"][k], found["nan"][k])
+    assert f"left out: {len(REASONS)} of {len(REASONS) + 3} volumes" in done.stdout
+
+
+LONI = """"Image Data ID","Subject","Group","Sex","Age","Visit","Modality","Description","Type","Acq Date","Format"
+"I100001","002_S_0001","AD","F","78","sc","MRI","MPR; GradWarp","Processed","8/18/2005","NiFTI"
+"I100002","002_S_0001","AD","F","79","m06","MRI","MPR; GradWarp","Processed","3/01/2006","NiFTI"
+"I100003","011_S_0002","CN","M","81","sc","MRI","MPR; GradWarp","Processed","9/10/2005","NiFTI"
+"I100004","011_S_0003","MCI","M","70","sc","MRI","MPR; GradWarp","Processed","9/11/2005","NiFTI"
+"""
+
+
+def test_classes_and_patients_of_a_loni_table(tmp_path: Path):
+    affine = upright()
+    home = tmp_path / "ADNI"
+    paths = [
+        "002_S_0001/MPR/2005-08-18_10_00_00.0/I100001/ADNI_002_S_0001_MR_MPR_Br_20061231_S1_I100001.nii",
+        "002_S_0001/MPR/2006-03-01_10_00_00.0/I100002/ADNI_002_S_0001_MR_MPR_Br_20061231_S2_I100002.nii",
+        "011_S_0002/by-subject.nii",
+        "011_S_0003/MPR/I100004/x.nii",
+        "099_S_9999/MPR/I999999/x.nii",
+    ]
+    for seed, path in enumerate(paths):
+        write_nifti(home / path, sampled(affine, SHAPE, seed), affine)
+    write_dicom(home / "011_S_0002/MPR/2005/I100003", sampled(affine, SHAPE, 9), affine, patient="somebody")
+    (tmp_path / "loni.csv").write_text(LONI)
+    flags = ["--table", tmp_path / "loni.csv", "--groups", "AD", "CN", "--spacing", "10"]
+    run("dataset.py", "slice", home, tmp_path / "out", *flags)
+    assert {p.parent.name for p in (tmp_path / "out/train").glob("*/*.png")} == {"AD", "CN"}
+    patients = dict(csv.reader((tmp_path / "out/subjects.csv").open()))
+    assert patients["I100001"] == patients["I100002"] == "002_S_0001"
+    assert patients["I100003"] == patients["011_S_0002-by-subject"] == "011_S_0002"
+    left = {r["source"].split("/")[0]: r["left_out"] for r in table(tmp_path / "out") if r["left_out"]}
+    assert "MCI" in left["011_S_0003"] and "no row" in left["099_S_9999"]
+    done = run("dataset.py", "check", tmp_path / "out", "--cache", tmp_path / "cache")
+    assert "2 people" in done.stdout and "fit for training" in done.stdout
+    refused = run_any("dataset.py", "slice", home, tmp_path / "o", "--table", tmp_path / "loni.csv", "--groups", "NC")
+    assert refused.returncode == 2 and "no row" in refused.stderr and "NC" in refused.stderr
+
+
+def test_a_hospitals_patient_number_does_not_get_into_the_data_set(tmp_path: Path):
+    affine = upright()
+    for n in (1, 2):
+        write_dicom(tmp_path / f"in/scan{n}", sampled(affine, SHAPE, n), affine, patient="MRN-4711", series=n)
+    run("dataset.py", "slice", tmp_path / "in", tmp_path / "out", "--spacing", "10")
+    assert len({r["patient"] for r in table(tmp_path / "out")}) == 1
+    assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file() and b"4711" in p.read_bytes()]
+
+
+def snapshot(out: Path) -> dict[str, bytes]:
+    return {p.relative_to(out).as_posix(): p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name[0] != "."}
+
+
+def test_the_same_command_goes_on_after_a_kill(tmp_path: Path):
+    affine = upright()
+    for n in range(12):
+        write_nifti(tmp_path / f"in/{n:02d}.nii.gz", sampled(affine, SHAPE, n), affine)
+    command = ["slice", tmp_path / "in", "--spacing", "1", "--workers", "2"]
+    run("dataset.py", *command[:2], tmp_path / "whole", *command[2:])
+    process = start("dataset.py", *command[:2], tmp_path / "out", *command[2:])
+    end = time.time() + 120
+    while not (tmp_path / "out/volumes.csv").exists() and time.time() < end:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait(60)
+    before = len(slices(tmp_path / "out"))
+    assert 0 < before < 12, "killed too late to show anything"
+    # Whoever has slices is known by then.
+    patients = dict(csv.reader((tmp_path / "out/subjects.csv").open()))
+    assert set(slices(tmp_path / "out")) <= set(patients)
+    run("dataset.py", *command[:2], tmp_path / "out", *command[2:])
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
+    # A slice that went is made again, a volume that changed is cut again, and nothing else is touched.
+    gone, kept = (sorted((tmp_path / "out/train/all").glob(f"{n}_*.png"))[0] for n in ("03", "05"))
+    gone.unlink()
+    stamp = kept.stat().st_mtime_ns
+    write_nifti(tmp_path / "in/04.nii.gz", sampled(affine, SHAPE, 99), affine)
+    run("dataset.py", *command[:2], tmp_path / "out", *command[2:])
+    assert gone.exists() and kept.stat().st_mtime_ns == stamp
+    changed = {k for k, v in snapshot(tmp_path / "out").items() if snapshot(tmp_path / "whole").get(k) != v}
+    assert changed and all("04_" in k for k in changed - {"volumes.csv"})
+    refused = run_any("dataset.py", *command[:2], tmp_path / "out", "--spacing", "2")
+    assert refused.returncode == 2 and "--spacing" in refused.stderr
+    assert json.loads((tmp_path / "out/slices.json").read_text())["spacing"] == 1
+
+
+WRONG: dict[str, Callable[[Path], list]] = {
+    "no folder of volumes": lambda p: [p / "nowhere", p / "o"],
+    "holds no volumes": lambda p: [p / "none", p / "o"],
+    "inside of the folder": lambda p: [p / "in", p / "in/o"],
+    "holds other files": lambda p: [p / "in", p / "full"],
+    "--range needs": lambda p: [p / "in", p / "o", "--range", "9", "3"],
+    "--window needs": lambda p: [p / "in", p / "o", "--window", "99", "1"],
+    "--spacing 0": lambda p: [p / "in", p / "o", "--spacing", "0"],
+    "needs the columns": lambda p: [p / "in", p / "o", "--table", p / "full/x.csv"],
+    "are of a table": lambda p: [p / "in", p / "o", "--groups", "AD"],
+    "cannot be the name of a folder": lambda p: [p / "in", p / "o", "--class-name", "../x"],
+    "no slice came out": lambda p: [p / "bad", p / "o"],
+}
+
+
+def test_wrong_commands_end_in_one_sentence(tmp_path: Path):
+    write_nifti(tmp_path / "in/a.nii", sampled(upright(), SHAPE), upright())
+    make("4-D", tmp_path / "bad")
+    (tmp_path / "none").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/x.csv").write_text("a,b\n1,2\n")
+    for sentence, words in WRONG.items():
+        done = run_any("dataset.py", "slice", *words(tmp_path))
+        assert done.returncode == 2 and sentence in done.stderr, (sentence, done.stderr)
+        assert "Traceback" not in done.stderr
+
+
+def test_many_volumes_at_a_time_stay_small(tmp_path: Path):
+    """20 volumes of ADNI's size, 8 at a time, by the memory that the process ever had (benchmarks/data.py: 100)."""
+    shape = np.array([256, 256, 170])
+    whole = write_nifti(
+        tmp_path / "in/00.nii.gz", sampled(upright(1.0, shape), shape).astype(np.int16), upright(1.0, shape)
+    )
+    for n in range(1, 20):
+        (tmp_path / f"in/{n:02d}.nii.gz").hardlink_to(whole)
+    code = "import resource, runpy, sys; runpy.run_path(sys.argv[0], run_name='__main__'); "
+    code += "print('KiB', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    words = [ROOT / "dataset.py", "slice", tmp_path / "in", tmp_path / "out", "--spacing", "8", "--workers", "8"]
+    program = f"import sys; sys.argv = sys.argv[1:]; sys.path.insert(0, {str(ROOT)!r}); {code}"
+    done = subprocess.run([sys.executable, "-c", program, *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(slices(tmp_path / "out")) == 20
+    assert int(done.stdout.split("KiB")[1]) < 2 * 2**20

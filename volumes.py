@@ -1,0 +1,526 @@
+"""Slices of volumes: NIfTI files and DICOM series, in any orientation, into the layout that dataset.py reads."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from config import SliceConfig
+from utils import UserError, is_folder_name, png_bytes, progress_bar, read_table, write_atomic
+
+MAX_BYTES = 2**30  # of a volume, unpacked: a header or an archive that claims more is not believed
+OTHER_FORMATS = (".mgz", ".mgh", ".img", ".mnc", ".nrrd", ".nhdr", ".mha", ".mhd", ".par")
+
+# World axes are RAS+ millimetres: x to the right, y to the front, z upwards. A plane's image runs along `right` and
+# `down`, each a world axis and its sign: what is the patient's right lies on the left, as radiologists look at it.
+PLANES = {
+    "axial": {"across": 2, "right": (0, -1), "down": (1, -1), "range": (44.0, 75.0)},
+    "coronal": {"across": 1, "right": (0, -1), "down": (2, -1), "range": (-16.0, 15.0)},
+    "sagittal": {"across": 0, "right": (1, -1), "down": (2, -1), "range": (-16.0, 15.0)},
+}
+
+
+class Unusable(Exception):
+    """Why a volume is left out."""
+
+
+@dataclass(frozen=True)
+class Volume:
+    """voxels: float32 [I, J, K]; affine: [4, 4], voxel indices to RAS+ millimetres."""
+
+    voxels: np.ndarray
+    affine: np.ndarray
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Sides of a voxel in mm, [3]."""
+        return np.linalg.norm(self.affine[:3, :3], axis=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_nifti(path: Path) -> Volume:
+    """A .nii or .nii.gz file. Unusable says what is wrong with it."""
+    import nibabel
+
+    with gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb") as f:
+        data = f.read(MAX_BYTES + 1)  # to the end, so that an archive's checksum is looked at
+    if len(data) > MAX_BYTES:
+        raise Unusable(f"larger than {MAX_BYTES >> 20} MB")
+    kind = (
+        nibabel.Nifti2Image if 540 in (int.from_bytes(data[:4], e) for e in ("little", "big")) else nibabel.Nifti1Image
+    )
+    image = kind.from_bytes(data)
+    shape = image.shape
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) != 3:
+        raise Unusable(f"{len(shape)}-D ({'x'.join(map(str, shape))}): keep one volume of three dimensions")
+    if not (image.header["sform_code"] or image.header["qform_code"]):
+        raise Unusable("its header says nothing about orientation: set its sform, or convert the DICOM files again")
+    if image.dataobj.offset + np.prod(shape, dtype=object) * image.get_data_dtype().itemsize > len(data):
+        raise Unusable("torn: it is shorter than its header says")
+    return Volume(np.array(image.dataobj, np.float32).reshape(shape), image.affine)
+
+
+def read_dicom(files: Sequence[Path]) -> Iterator[tuple[str, str, Volume | Unusable]]:
+    """(number of the series, patient, volume or why not) for every series among the files of a folder."""
+    import pydicom
+
+    series: dict[str, list] = {}
+    for path in files:
+        try:
+            slice_ = pydicom.dcmread(path)
+            series.setdefault(str(slice_.get("SeriesInstanceUID", "")), []).append(slice_)
+        except Exception as e:  # whatever a damaged file makes of its reader
+            yield "", "", Unusable(f"{path.name} is no DICOM file that can be read ({_reason(e)})")
+    for slices in series.values():
+        number, patient = str(slices[0].get("SeriesNumber", "")), str(slices[0].get("PatientID", ""))
+        try:
+            yield number, patient, stack(slices)
+        except Exception as e:
+            yield number, patient, e if isinstance(e, Unusable) else Unusable(_reason(e))
+
+
+def stack(slices: list) -> Volume:
+    """One series of DICOM slices -> a volume."""
+    if any(int(s.get("NumberOfFrames", 1)) > 1 for s in slices):
+        raise Unusable("many frames in one DICOM file: convert it to NIfTI first (dcm2niix)")
+    if any(
+        "PixelData" not in s or "ImagePositionPatient" not in s or "ImageOrientationPatient" not in s for s in slices
+    ):
+        raise Unusable("a file without pixels or without its position in space")
+    along = np.array([[float(v) for v in s.ImageOrientationPatient] for s in slices])
+    if np.abs(along - along[0]).max() > 1e-3 or len({(s.Rows, s.Columns) for s in slices}) > 1:
+        raise Unusable("slices of several orientations or sizes: a localizer?")
+    if len(slices) < 2:
+        raise Unusable("a single slice")
+    if slices[0].PhotometricInterpretation != "MONOCHROME2":
+        raise Unusable(f"{slices[0].PhotometricInterpretation} pixels, not grey")
+    columns, rows = along[0, :3], along[0, 3:]  # directions in which the column and the row index grow
+    place = np.array([[float(v) for v in s.ImagePositionPatient] for s in slices])
+    depth = place @ np.cross(columns, rows)
+    order = np.argsort(depth)
+    gaps = np.diff(depth[order])
+    if gaps.min() < 1e-3:
+        raise Unusable("several images at one position: 4-D, or two scans in one series")
+    if gaps.max() > 1.05 * gaps.min() + 1e-3:
+        raise Unusable(f"slices are {gaps.min():.2f} to {gaps.max():.2f} mm apart: one is missing")
+    if len(slices) * int(slices[0].Rows) * int(slices[0].Columns) * 4 > MAX_BYTES:
+        raise Unusable(f"larger than {MAX_BYTES >> 20} MB")
+    voxels = np.empty((slices[0].Rows, slices[0].Columns, len(slices)), np.float32)
+    for k, i in enumerate(order):
+        s = slices[i]
+        voxels[:, :, k] = s.pixel_array * float(s.get("RescaleSlope", 1)) + float(s.get("RescaleIntercept", 0))
+        del s.PixelData
+    height, width = (float(v) for v in slices[0].PixelSpacing)
+    affine = np.eye(4)
+    affine[:3, 0], affine[:3, 1] = rows * height, columns * width
+    affine[:3, 2] = (place[order[-1]] - place[order[0]]) / (len(slices) - 1)
+    affine[:3, 3] = place[order[0]]
+    return Volume(voxels, np.diag([-1.0, -1, 1, 1]) @ affine)  # DICOM's x and y run the other way
+
+
+def _reason(e: Exception) -> str:
+    return " ".join(f"{type(e).__name__}: {e}".split())[:200]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cutting
+
+
+@dataclass(frozen=True)
+class Head:
+    """Where the head lies, in world mm: its top, its middle [x, y], and the intensities that become black and white."""
+
+    top: float
+    middle: np.ndarray
+    black: float
+    white: float
+
+
+def find_head(volume: Volume, window: tuple[float, float]) -> Head:
+    """The head is what is brighter than Otsu's threshold; from where a plane of it exceeds 2 cm² it counts.
+
+    The window is taken from what is brighter than zero within 50 mm of a point 75 mm below the top: brain, with or
+    without a skull around it.
+    """
+    import cv2
+
+    voxels = volume.voxels
+    stride = [max(1, int(2 / s)) for s in volume.sizes]
+    coarse = voxels[:: stride[0], :: stride[1], :: stride[2]]
+    peak = np.percentile(coarse, 99.8)
+    if not np.isfinite(peak) or peak <= 0:
+        raise Unusable("empty: no intensity above zero")
+    grey = np.clip(coarse * (255 / peak), 0, 255).astype(np.uint8)
+    threshold = cv2.threshold(grey.reshape(-1, 1), 0, 0, cv2.THRESH_OTSU)[0]
+    index = np.argwhere(grey > threshold / 2) * stride
+    world = index @ volume.affine[:3, :3].T + volume.affine[:3, 3]
+    of_voxel = np.prod(volume.sizes) * np.prod(stride)  # mm³
+
+    def extent(x: np.ndarray, least: float = 200.0) -> tuple[float, float]:
+        bins = np.floor(x.round(3) / 2).astype(int)  # rounded, so that a volume and its mirror image agree
+        counts = np.bincount(bins - bins.min()) * of_voxel / 2  # mm² of a plane
+        filled = np.flatnonzero(counts >= least)
+        if not len(filled):
+            raise Unusable("no head is seen in it")
+        return 2.0 * (filled[0] + bins.min()), 2.0 * (filled[-1] + 1 + bins.min())
+
+    if len(world) * of_voxel < 1e5:
+        raise Unusable(f"no head is seen in it: {len(world) * of_voxel / 1000:.0f} cm³ are brighter than the rest")
+    top = extent(world[:, 2])[1]
+    world = world[world[:, 2] > top - 170]  # neck and shoulders say nothing about the middle
+    middle = np.array([np.mean(extent(world[:, axis])) for axis in (0, 1)])
+    centre = np.array([*middle, top - 75])
+    inside = np.argwhere(coarse > 0) * stride
+    near = np.linalg.norm(inside @ volume.affine[:3, :3].T + volume.affine[:3, 3] - centre, axis=1) < 50
+    values = coarse[coarse > 0][near]
+    if len(values) < 100:
+        raise Unusable("no brain is seen within 50 mm of where it should be")
+    black, white = np.percentile(values, window)
+    if white <= black:
+        raise Unusable("all of its brain has one intensity")
+    return Head(top, middle, float(black), float(white))
+
+
+def cut(volume: Volume, cfg: SliceConfig) -> Iterator[tuple[int, np.ndarray]]:
+    """(number, grey uint8 [H, W]) of every slice that is not black.
+
+    Linear interpolation; where the volume's own planes are parallel to the cut, the nearest whole plane is taken, for
+    half of two neighbours is smoother than either. Pixels larger than voxels are means of finer ones.
+    """
+    import cv2
+    from scipy.ndimage import map_coordinates
+
+    plane = PLANES[cfg.plane]
+    first, last = cfg.range or plane["range"]
+    np.nan_to_num(volume.voxels, copy=False, nan=0, posinf=0, neginf=0)
+    head = find_head(volume, cfg.window)
+    low, high = corners(volume)
+    if (high - low).min() < 60:
+        raise Unusable("it covers {:.0f} x {:.0f} x {:.0f} mm, less than a head".format(*(high - low)))
+
+    across = plane["across"]
+    position = np.arange(first, last + 1e-6, cfg.spacing)
+    position = head.top - position if across == 2 else head.middle[across] + position
+    finest = float(volume.sizes.min())
+    side = cfg.pixel_size or finest
+    finer = max(1, round(side / finest))
+    step, axes = side / finer, []
+    for axis, sign in (plane["down"], plane["right"]):
+        n = int((high[axis] - low[axis]) / step + 1e-3) + 1
+        axes.append((low if sign > 0 else high)[axis] + sign * step * np.arange(n // finer * finer))
+    to_voxel = np.linalg.inv(volume.affine)
+    grid = np.empty((3, len(axes[0]), len(axes[1])))
+    grid[plane["down"][0]], grid[plane["right"][0]] = axes[0][:, None], axes[1][None]
+    own = np.abs(to_voxel[:3, across])  # voxels per mm across the planes
+    parallel = own.max() > 0.9999 * np.linalg.norm(own)
+    for number, mm in enumerate(position):
+        if not low[across] - 1e-3 <= mm <= high[across] + 1e-3:
+            continue
+        grid[across] = mm + 0.01 * parallel  # halfway between two planes is the same side in every orientation
+        index = np.einsum("ij,jhw->ihw", to_voxel[:3, :3], grid) + to_voxel[:3, 3, None, None]
+        if parallel:
+            index[own.argmax()] = np.round(index[own.argmax()])
+        # Rounded, so that a voxel's centre is that voxel and not all but a trillionth of it.
+        image = map_coordinates(volume.voxels, index.round(4), order=1, mode="constant", cval=0.0)
+        if finer > 1:
+            image = cv2.resize(image, (image.shape[1] // finer, image.shape[0] // finer), interpolation=cv2.INTER_AREA)
+        image = np.clip((image - head.black) * (255 / (head.white - head.black)), 0, 255).round().astype(np.uint8)
+        if image.any():
+            yield number, image
+
+
+def corners(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
+    """Smallest and largest world coordinates of voxel centres, each [3]."""
+    ends = np.array(np.meshgrid(*[(0, n - 1) for n in volume.voxels.shape])).reshape(3, -1).T
+    world = ends @ volume.affine[:3, :3].T + volume.affine[:3, 3]
+    return world.min(0), world.max(0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A folder of them
+
+
+@dataclass(frozen=True)
+class Source:
+    """A NIfTI file, or a folder's DICOM files; `name` is its path below the folder of volumes."""
+
+    name: str
+    files: tuple[Path, ...]
+    dicom: bool
+
+    @property
+    def stamp(self) -> str:
+        """Changes when a file does."""
+        stats = [f.stat() for f in self.files]
+        facts = [(f.name, s.st_size, s.st_mtime_ns) for f, s in zip(self.files, stats)]
+        return hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()
+
+
+@dataclass
+class Row:
+    """What became of a volume: a row of OUT/volumes.csv."""
+
+    source: str
+    stamp: str
+    scan: str = ""
+    patient: str = ""
+    label: str = ""
+    slices: int = 0
+    left_out: str = ""
+
+
+def find_sources(root: Path) -> tuple[list[Source], list[Row]]:
+    """Everything below a folder that may be a volume, and rows of volumes in formats that are not read."""
+    sources, rows = [], []
+    for folder, folders, names in os.walk(root):
+        folders.sort()
+        dicom = []
+        for name in sorted(n for n in names if not n.startswith(".")):
+            path, lower = Path(folder, name), name.lower()
+            below = path.relative_to(root).as_posix()
+            if lower.endswith((".nii", ".nii.gz")):
+                sources.append(Source(below, (path,), False))
+            elif lower.endswith((".dcm", ".ima")) or ("." not in name[-5:] and is_dicom(path)):
+                dicom.append(path)
+            elif lower.endswith(OTHER_FORMATS):
+                rows.append(Row(below, "", left_out="a format that is not read: convert it to NIfTI"))
+        if dicom:
+            sources.append(Source(Path(folder).relative_to(root).as_posix(), tuple(dicom), True))
+    return sources, rows
+
+
+def is_dicom(path: Path) -> bool:
+    with open(path, "rb") as f:
+        return f.read(132)[128:] == b"DICM"
+
+
+class Subjects:
+    """Who a volume is of, and which class: by a table as LONI exports it, else by names."""
+
+    def __init__(self, cfg: SliceConfig):
+        self.cfg = cfg
+        rows = read_table(Path(cfg.table), "Subject", "Group", "Image Data ID") if cfg.table else []
+        self.by_image = {r["Image Data ID"].strip().lstrip("I"): (r["Subject"], r["Group"]) for r in rows}
+        self.groups: dict[str, set[str]] = {}
+        for r in rows:
+            self.groups.setdefault(r["Subject"], set()).add(r["Group"])
+        if unknown := set(cfg.groups) - {r["Group"] for r in rows}:
+            raise UserError(f"--groups: no row of {cfg.table or 'a --table'} has the Group {sorted(unknown)[0]}")
+        names = "|".join(re.escape(s) for s in sorted(self.groups, key=len, reverse=True))
+        self.subject = re.compile(rf"(?<![A-Za-z0-9])({names})(?![A-Za-z0-9])") if names else None
+
+    def of(self, name: str, patient_id: str) -> tuple[str, str, str]:
+        """(scan, patient, class) of the volume at a path; Unusable where the table does not say."""
+        image = re.findall(r"(?<![A-Za-z0-9])I(\d{3,})(?![A-Za-z0-9])", name)
+        stem = re.sub(r"\.nii(\.gz)?$", "", name, flags=re.IGNORECASE)
+        scan = f"I{image[-1]}" if image else re.sub(r"[^A-Za-z0-9_.+-]+", "-", stem).strip("-.") or "volume"
+        patient = re.search(r"\d{3}_S_\d{4,}|sub-[A-Za-z0-9]+", name)
+        if patient:
+            patient = patient[0]
+        elif patient_id:  # may be a hospital's number: it does not belong into a data set
+            patient = "p" + hashlib.blake2b(patient_id.encode(), digest_size=5).hexdigest()
+        else:
+            patient = scan
+        if not self.cfg.table:
+            return scan, patient, self.cfg.class_name
+        if image and image[-1] in self.by_image:
+            patient, label = self.by_image[image[-1]]
+        elif found := self.subject.findall(name) if self.subject else []:
+            patient = found[-1]
+            if len(self.groups[patient]) > 1:
+                raise Unusable(f"{patient} has several groups in the table, and no Image Data ID is in its path")
+            (label,) = self.groups[patient]
+        else:
+            raise Unusable("the table has no row for it: neither its Image Data ID nor its Subject is in its path")
+        if self.cfg.groups and label not in self.cfg.groups:
+            raise Unusable(f"of the group {label}, which --groups leaves out")
+        return scan, patient, label
+
+
+class Slicer:
+    """Cuts sources, several at a time, and keeps OUT's records whole at any moment."""
+
+    def __init__(self, cfg: SliceConfig):
+        self.cfg, self.out, self.subjects = cfg, Path(cfg.out), Subjects(cfg)
+        self.rows: dict[str, list[Row]] = {}  # by source
+        self.taken: dict[str, str] = {}  # scan -> the source that it comes from
+        self.patients: dict[str, str] = {}  # scan -> patient
+        self.lock = threading.Lock()
+        settings = {k: v for k, v in asdict(cfg).items() if k not in ("volumes", "out", "workers")}
+        settings = json.loads(json.dumps(settings))
+        made_with, contents = self.out / "slices.json", [p for p in self.out.iterdir() if p.name != ".lock"]
+        if made_with.exists():
+            before = json.loads(made_with.read_bytes())
+            if other := [k for k in settings if before.get(k) != settings[k]]:
+                flag = other[0].replace("_", "-")
+                raise UserError(f"{self.out} was made with another --{flag}: name another folder, or delete that one")
+        elif contents:
+            raise UserError(f"{self.out} holds other files, such as {contents[0].name}: name a new folder")
+        write_atomic(made_with, json.dumps(settings, indent=1).encode())
+
+    def resume(self, sources: Sequence[Source]) -> list[Source]:
+        """Take over what is done, and return what is not: new or changed volumes, left out before, slices missing."""
+        path = self.out / "volumes.csv"
+        if not path.exists():
+            return list(sources)
+        there = Counter((p.parent.name, p.stem.rpartition("_")[0]) for p in (self.out / self.cfg.split).glob("*/*.png"))
+        done: dict[str, list[Row]] = {}
+        for r in read_table(path, "source", "stamp"):
+            row = Row(**{f.name: r.get(f.name) or "" for f in fields(Row)})
+            row.slices = int(row.slices or 0)
+            done.setdefault(row.source, []).append(row)
+        left = []
+        for source in sources:
+            rows = done.get(source.name, [])
+            whole = rows and all(not r.left_out and there[r.label, r.scan] == r.slices for r in rows)
+            if whole and rows[0].stamp == source.stamp:
+                self.rows[source.name] = rows
+                self.taken |= {r.scan: source.name for r in rows}
+                self.patients |= {r.scan: r.patient for r in rows}
+            else:
+                left.append(source)
+        return left
+
+    def do(self, source: Source) -> None:
+        """Cut one source and put it on record."""
+        rows = []
+        for n, (series, patient, volume) in enumerate(read(source)):
+            row = Row(source.name, source.stamp)
+            try:
+                if isinstance(volume, Unusable):
+                    raise volume
+                row.scan, row.patient, row.label = self.subjects.of(source.name, patient)
+                if not is_folder_name(row.label):
+                    raise Unusable(f"its class {row.label!r} cannot be the name of a folder")
+                if n and any(r.scan for r in rows):
+                    row.scan += f"-{series or n}"
+                files = {f"{row.scan}_{k:03d}.png": png_bytes(image) for k, image in cut(volume, self.cfg)}
+                if not files:
+                    raise Unusable("all black, or outside of the volume, where --range cuts")
+                self.claim(row)
+                for name, data in files.items():
+                    write_atomic(self.out / self.cfg.split / row.label / name, data)
+                row.slices = len(files)
+            except Exception as e:  # whatever a damaged volume brings about, the others go on
+                if isinstance(e, OSError) and e.filename and str(self.out) in str(e.filename):
+                    raise  # but a full disk is not the volume's fault
+                row.left_out = str(e) if isinstance(e, Unusable) else _reason(e)
+            rows.append(row)
+        with self.lock:
+            self.rows[source.name] = rows
+            self.save()
+
+    def claim(self, row: Row) -> None:
+        """Whose slices these are goes to disk before they do: no split may ever see one without its patient."""
+        with self.lock:
+            if (other := self.taken.setdefault(row.scan, row.source)) != row.source:
+                raise Unusable(f"{other} is the same scan {row.scan}")
+            self.patients[row.scan] = row.patient
+            write_csv(self.out / "subjects.csv", ["scan", "patient"], sorted(self.patients.items()))
+
+    def save(self) -> None:
+        rows = [list(asdict(r).values()) for name in sorted(self.rows) for r in self.rows[name]]
+        write_csv(self.out / "volumes.csv", [f.name for f in fields(Row)], rows)
+
+
+def read(source: Source) -> Iterator[tuple[str, str, Volume | Unusable]]:
+    """The volumes of a source as `read_dicom` gives them."""
+    if source.dicom:
+        yield from read_dicom(source.files)
+        return
+    try:
+        yield "", "", read_nifti(source.files[0])
+    except Exception as e:  # nibabel, gzip and zlib have many ways to refuse a damaged file
+        yield "", "", e if isinstance(e, Unusable) else Unusable(_reason(e))
+
+
+def write_csv(path: Path, head: Sequence[str], rows: Sequence[Sequence]) -> None:
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(head)
+    table.writerows(rows)
+    write_atomic(path, text.getvalue().encode("utf-8", "replace"))
+
+
+def slice_volumes(cfg: SliceConfig) -> None:
+    """`python dataset.py slice VOLUMES OUT`: slices, subjects.csv, volumes.csv, and a summary on the screen."""
+    from filelock import FileLock, Timeout
+
+    root, out = Path(cfg.volumes).expanduser(), Path(cfg.out)
+    if not root.is_dir():
+        raise UserError(f"there is no folder of volumes {root}")
+    if not cfg.window[0] < cfg.window[1]:
+        raise UserError("--window needs two percentiles, the smaller one first, e.g. 0.5 99.5")
+    if cfg.range and not cfg.range[0] <= cfg.range[1]:
+        raise UserError("--range needs two positions in mm, the smaller one first, e.g. 44 75")
+    if not is_folder_name(cfg.class_name):
+        raise UserError(f"--class-name {cfg.class_name!r} cannot be the name of a folder")
+    if cfg.groups and not cfg.table:
+        raise UserError("--groups are of a table: give one with --table FILE.csv")
+    if out.resolve().is_relative_to(root.resolve()):
+        raise UserError(f"{out} lies inside of the folder of volumes: name a folder elsewhere")
+    out.mkdir(parents=True, exist_ok=True)
+    warnings.simplefilter("ignore")  # of the readers, about each odd header: what matters is in the table
+    try:
+        with FileLock(out / ".lock", timeout=0):
+            _slice_all(cfg, root, out)
+    except Timeout:
+        raise UserError(f"another command is writing to {out}: wait for it, or name another folder") from None
+
+
+def _slice_all(cfg: SliceConfig, root: Path, out: Path) -> None:
+    sources, foreign = find_sources(root)
+    if not sources and not foreign:
+        raise UserError(f"{root} holds no volumes: no .nii, no .nii.gz, no DICOM files at any depth")
+    slicer = Slicer(cfg)
+    left = slicer.resume(sources)
+    slicer.rows |= {r.source: [r] for r in foreign}
+    bar = progress_bar(len(sources), len(sources) - len(left), unit=" volumes")
+    workers = cfg.workers or min(8, os.cpu_count() or 1)
+    with bar, ThreadPoolExecutor(workers) as pool:
+        waiting = set()
+        try:
+            for source in [*left, None]:
+                while waiting and (source is None or len(waiting) >= workers):
+                    done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                    for job in done:
+                        job.result()
+                        bar.update()
+                if source:
+                    waiting.add(pool.submit(slicer.do, source))
+        finally:
+            pool.shutdown(cancel_futures=True)
+            slicer.save()
+    rows = [r for name in sorted(slicer.rows) for r in slicer.rows[name]]
+    good, bad = [r for r in rows if not r.left_out], [r for r in rows if r.left_out]
+    people = len({r.patient for r in good})
+    print(f"{out}: {sum(r.slices for r in good):,} {cfg.plane} slices of {len(good):,} scans of {people:,} people")
+    for label in sorted({r.label for r in good}):
+        mine = [r for r in good if r.label == label]
+        print(f"  {label:8} {sum(r.slices for r in mine):8,} slices {len({r.patient for r in mine}):6,} people")
+    print(f"left out: {len(bad):,} of {len(rows):,} volumes" + f" (all of them in {out / 'volumes.csv'})" * bool(bad))
+    for reason, n in Counter(r.left_out for r in bad).most_common(20):
+        example = next(r.source for r in bad if r.left_out == reason)
+        print(f"  {example}{f' and {n - 1:,} more' * (n > 1)}: {reason}")
+    if not good:
+        raise UserError(f"no slice came out of {root}: see the reasons above")
+    print(f"next: python dataset.py check {out}, then python pre_train.py adni --data {out}")
