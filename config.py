@@ -282,6 +282,20 @@ class TsneConfig(SourceConfig, MachineConfig):
 
 
 @dataclass(frozen=True)
+class ReportConfig:
+    """Put all of a run on one page, RUN/report.html: curves, pictures over the epochs, evidence, configuration."""
+
+    run: str = "adni"
+    """Name of the run."""
+    checkpoints: str = "checkpoints"
+    """Folder of all runs."""
+    training_pictures: bool = True
+    """Show slices of the training data; turn it off for a page to be published."""
+    out: str = ""
+    """File to write. Default: CHECKPOINTS/RUN/report.html."""
+
+
+@dataclass(frozen=True)
 class CheckConfig:
     """Look a data folder over: counts, people, sizes, bad files, and people or pictures on both sides of a split."""
 

@@ -25,6 +25,7 @@ from evidence import PICTURES, SECTIONS, Evidence, Images
 from features import inception
 from metrics import TooFew
 from modules import StableDiffusion
+from report import write_report
 from utils import (
     RunLog,
     UserError,
@@ -217,6 +218,8 @@ def main(cfg: EvaluateConfig) -> None:
             log.picture(0, name.removesuffix(".png"), e.out / name)
     log.close()
     print(table(e.report), *e.notes, sep="\n")
+    if cfg.run:
+        write_report(Path(cfg.checkpoints) / cfg.run, cfg.training_pictures)
     print(f"done in {facts['seconds']:.0f} s: {e.out / 'report.md'}, {e.out / 'report.json'}")
     if e.problems:
         raise UserError("; ".join(e.problems))

@@ -431,6 +431,18 @@ def save_weights(path: Path, module: nn.Module, meta: Mapping[str, Any]) -> None
     write_atomic(path, save(tensors, metadata={"meta": text, "digest": weights_digest(text, tensors)}))
 
 
+def read_meta(path: Path) -> dict:
+    """What a weights file says of itself, nothing of it checked; empty where it cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as f:
+            meta = json.loads((f.metadata() or {}).get("meta", "{}"))
+    except (SafetensorError, OSError, ValueError, RecursionError):
+        return {}
+    return meta if isinstance(meta, dict) else {}
+
+
 def weights_digest(meta: str, tensors: Mapping[str, Tensor]) -> str:
     """16 hex digits of the SHA-256 over the header's words and every tensor's name, type, shape and bytes."""
     digest = hashlib.sha256(meta.encode())
@@ -587,7 +599,8 @@ class RunLog:
 
     def plot(self) -> None:
         """Redraw FOLDER/curves.png."""
-        plot_curves(self.rows, self.folder / "curves.png")
+        if curves := plot_curves(self.rows):
+            write_atomic(self.folder / "curves.png", curves)
 
     def close(self) -> None:
         """End the wandb run; a server that does not answer is waited for a minute."""
@@ -787,15 +800,15 @@ def visualise_denoising_process(
     save_gif(folder / "denoising.gif", [image_grid(frame) for frame in x_t])
 
 
-def plot_curves(rows: Sequence[Mapping[str, float]], path: Path) -> None:
-    """One panel per group of numbers ("loss/train" and "loss/val" share the panel "loss") over the epochs."""
+def plot_curves(rows: Sequence[Mapping[str, float]]) -> bytes | None:
+    """A PNG, one panel per group of numbers ("loss/train" and "loss/val" share the panel "loss") over the epochs."""
     from matplotlib.figure import Figure
 
     groups: dict[str, list[str]] = {}
     for name in dict.fromkeys(k for r in rows for k in r if k not in ("step", "epoch")):
         groups.setdefault(name.split("/")[0], []).append(name)
     if not groups:
-        return
+        return None
     columns = min(4, len(groups))
     lines = -(-len(groups) // columns)
     figure = Figure(figsize=(3.6 * columns, 2.6 * lines), layout="constrained")
@@ -817,4 +830,4 @@ def plot_curves(rows: Sequence[Mapping[str, float]], path: Path) -> None:
             ax.legend(fontsize=7, frameon=False, **outside)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    write_atomic(path, buffer.getvalue())
+    return buffer.getvalue()
