@@ -282,6 +282,39 @@ class TsneConfig(SourceConfig, MachineConfig):
 
 
 @dataclass(frozen=True)
+class AppConfig:
+    """A page to play with: draw slices, watch them come about, walk between seeds and classes.
+
+    It opens in a browser at http://HOST:PORT, works offline and sends nothing anywhere.
+    """
+
+    run: tuple[str, ...] = ("pretrained", "pretrained/phantoms")
+    """Runs to choose from: CHECKPOINTS/RUN/ with its vae/ and diffusion/."""
+    checkpoints: str = "checkpoints"
+    """Folder of all runs."""
+    data: str = field(default_factory=lambda: os.environ.get("ADNI_ROOT", ""))
+    """The runs' data, to show the nearest training slice beside each image; runs trained on phantoms need no folder."""
+    cache: str = "cache"
+    """Folder for decoded slices."""
+    weights: Literal["best", "final"] = "best"
+    """Weights with the lowest validation loss, or the last ones."""
+    device: str = "auto"
+    """auto takes CUDA, then MPS, then CPU; or name one: cuda, cuda:1, mps, cpu."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of the networks. auto: half on a GPU, float32 elsewhere."""
+    host: str = "127.0.0.1"
+    """Address to listen on. The default can be reached from this machine alone; 0.0.0.0 from everywhere."""
+    port: int = 7860
+    """Port to listen on."""
+    max_images: int = 16
+    """Most images that a visitor can ask for at once."""
+    max_steps: int = 50
+    """Most steps that a visitor can ask for."""
+    queue: int = 20
+    """Requests that may wait; they are served one after the other."""
+
+
+@dataclass(frozen=True)
 class ReportConfig:
     """Put all of a run on one page, RUN/report.html: curves, pictures over the epochs, evidence, configuration."""
 
@@ -377,7 +410,8 @@ Config = TypeVar("Config")
 # What a number may be; a flag outside of it is refused before anything is read, and so is the header of a file.
 LIMITS: dict[str, tuple[float, float]] = {
     "seed": (0, 2**62), "epochs": (1, 10**9), "batch_size": (1, 10**6), "num_images": (1, 10**9),
-    "image_size": (8, 4096), "latent_channels": (1, 1024), "blocks": (1, 64), "num_steps": (2, 1000),
+    "image_size": (8, 4096), "latent_channels": (1, 1024), "blocks": (1, 64), "num_steps": (1, 1000),
+    "TrainConfig.num_steps": (2, 1000),  # a flag of one script, where a distilled network may take a single step
     "lr": (1e-12, 10), "weight_decay": (0, 10), "grad_clip": (0, 1e9), "ema_decay": (0, 1), "kl_weight": (0, 1e6),
     "val_fraction": (0, 0.9), "dropout": (0, 0.9), "class_dropout": (0, 1), "warmup": (0, 1), "eta": (0, 1),
     "shift": (0, 0.5), "rotate": (0, 180), "brightness": (0, 1), "sample_every": (1, 10**9), "gif_every": (1, 10**9),
@@ -389,6 +423,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "teacher_steps": (1, 999), "trajectories": (16, 10**8), "perplexity": (1, 10**6), "max_slices": (10, 10**9),
     "count": (10, 10**6), "resamples": (10, 10**5),
     "range": (-1000, 1000), "spacing": (0.01, 100), "pixel_size": (0.05, 20), "window": (0, 100), "workers": (0, 256),
+    "port": (1, 65535), "max_images": (1, 256), "max_steps": (2, 1000), "queue": (1, 10**4),
 }  # fmt: skip
 
 
@@ -412,7 +447,8 @@ def parse(config: type[Config], argv: list[str] | None = None) -> Config:
 def within_limits(cfg: Config) -> Config:
     """The same, if every number is within LIMITS; else one sentence and exit code 2."""
     for key, value in vars(cfg).items():
-        if wrong := outside_limits(key, value):
+        own = f"{type(cfg).__name__}.{key}"
+        if wrong := outside_limits(own if own in LIMITS else key, value):
             print(f"error: --{key.replace('_', '-')} {wrong}", file=sys.stderr)
             raise SystemExit(2)
     return cfg

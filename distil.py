@@ -31,6 +31,7 @@ from modules import (
     sample,
 )
 from report import write_report
+from sampling import load_run
 from utils import (
     RunLog,
     UserError,
@@ -62,7 +63,7 @@ from utils import (
     visit,
     write_atomic,
 )
-from vae import VAE, load_run
+from vae import VAE
 
 
 class Trajectories:

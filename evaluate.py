@@ -26,6 +26,7 @@ from features import inception
 from metrics import TooFew
 from modules import StableDiffusion
 from report import write_report
+from sampling import Drawer, load_run
 from utils import (
     RunLog,
     UserError,
@@ -40,7 +41,7 @@ from utils import (
     run_script,
     write_atomic,
 )
-from vae import VAE, Drawer, load_run
+from vae import VAE
 
 # What report.md says about each section.
 ABOUT = {

@@ -378,15 +378,16 @@ class StableDiffusion(nn.Module):
         """Labels with the "no class" label where `hide` (Ho & Salimans 2022)."""
         return torch.where(hide, self.num_classes, y)
 
-    def denoiser(self, y: Tensor | None = None, guidance: float = 1.0) -> Denoiser:
+    def denoiser(self, y: Tensor | None = None, guidance: float = 1.0, away: int | None = None) -> Denoiser:
         """denoise(x_t, t) -> (eps, x0), float32, for `sample`; y int64 [B] (None: no class).
 
-        guidance w: out = out_none + w (out_class - out_none), both halves in one batch; 1 asks the class alone.
+        guidance w: out = out_none + w (out_class - out_none), both halves in one batch; 1 asks the class alone. `away`
+        puts another class in the place of none: w from 0 to 1 then leads from that class to this one.
         """
         y = None if not self.num_classes else y  # an unconditional network has no labels to be guided by
 
         def denoise(x: Tensor, t: int) -> tuple[Tensor, Tensor]:
-            none = torch.full((len(x),), self.num_classes, device=x.device)
+            none = torch.full((len(x),), self.num_classes if away is None else away, device=x.device)
             ts = torch.full((len(x),), t, device=x.device)
             if y is not None and guidance != 1.0:
                 both = self.network(x.repeat(2, 1, 1, 1), ts.repeat(2), torch.cat([y, none]))

@@ -28,9 +28,8 @@ import torch
 from torch import Tensor
 
 from cluster import StopSignal
-from dataset import load_splits_as_trained
-from metrics import CopyDetector, TooFew, is_copy
-from modules import StableDiffusion, make_grid
+from metrics import CopyDetector, is_copy
+from sampling import Drawer, copy_detector, load_run, plan_sampling
 from utils import (
     UserError,
     describe_hardware,
@@ -46,46 +45,12 @@ from utils import (
     visualise_denoising_process,
     write_atomic,
 )
-from vae import VAE, Drawer, load_run
 
 if TYPE_CHECKING:
     import filelock
 
 T = TypeVar("T")
 ATTEMPTS = 20  # draws of an image, before a model that gives nothing but copies is called that
-
-
-def plan_sampling(cfg: PredictConfig, model: StableDiffusion) -> dict:
-    """timesteps, solver and eta for `sample`; UserError where the weights never saw those timesteps."""
-    own = model.scheduler.config
-    if cfg.sampling == "normal":
-        if own["grid"] != "full":
-            raise UserError(
-                f"normal sampling takes all 1000 timesteps, and run {cfg.run} was trained on {own['num_steps']} "
-                f"({own['grid']}): take --sampling fast, or train with --grid full"
-            )
-        if cfg.grid not in (None, "full") or cfg.num_steps is not None:
-            raise UserError("--sampling normal takes all 1000 timesteps: leave out --grid and --num-steps")
-        grid, solver, eta = "full", cfg.solver or "ddim", 1.0 if cfg.eta is None else cfg.eta
-    else:
-        # Weights of the full grid know every timestep; their ten-step default is the grid that keeps the spread.
-        grid = cfg.grid or ("logsnr" if own["grid"] == "full" else own["grid"])
-        solver, eta = cfg.solver or ("ddim" if grid == "student" else "dpm++2m"), cfg.eta or 0.0
-    if own["grid"] == "student" and (solver, eta) != ("ddim", 0.0):
-        raise UserError(f"run {cfg.run} was distilled and takes its own steps only: leave out --solver and --eta")
-    num_steps = cfg.num_steps or (10 if own["grid"] == "full" else own["num_steps"])
-    if own["grid"] != "full" and (grid, num_steps) != (own["grid"], own["num_steps"]):
-        raise UserError(
-            f"run {cfg.run} was trained on {own['num_steps']} {own['grid']} timesteps and can be sampled on no others: "
-            "leave out --grid and --num-steps, or train with --grid full"
-        )
-    if solver != "ddim" and cfg.eta:
-        raise UserError(f"--eta {cfg.eta} belongs to --solver ddim: {solver} is deterministic")
-    try:
-        timesteps = make_grid(grid, num_steps, model.scheduler.abar)
-    except ValueError as e:
-        raise UserError(f"--num-steps {num_steps}: {e}") from None
-    return {"timesteps": timesteps.tolist(), "solver": solver, "eta": eta}
 
 
 def lock(out: Path) -> filelock.BaseFileLock:
@@ -143,18 +108,6 @@ def add_to_manifest(
         table.writerows(rows[k] for k in sorted(rows))
         write_atomic(out / "manifest.csv", text.getvalue().encode())
     return rows
-
-
-def copy_detector(cfg: PredictConfig, vae: VAE, meta: dict, device: torch.device) -> CopyDetector:
-    """Knows the run's training slices, and how close people held out come to them."""
-    splits = load_splits_as_trained(cfg.data, cfg.cache, meta, vae.config["image_size"])
-    held_out = splits.get("test", splits["val"])
-    bar = progress_bar(len(splits["train"]) + len(held_out), what="learning what copies are")
-    try:
-        with bar:
-            return CopyDetector(splits["train"].images, held_out.images, vae.embed, on_batch=bar.update)
-    except TooFew as e:
-        raise UserError(f"--reject-copies cannot be done on {cfg.data}: {e}") from None
 
 
 def write_image(path: Path, image: np.ndarray) -> None:
@@ -268,7 +221,7 @@ def main(cfg: PredictConfig) -> None:
     command = {k: v for k, v in asdict(cfg).items() if k not in free}
     command |= {"class_name": list(cfg.class_name), "batch_size": batch}
     checkpoint = file_hash(unet_file)
-    detector = copy_detector(cfg, vae, meta, device) if cfg.reject_copies else None
+    detector = copy_detector(cfg, vae, meta)[0] if cfg.reject_copies else None
     claim_folder(out, {**command, **how, "checkpoint": checkpoint})
 
     # Image k: its class in turn, its noise by (seed, k); drawn again, by (seed, attempt * 10^9 + k), whoever draws it.

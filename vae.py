@@ -6,7 +6,6 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,25 +15,15 @@ from metrics import ms_ssim, ssim
 from modules import (
     AttentionBlock,
     ResidualBlock,
-    StableDiffusion,
     Upsample,
     build,
     group_norm,
-    load_diffusion,
-    randn,
-    sample,
 )
 from utils import (
-    Replay,
     UserError,
     autocast,
-    compile_networks,
-    file_hash,
-    generator,
     load_into,
     load_weights,
-    pick_amp_dtype,
-    to_pixels,
 )
 
 LOGVAR_RANGE = (-30.0, 20.0)  # exp(20 / 2) is still finite in float16
@@ -275,64 +264,3 @@ def load_vae(path: Path, device: torch.device) -> tuple[VAE, dict]:
     if not (vae.latent_std > 0).all():
         raise UserError(f"{path} holds latents without any spread: train the VAE again")
     return vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), meta
-
-
-class Drawer:
-    """Images of a model by (seed, index), in batches of a fixed size: noise, sampler, decoder; on a GPU a CUDA graph.
-
-    `how` goes to `sample`: timesteps, solver, eta. What eta puts back is drawn on the CPU, so only eta = 0 is recorded.
-    """
-
-    def __init__(
-        self, model: StableDiffusion, vae: VAE, batch: int, guidance: float = 1.0, compile: str = "off", **how: Any
-    ):
-        self.model, self.vae, self.batch, self.guidance, self.how = model, vae, batch, guidance, how
-        self.device, self.replay = vae.latent_mean.device, None
-        x = torch.zeros(batch, *vae.latent_shape, device=self.device)
-        y = torch.zeros(batch, dtype=torch.int64, device=self.device)
-        noise = [generator(0)] * batch
-        compile_networks(compile, [model.unet, vae.decoder], lambda: self.draw(x, y, noise), self.device)
-        if self.device.type == "cuda" and not how.get("eta"):
-            try:
-                self.replay = Replay(self.draw, x, y)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as e:
-                print(f"no CUDA graph can be recorded here, going on without ({str(e).splitlines()[0]})")
-
-    @torch.no_grad()
-    def draw(self, x: Tensor, y: Tensor, noise: Sequence[torch.Generator] | None = None) -> tuple[Tensor, Tensor]:
-        """x_T and labels on the device -> (uint8 [B, S, S], latents [B, C, h, w])."""
-        denoise = self.model.denoiser(y, self.guidance)
-        z = sample(denoise, x, self.model.scheduler, generator=noise, **self.how)
-        return to_pixels(self.vae.decode(z)), z
-
-    def __call__(self, seed: int, indices: Sequence[int], y: Tensor) -> tuple[Tensor, Tensor]:
-        """What `draw` gives for up to `batch` indices and their classes; a GPU may still be at work on it."""
-        n = len(indices)
-        # Always a whole batch: other shapes are rounded otherwise. One stream per image, x_T first, then eta's noise.
-        noise = [generator(seed, k) for k in [*indices, *[0] * (self.batch - n)]]
-        x, y = randn((self.batch, *self.vae.latent_shape), noise), F.pad(y, (0, self.batch - n))
-        if self.replay is None:
-            return tuple(part[:n] for part in self.draw(x.to(self.device), y.to(self.device), noise))
-        return tuple(part[:n].clone() for part in self.replay(x.pin_memory(), y.pin_memory()))
-
-
-def load_run(
-    folder: Path, weights: str, device: torch.device, precision: str = "auto"
-) -> tuple[StableDiffusion, VAE, dict, Path]:
-    """(diffusion, VAE, meta of the diffusion, its file) of a run, `weights` "best" or "final"; they must be a pair.
-
-    `auto` is half precision on a GPU alone: on a CPU float32 keeps image k the same for every batch size.
-    """
-    unet_file, vae_file = folder / "diffusion" / f"{weights}.safetensors", folder / "vae" / "best.safetensors"
-    model, meta = load_diffusion(unet_file, device)
-    vae, _ = load_vae(vae_file, device)
-    net = model.unet.config
-    same = meta.get("vae") in (vae.latent_hash(), file_hash(vae_file))  # the file's hash: of weights of older versions
-    if not same or (net["in_channels"], *2 * [net["resolution"]]) != vae.latent_shape:
-        raise UserError(f"{unet_file} was trained on the latents of another VAE than {vae_file}: run train.py --fresh")
-    if device.type == "cpu" and precision == "auto":
-        precision = "fp32"
-    model.amp_dtype = vae.amp_dtype = pick_amp_dtype(precision, device)
-    return model, vae, meta, unet_file

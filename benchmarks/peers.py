@@ -24,6 +24,7 @@ from config import DataConfig
 from dataset import load_splits
 from evaluate import images_of
 from evidence import Images
+from sampling import Drawer, load_run
 from utils import (
     autocast,
     describe_hardware,
@@ -36,7 +37,6 @@ from utils import (
     to_pixels,
     write_atomic,
 )
-from vae import Drawer, load_run
 
 SIDE = 64  # small enough for all three to get somewhere in minutes on a CPU
 OUR_VAE = ["--image-size", SIDE, "--downsample", 4, "--latent-channels", 4, "--channels", 128, "--blocks", 2]

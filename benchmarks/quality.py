@@ -33,6 +33,7 @@ from evaluate import images_of  # noqa: E402
 from evidence import Evidence, Images, tell_apart  # noqa: E402
 from metrics import psnr, ssim, unit  # noqa: E402
 from modules import make_grid  # noqa: E402
+from sampling import Drawer, load_run  # noqa: E402
 from utils import (  # noqa: E402
     describe_hardware,
     git_commit,
@@ -44,7 +45,7 @@ from utils import (  # noqa: E402
     to_uint8,
     write_atomic,
 )
-from vae import VAE, Drawer, load_run, load_vae  # noqa: E402
+from vae import VAE, load_vae  # noqa: E402
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ import torch
 import tyro
 from common import Bench, BenchConfig, PeerUNet, PeerVAE, make_run, peak_gb, script
 
+from sampling import Drawer
 from utils import fetch, png_bytes, to_uint8, write_atomic
-from vae import Drawer
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,9 @@ from common import ROOT, Bench, BenchConfig
 
 from dataset import ADNIDataset, Slice, carve_validation, fingerprint
 from modules import make_grid
+from sampling import Drawer
 from utils import make_ema, optimise, shuffled, visit
-from vae import VAE, Drawer, vae_loss
+from vae import VAE, vae_loss
 
 COUNTS = (1_000, 3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000)
 

@@ -97,8 +97,8 @@ def test_a_student_comes_closer_to_its_teacher_and_is_drawn_from_as_any_run(stud
 def test_the_log_measures_the_distance_between_what_both_draw(student: Path):
     from cluster import Ranks
     from distil import Trajectories
+    from sampling import load_run
     from utils import derive_seed
-    from vae import load_run
 
     cfg = DistilConfig(num_steps=4, teacher_steps=8, cache=str(student / "cache"))
     of_teacher, vae, _, _ = load_run(student / "t", "best", torch.device("cpu"), "fp32")

@@ -12,6 +12,7 @@ from test_pipeline import images
 
 from config import TrainConfig
 from modules import NoiseScheduler_Fast_DDPM, StableDiffusion, UNet
+from sampling import Drawer
 from train import draw_step, training_loss
 from utils import (
     Watch,
@@ -25,7 +26,7 @@ from utils import (
     shuffled,
     visit,
 )
-from vae import VAE, Drawer
+from vae import VAE
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")
 

@@ -22,8 +22,9 @@ from torch import nn
 import utils
 from modules import NoiseScheduler_Fast_DDPM, StableDiffusion, UNet, attend, group_norm
 from predict import one_ahead
+from sampling import Drawer
 from utils import compile_networks, empty_anywhere, generator, read_ahead, read_jsonl, shuffled, visit
-from vae import VAE, Drawer
+from vae import VAE
 
 cpu = torch.device("cpu")
 

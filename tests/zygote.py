@@ -21,6 +21,7 @@ import scipy.ndimage  # noqa: F401
 import torch._dynamo  # noqa: F401 (every optimiser asks for it)
 import torchmetrics.functional.image  # noqa: F401
 
+import app  # noqa: F401
 import evidence  # noqa: F401
 import features  # noqa: F401
 import predict  # noqa: F401

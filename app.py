@@ -1,0 +1,472 @@
+"""A page to play with: python app.py, then open http://127.0.0.1:7860.
+
+Draws slices and shows them come about, the nearest training slice beside each, a walk between two seeds, and one seed
+carried from one class to another. Everything stays on this machine.
+"""
+
+from __future__ import annotations
+
+from config import AppConfig, PredictConfig, parse
+
+if __name__ == "__main__":
+    cfg = parse(AppConfig)  # before torch is imported, so that --help answers at once
+
+import csv
+import inspect
+import io
+import os
+import queue
+import tempfile
+import threading
+import time
+import traceback
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+# Nothing is sent anywhere, and nothing is asked for from anywhere.
+os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+import gradio as gr
+import numpy as np
+import torch
+from starlette.middleware import Middleware
+from torch import Tensor
+
+from metrics import CopyDetector
+from modules import randn, sample
+from sampling import copy_detector, load_run, plan_sampling
+from utils import UserError, file_hash, generator, image_grid, pick_device, png_bytes, run_script, to_uint8
+
+LIMITS = """
+Synthetic images, for research. **Not for diagnosis**: nothing here says anything about a person, and a class is only
+the label that the training data had. An image can resemble a training slice; look at its distance before you share it.
+"""
+CONTENT_SECURITY = (
+    "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self'; frame-ancestors 'self'"
+)
+CSS = """
+.gradio-container { max-width: 1100px !important; margin: auto }
+.shown .image-container { padding-top: 2rem }
+.shown button:has(img), .shown .image-frame, .shown img { width: 100% !important; height: 100% !important }
+.shown img { object-fit: contain !important }
+.grid-wrap { padding-top: 2rem !important }
+.min_value, .max_value { color: var(--neutral-600) !important }
+button[role=tab][aria-selected=true] { color: var(--primary-700) !important }
+.caption-label { max-width: 100% !important; white-space: normal !important; font-size: 0.8rem !important }
+"""
+MAX_SEED = 10**9
+
+
+class Run:
+    """One trained run, ready to draw from; its copy detector is made in the background, where its data is at hand."""
+
+    def __init__(self, cfg: AppConfig, name: str):
+        self.name, self.device, self.cfg = name, pick_device(cfg.device), cfg
+        folder = Path(cfg.checkpoints) / name
+        self.model, self.vae, self.meta, file = load_run(folder, cfg.weights, self.device, cfg.precision)
+        self.checkpoint, self.classes = file_hash(file), self.meta["classes"]
+        self.conditional = self.model.num_classes > 1
+        self.free = self.model.scheduler.config["grid"] == "full"  # any number of steps, either solver
+        self.steps = len(self.model.scheduler.fast_timesteps)
+        self.detector: CopyDetector | None = None
+        self.training: Tensor | None = None
+        self.why_none = "The run's data is not at hand (--data), so nothing is compared with the training slices."
+
+    def learn_copies(self) -> None:
+        """Takes minutes on much data, so it runs beside the page."""
+        data = "phantom" if self.meta.get("config", {}).get("data") == "phantom" else self.cfg.data
+        if not data:
+            return
+        self.why_none = "Still looking at the training slices; draw again in a moment."
+        try:
+            where = PredictConfig(data=data, cache=self.cfg.cache, run=self.name)
+            self.detector, self.training = copy_detector(where, self.vae, self.meta)
+        except UserError as e:
+            self.why_none = f"Nothing is compared with the training slices: {e}"
+
+    def how(self, steps: int, solver: str) -> dict[str, Any]:
+        """timesteps, solver and eta for `sample`."""
+        base = PredictConfig(run=self.name)
+        return plan_sampling(replace(base, num_steps=steps, solver=solver) if self.free else base, self.model)
+
+    def noise(self, seed: int, indices: list[int]) -> tuple[Tensor, list[torch.Generator]]:
+        """x_T of these images, as predict.py draws it, and the streams that it came from."""
+        streams = [generator(seed, k) for k in indices]
+        return randn((len(indices), *self.vae.latent_shape), streams), streams
+
+    @torch.no_grad()
+    def draw(
+        self, x: Tensor, streams: list, y: list[int], how: dict, guidance: float = 1.0, away: int | None = None,
+        seen: Callable[[Tensor, Tensor], None] | None = None,
+    ) -> np.ndarray:  # fmt: skip
+        """Images of this noise, uint8 [N, S, S]; `seen` gets x_t and the estimate of x_0 after every step."""
+        denoise = self.model.denoiser(torch.tensor(y, device=self.device), guidance, away)
+        callback = (lambda t, x_t, x0: seen(x_t, x0)) if seen else None
+        z = sample(denoise, x.to(self.device), self.model.scheduler, generator=streams, callback=callback, **how)
+        return to_uint8(self.vae.decode(z))
+
+    def strip(self, seen: list[tuple[Tensor, Tensor]]) -> np.ndarray:
+        """x_t above, the estimate of the clean image below; time runs to the right."""
+        keep = np.unique(np.linspace(0, len(seen) - 1, min(10, len(seen))).round().astype(int))
+        both = torch.cat([torch.cat([seen[i][row] for i in keep]) for row in (0, 1)])
+        return image_grid(to_uint8(self.vae.decode(both)), columns=len(keep))
+
+
+class Studio:
+    """What the page's buttons do. Every method checks what it is asked for: requests need not come from the page."""
+
+    def __init__(self, cfg: AppConfig):
+        self.cfg = cfg
+        self.runs = {name: Run(cfg, name) for name in cfg.run}
+        self.folder = Path(tempfile.mkdtemp(prefix="slices-"))  # of downloads; gone with the process
+
+    def run(self, name: str) -> Run:
+        if name not in self.runs:
+            raise UserError(f"there is no run {name!r} on this page")
+        return self.runs[name]
+
+    def number(self, value: Any, what: str, low: float, high: float, kind: type = int) -> Any:
+        """A number that a visitor may ask for; UserError says which one is not."""
+        try:
+            number = kind(value)
+            if number != float(value) or not low <= number <= high:
+                raise ValueError
+        except (TypeError, ValueError, OverflowError):
+            shown = "nothing" if value is None else repr(value)[:30]
+            whole = "a whole number" if kind is int else "a number"
+            raise UserError(f"{what} must be {whole} from {low:,} to {high:,}, not {shown}") from None
+        return number
+
+    def asked(self, name: str, steps: Any, solver: str, guidance: Any) -> tuple[Run, dict, float]:
+        run = self.run(name)
+        steps = self.number(steps, "Steps", 2, self.cfg.max_steps) if run.free else run.steps
+        if solver not in ("dpm++2m", "ddim"):
+            raise UserError("Sampler must be dpm++2m or ddim")
+        guidance = self.number(guidance, "Guidance", 0, 10, float) if run.conditional else 1.0
+        return run, run.how(steps, solver), guidance
+
+    def label(self, run: Run, class_name: str | None) -> int:
+        if not run.conditional:
+            return 0
+        if class_name not in run.classes:
+            raise UserError(f"Class must be one of {', '.join(run.classes)}")
+        return run.classes.index(class_name)
+
+    def draw(
+        self, name: str, class_name: str, count: Any, seed: Any, steps: Any, solver: str, guidance: Any
+    ) -> Iterator[tuple]:
+        """Yields (denoising strip, gallery, words, file to download) as the images come about."""
+        run, how, guidance = self.asked(name, steps, solver, guidance)
+        count = self.number(count, "Images", 1, self.cfg.max_images)
+        seed = self.number(seed, "Seed", 0, MAX_SEED)
+        y = [self.label(run, class_name)] * count
+        seen: list[tuple[Tensor, Tensor]] = []
+        start, total = time.time(), len(how["timesteps"])
+
+        def work(tell: Callable[[Any], None]) -> np.ndarray:
+            x, streams = run.noise(seed, list(range(count)))
+
+            def look(x_t: Tensor, x0: Tensor) -> None:
+                seen.append((x_t[:1].clone(), x0[:1].clone()))
+                tell(len(seen))
+
+            return run.draw(x, streams, y, how, guidance, seen=look)
+
+        shown = 0.0
+        for done, images in beside(work):
+            if images is None and time.time() - shown > 0.25:
+                yield run.strip(seen), gr.skip(), f"Step {done} of {total}", gr.skip()
+                shown = time.time()
+        seconds = time.time() - start
+        kind, gallery = run.classes[y[0]], []
+        rows = [[f"s{seed}i{k:05d}_0.png", kind, seed, k] for k in range(count)]
+        words = f"{count} image{'s' * (count > 1)} in {seconds:.1f} s ({total} steps of {how['solver']})."
+        distance, closest = run.detector.distances(torch.from_numpy(images)) if run.detector else ({}, None)
+        for k, image in enumerate(images):
+            gallery.append((image, f"{kind}, seed {seed}, image {k}"))
+            if closest is not None:
+                near = min(d[k].item() for d in distance.values())
+                rows[k].append(f"{near:.4f}")
+                verdict = "a copy?" if near < 1 else "no copy"
+                slice_ = run.training[closest[k]].numpy()
+                gallery.append((slice_, f"nearest training slice: {near:.2f}, {verdict}"))
+        words += "" if run.detector else f" {run.why_none}"
+        file = gr.DownloadButton(value=self.archive(run, images, rows, how, guidance), interactive=True)
+        yield run.strip(seen), gallery, words, file
+
+    def archive(self, run: Run, images: np.ndarray, rows: list[list], how: dict, guidance: float) -> str:
+        """A ZIP of the images as PNG, with a manifest and a note; training slices are not in it."""
+        head = ["file", "class", "seed", "index", *["distance"] * (len(rows[0]) - 4), "run", "checkpoint"]
+        table = io.StringIO()
+        csv.writer(table, lineterminator="\n").writerows([head, *([*r, run.name, run.checkpoint] for r in rows)])
+        note = (
+            f"Synthetic slices drawn from the run {run.name} (weights {run.checkpoint}), {len(how['timesteps'])} steps "
+            f"of {how['solver']}, guidance {guidance:g}. Not for diagnosis.\n"
+            "distance: to the nearest training slice, 1 being the distance people held out hardly ever fall below; "
+            "less is a copy. Without that column nothing was compared: do not publish the images as they are.\n"
+        )
+        path = self.folder / f"slices-{time.time_ns()}.zip"
+        with zipfile.ZipFile(path, "w") as z:
+            for (file, *_), image in zip(rows, images):
+                z.writestr(file, png_bytes(image))
+            z.writestr("manifest.csv", table.getvalue())
+            z.writestr("README.txt", note)
+        for old in sorted(self.folder.glob("*.zip"))[:-50]:
+            old.unlink(missing_ok=True)
+        return str(path)
+
+    def walk(
+        self, name: str, class_name: str, seed_a: Any, seed_b: Any, place: Any, steps: Any, solver: str, guidance: Any
+    ) -> tuple[np.ndarray, str]:
+        """(image, words): the noise of two seeds, mixed on the sphere where both lie."""
+        run, how, guidance = self.asked(name, steps, solver, guidance)
+        a, b = (self.number(s, "Seed", 0, MAX_SEED) for s in (seed_a, seed_b))
+        place = self.number(place, "Place", 0, 1, float)
+        (x_a, streams), (x_b, _) = run.noise(a, [0]), run.noise(b, [0])
+        image = run.draw(slerp(x_a, x_b, place), streams, [self.label(run, class_name)], how, guidance)[0]
+        return image, f"{1 - place:.0%} of seed {a}, {place:.0%} of seed {b}"
+
+    def carry(
+        self, name: str, start: str, end: str, seed: Any, place: Any, steps: Any, solver: str
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
+        """(image at the start, image, their difference, words): the same noise, guided from one class to another."""
+        run, how, _ = self.asked(name, steps, solver, 1.0)
+        if not run.conditional:
+            raise UserError(f"{name} knows one class only: choose a run with classes")
+        y0, y1 = self.label(run, start), self.label(run, end)
+        seed, place = self.number(seed, "Seed", 0, MAX_SEED), self.number(place, "Place", 0, 2, float)
+        images = []
+        for w in (0.0, place):
+            x, streams = run.noise(seed, [0])
+            # w = 1 asks the class alone, without a look at the other.
+            images.append(run.draw(x, streams, [y1], how, w, away=y0)[0])
+        change = images[1].astype(int) - images[0]
+        words = f"{place:.0%} of the way from {start} to {end}; largest change {np.abs(change).max()} of 255"
+        return *images, difference_map(change), words
+
+
+def beside(work: Callable[[Callable[[Any], None]], Any]) -> Iterator[tuple[Any, Any]]:
+    """(what work tells, None) as it is told, then (None, what work returns); its error is raised here.
+
+    Whoever stops listening ends the work: telling then raises.
+    """
+    told: queue.Queue = queue.Queue()
+    left = threading.Event()
+
+    def tell(what: Any) -> None:
+        if left.is_set():
+            raise InterruptedError
+        told.put((what, None))
+
+    def go() -> None:
+        try:
+            told.put((None, work(tell)))
+        except Exception as e:
+            told.put((None, e))
+
+    threading.Thread(target=go, daemon=True).start()
+    try:
+        while True:
+            what, done = told.get()
+            if isinstance(done, Exception):
+                raise done
+            yield what, done
+            if done is not None:
+                return
+    finally:
+        left.set()
+
+
+def slerp(a: Tensor, b: Tensor, place: float) -> Tensor:
+    """From a to b along the great circle, so that what lies between has the norm that noise has."""
+    angle = torch.arccos((a.flatten() @ b.flatten() / (a.norm() * b.norm())).clamp(-1, 1))
+    if angle < 1e-4:
+        return a
+    return (torch.sin((1 - place) * angle) * a + torch.sin(place * angle) * b) / torch.sin(angle)
+
+
+def difference_map(change: np.ndarray) -> np.ndarray:
+    """int [H, W] in [-255, 255] -> RGB: darker is blue, brighter is orange, no change is white."""
+    amount = np.clip(np.abs(change) / 100, 0, 1)[..., None]
+    colour = np.where(change[..., None] > 0, [217, 95, 2], [33, 102, 172])
+    return (255 - amount * (255 - colour)).astype(np.uint8)
+
+
+def answered(f: Callable) -> Callable:
+    """f, whose errors become a sentence on the page; the next request is served as if nothing had been."""
+
+    def sentence(e: Exception) -> gr.Error:
+        if not isinstance(e, UserError):
+            traceback.print_exception(e)
+        text = str(e) if isinstance(e, UserError) else "This request failed; the terminal that runs app.py says why."
+        return gr.Error(text[0].upper() + text[1:], duration=10, print_exception=False)
+
+    def call(*args: Any) -> Any:
+        try:
+            return f(*args)
+        except Exception as e:
+            raise sentence(e) from None
+
+    def stream(*args: Any) -> Iterator:
+        try:
+            yield from f(*args)
+        except Exception as e:
+            raise sentence(e) from None
+
+    return stream if inspect.isgeneratorfunction(f) else call
+
+
+def build(studio: Studio) -> gr.Blocks:
+    """The page."""
+    cfg, first = studio.cfg, next(iter(studio.runs.values()))
+    picture = {"format": "png", "interactive": False, "buttons": ["download"], "elem_classes": "shown"}
+    sized = {**picture, "height": 360}
+
+    def about(run: Run) -> str:
+        side = run.vae.config["image_size"]
+        return f"Trained on {run.meta.get('data', 'unknown data')}; {side}x{side} pixels; weights {run.checkpoint}"
+
+    with gr.Blocks(title="Synthetic brain MRI slices", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        gr.Markdown(f"# Synthetic brain MRI slices\n{LIMITS}")
+        with gr.Row():
+            name = gr.Radio(list(studio.runs), value=first.name, label="Run", info="Which weights draw")
+            class_name = gr.Radio(
+                first.classes, value=first.classes[0], label="Class", visible=first.conditional,
+                info="A label of the training data, no finding",
+            )  # fmt: skip
+        facts = gr.Markdown(about(first))
+        with gr.Accordion("How it is drawn", open=False), gr.Row():
+            steps = gr.Slider(
+                2, cfg.max_steps, min(first.steps, cfg.max_steps), step=1, label="Steps", interactive=first.free,
+                info="Ten suffice",
+            )  # fmt: skip
+            solver = gr.Radio(["dpm++2m", "ddim"], value="dpm++2m", label="Sampler", interactive=first.free)
+            guidance = gr.Slider(
+                0, 5, 1, step=0.25, label="Guidance", visible=first.conditional,
+                info="1: none; more follows the class more",
+            )  # fmt: skip
+        how = [steps, solver, guidance]
+        with gr.Tab("Draw"):
+            with gr.Row():
+                count = gr.Slider(1, cfg.max_images, min(4, cfg.max_images), step=1, label="Images")
+                seed = gr.Number(0, label="Seed", info="The same seed gives the same images")
+            with gr.Row():
+                go = gr.Button("Draw", variant="primary")
+                stop = gr.Button("Stop")
+            words = gr.Markdown("", elem_id="words")
+            gallery = gr.Gallery(
+                label="Images, and the nearest training slice of each where the data is at hand", columns=4,
+                object_fit="contain", height="auto", format="png", interactive=False,
+                buttons=["download", "fullscreen"],
+            )  # fmt: skip
+            file = gr.DownloadButton("Download all as ZIP, with manifest", interactive=False)
+            strip = gr.Image(
+                label="How image 0 comes about: noisy above, its estimate below",
+                height=270,
+                alt_text="Two rows of one slice, from noise on the left to the finished image on the right",
+                **picture,
+            )
+        with gr.Tab("Walk between two seeds") as walk_tab:
+            with gr.Row():
+                seed_a, seed_b = gr.Number(0, label="From seed"), gr.Number(1, label="To seed")
+            place = gr.Slider(0, 1, 0, step=0.05, label="Place between them")
+            walked_words = gr.Markdown("", elem_id="walked")
+            walked = gr.Image(
+                label="Between the two seeds", height=420, alt_text="A slice between those of the two seeds", **picture
+            )  # fmt: skip
+        with gr.Tab("From one class to another", visible=first.conditional) as carry_tab:
+            gr.Markdown("One seed, all else held: the same noise, guided from one class to the other.")
+            with gr.Row():
+                start = gr.Radio(first.classes, value=first.classes[-1], label="From class")
+                end = gr.Radio(first.classes, value=first.classes[0], label="To class")
+                carried_seed = gr.Number(0, label="Seed of the image")
+            far = gr.Slider(
+                0, 2, 1, step=0.1, label="How far", info="0: the first class; 1: the second; more: beyond it"
+            )
+            carried_words = gr.Markdown("", elem_id="carried")
+            with gr.Row():
+                before = gr.Image(label="First class", alt_text="Slice of the first class", **sized)
+                after = gr.Image(label="On the way", alt_text="The same noise, on the way", **sized)
+                change = gr.Image(label="Darker: blue; brighter: orange", alt_text="Their difference", **sized)
+
+        def choose(which: str) -> list:
+            run = studio.run(which)
+            classes = {"choices": run.classes, "visible": run.conditional}
+            return [
+                gr.update(value=run.classes[0], **classes),
+                about(run),
+                gr.update(value=min(run.steps, cfg.max_steps), interactive=run.free),
+                gr.update(value=run.how(run.steps, "dpm++2m")["solver"], interactive=run.free),
+                gr.update(value=1, visible=run.conditional),
+                gr.update(value=run.classes[-1], choices=run.classes),
+                gr.update(value=run.classes[0], choices=run.classes),
+                gr.update(visible=run.conditional),
+                gr.update(interactive=False),
+                *[None] * len(outputs),
+            ]
+
+        # One request after the other, whoever asks: the machine is one.
+        work = {"api_visibility": "private", "concurrency_id": "drawing", "concurrency_limit": 1}
+        live = {**work, "trigger_mode": "always_last", "show_progress": "minimal"}
+        outputs = [words, gallery, strip, walked, walked_words, before, after, change, carried_words]
+        chosen = [class_name, facts, *how, start, end, carry_tab, file, *outputs]
+        name.change(answered(choose), name, chosen, queue=False, api_visibility="private")
+        drawing = go.click(
+            answered(studio.draw), [name, class_name, count, seed, *how], [strip, gallery, words, file],
+            show_progress="minimal", **work,
+        )  # fmt: skip
+        stop.click(None, cancels=[drawing], api_visibility="private")
+        walking = [name, class_name, seed_a, seed_b, place, *how]
+        for event in (seed_a.change, seed_b.change, place.change, walk_tab.select):
+            event(answered(studio.walk), walking, [walked, walked_words], **live)
+        carrying = [name, start, end, carried_seed, far, steps, solver]
+        for event in (start.change, end.change, carried_seed.change, far.change, carry_tab.select):
+            event(answered(studio.carry), carrying, [before, after, change, carried_words], **live)
+    return page.queue(max_size=cfg.queue, api_open=False)
+
+
+class ContentSecurity:
+    """Tells the browser to ask no other machine for anything, whatever a page of a library may contain."""
+
+    def __init__(self, app: Callable):
+        self.app = app
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        async def send_with_header(message: dict) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"content-security-policy", CONTENT_SECURITY.encode())]
+            await send(message)
+
+        await self.app(scope, receive, send_with_header)
+
+
+def main(cfg: AppConfig) -> None:
+    if cfg.run == AppConfig.run:  # whichever of the weights of this repository are there
+        cfg = replace(cfg, run=tuple(r for r in cfg.run if (Path(cfg.checkpoints) / r).is_dir()))
+    if not cfg.run:
+        raise UserError(f"there are no pretrained weights in {cfg.checkpoints}: train a run and name it with --run")
+    studio = Studio(cfg)
+    threading.Thread(target=lambda: [run.learn_copies() for run in studio.runs.values()], daemon=True).start()
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none to be fetched
+    theme = gr.themes.Default(primary_hue="blue", **fonts).set(  # grey and orange on white are hard to read
+        block_info_text_color="*neutral_600", block_label_text_color="*neutral_700",
+        block_title_text_color="*neutral_700",
+        button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800",
+    )  # fmt: skip
+    try:
+        build(studio).launch(
+            server_name=cfg.host, server_port=cfg.port, theme=theme, css=CSS, quiet=True,
+            share=False, ssr_mode=False, pwa=False, footer_links=[], run_history=False, prevent_thread_lock=True,
+            enable_monitoring=False, app_kwargs={"middleware": [Middleware(ContentSecurity)]},
+        )  # fmt: skip
+    except OSError as e:
+        raise UserError(f"port {cfg.port} of {cfg.host} cannot be listened on ({e}): name another --port") from None
+    print(f"open http://{cfg.host}:{cfg.port} in a browser; Ctrl-C ends it", flush=True)
+    threading.Event().wait()
+
+
+if __name__ == "__main__":
+    run_script(main, cfg)

@@ -1,0 +1,231 @@
+"""python app.py in a real browser, and what a request that did not come from the page gets."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlparse
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run, run_any
+
+import app
+from config import AppConfig
+from utils import UserError
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture(scope="module")
+def runs(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoints folder with the run of conftest (AD and NC), and the weights of this repository."""
+    home = tmp_path_factory.mktemp("runs")
+    (home / "tiny").symlink_to(trained / "tiny")
+    (home / "pretrained").symlink_to(ROOT / "checkpoints" / "pretrained")
+    return home
+
+
+@pytest.fixture(scope="module")
+def studio(runs: Path) -> app.Studio:
+    return app.Studio(AppConfig(run=("tiny", "pretrained"), checkpoints=str(runs), device="cpu", max_steps=20))
+
+
+def drawn(studio: app.Studio, *asked) -> tuple:
+    return list(studio.draw(*asked))[-1]
+
+
+def test_the_same_images_as_predict_draws(studio: app.Studio, runs: Path, tmp_path: Path):
+    """The page's ZIP holds, byte for byte, what predict.py writes."""
+    for name, class_name in (("tiny", "AD"), ("pretrained", None)):
+        flags = ["--class-name", class_name] if class_name else []
+        where = ["--checkpoints", runs, "--device", "cpu", "--num-images", "3", "--seed", "7", "--out", tmp_path / name]
+        run("predict.py", "--run", name, *where, *flags)
+        _, gallery, words, file = drawn(studio, name, class_name, 3, 7, 10, "dpm++2m", 1)
+        assert len(gallery) == 3 and "3 images in" in words
+        with zipfile.ZipFile(file.value if isinstance(file.value, str) else file.value["path"]) as z:
+            rows = list(csv.DictReader(io.StringIO(z.read("manifest.csv").decode())))
+            assert [int(r["index"]) for r in rows] == [0, 1, 2]
+            for r in rows:
+                (theirs,) = (tmp_path / name).rglob(r["file"])
+                assert z.read(r["file"]) == theirs.read_bytes()
+                assert r["class"] == theirs.parent.name and r["run"] == name
+
+
+def test_walks_end_where_they_should(studio: app.Studio):
+    """Place 0 and 1 are the two seeds' own images, and so are the two classes at 0 and 1."""
+    how = (10, "dpm++2m", 1)
+    ends = [drawn(studio, "pretrained", None, 1, seed, *how)[1][0][0] for seed in (3, 8)]
+    between = [studio.walk("pretrained", None, 3, 8, place, *how)[0] for place in (0, 0.5, 1)]
+    apart = [[np.abs(image.astype(int) - end).max() for end in ends] for image in between]
+    assert apart[0][0] <= 1 and apart[2][1] <= 1 and min(apart[1]) > 20
+    noise = [studio.runs["pretrained"].noise(seed, [0])[0] for seed in (3, 8)]
+    assert app.slerp(*noise, 0.5).std() == pytest.approx(1, abs=0.06)  # not 0.7, as the mean of two has
+    own = {c: drawn(studio, "tiny", c, 1, 5, *how)[1][0][0] for c in ("AD", "NC")}
+    for place, same in ((0, "NC"), (1, "AD")):
+        before, after, _, words = studio.carry("tiny", "NC", "AD", 5, place, 10, "dpm++2m")
+        assert np.abs(before.astype(int) - own["NC"]).max() <= 1
+        assert np.abs(after.astype(int) - own[same]).max() <= 1
+        assert f"{place:.0%}" in words
+    image = app.difference_map(np.array([[0, 120, -120]]))[0]
+    assert image[0].tolist() == [255, 255, 255] and image[1, 0] > image[1, 2] and image[2, 2] > image[2, 0]
+
+
+def test_distances_are_those_of_the_copy_detector(studio: app.Studio, monkeypatch: pytest.MonkeyPatch):
+    from metrics import CopyDetector
+
+    some = studio.runs["tiny"]
+    copy = torch.from_numpy(drawn(studio, "tiny", "AD", 1, 4, 10, "dpm++2m", 1)[1][0][0])
+    g = torch.Generator().manual_seed(0)
+    others = torch.randint(0, 255, (160, *copy.shape), generator=g, dtype=torch.uint8)
+    train = torch.cat([others[:40], copy[None]])
+    monkeypatch.setattr(some, "detector", CopyDetector(train, others[40:] // 2, quantile=0.05))
+    monkeypatch.setattr(some, "training", train)
+    _, gallery, words, file = drawn(studio, "tiny", "AD", 2, 4, 10, "dpm++2m", 1)
+    assert len(gallery) == 4 and "a copy?" in gallery[1][1] and np.array_equal(gallery[1][0], copy.numpy())
+    assert "compared" not in words
+    with zipfile.ZipFile(file.value if isinstance(file.value, str) else file.value["path"]) as z:
+        assert float(next(csv.DictReader(io.StringIO(z.read("manifest.csv").decode())))["distance"]) < 1
+        assert len([n for n in z.namelist() if n.endswith(".png")]) == 2  # training slices stay here
+
+
+WRONG = [
+    ("run", ("nowhere", "AD", 1, 0, 10, "dpm++2m", 1)), ("run", ("../tiny", "AD", 1, 0, 10, "dpm++2m", 1)),
+    ("Class", ("tiny", "XX", 1, 0, 10, "dpm++2m", 1)), ("Images", ("tiny", "AD", 17, 0, 10, "dpm++2m", 1)),
+    ("Images", ("tiny", "AD", 0, 0, 10, "dpm++2m", 1)), ("Seed", ("tiny", "AD", 1, 1.5, 10, "dpm++2m", 1)),
+    ("Seed", ("tiny", "AD", 1, None, 10, "dpm++2m", 1)), ("Seed", ("tiny", "AD", 1, float("inf"), 10, "dpm++2m", 1)),
+    ("Steps", ("pretrained", None, 1, 0, 1000, "dpm++2m", 1)), ("Guidance", ("tiny", "AD", 1, 0, 10, "dpm++2m", "x")),
+    ("Guidance", ("tiny", "AD", 1, 0, 10, "dpm++2m", float("nan"))),
+]  # fmt: skip
+
+
+def test_more_than_a_visitor_may_ask_for_is_refused(studio: app.Studio):
+    for word, asked in WRONG:
+        with pytest.raises(UserError, match=word):
+            list(studio.draw(*asked))
+    with pytest.raises(UserError, match="Sampler"):
+        list(studio.draw("pretrained", None, 1, 0, 10, "euler", 1))
+
+
+def test_who_leaves_ends_the_work(studio: app.Studio):
+    import threading
+
+    before = threading.active_count()
+    drawing = studio.draw("pretrained", None, 16, 0, 20, "dpm++2m", 1)
+    next(drawing)
+    drawing.close()
+    end = time.time() + 60
+    while threading.active_count() > before and time.time() < end:
+        time.sleep(0.05)
+    assert threading.active_count() <= before
+
+
+@pytest.fixture(scope="module")
+def address(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A page that is up."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    log = tmp_path_factory.mktemp("app") / "log"
+    words = ["--run", "tiny", "pretrained", "--checkpoints", runs, "--device", "cpu", "--port", port]
+    with log.open("w") as f:
+        process = subprocess.Popen([sys.executable, str(ROOT / "app.py"), *map(str, words)], stdout=f, stderr=f)
+    end = time.time() + 120
+    while "open http" not in log.read_text() and process.poll() is None and time.time() < end:
+        time.sleep(0.1)
+    assert "open http" in log.read_text(), log.read_text()
+    yield f"http://127.0.0.1:{port}"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
+    assert "Traceback" not in log.read_text()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium (apt install chromium)")
+def test_a_visitor_in_a_browser(address: str, tmp_path: Path):
+    """Draw, download, a wrong value, walk, another run, from class to class; no request leaves the machine."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"] if os.getuid() == 0 else [])
+        page = browser.new_page(viewport={"width": 1200, "height": 1300})
+        page.set_default_timeout(60_000)
+        asked, errors = [], []
+        page.on("request", lambda r: asked.append(r.url))
+        page.on("pageerror", lambda e: errors.append(str(e)))
+        page.goto(address)
+        draw = page.get_by_role("button", name="Draw", exact=True)
+        draw.wait_for()
+        assert "Not for diagnosis" in page.inner_text("body")
+        page.get_by_role("radio", name="NC", exact=True).first.click()
+        page.get_by_label("Seed", exact=True).fill("3")
+        draw.click()
+        page.locator("#words").get_by_text("4 images in").wait_for()
+        assert "not at hand" in page.locator("#words").inner_text()  # and so nothing was compared
+        with page.expect_download() as download:
+            page.get_by_role("button", name="Download all as ZIP").click()
+        download.value.save_as(tmp_path / "slices.zip")
+        with zipfile.ZipFile(tmp_path / "slices.zip") as z:
+            rows = list(csv.DictReader(io.StringIO(z.read("manifest.csv").decode())))
+            assert [(r["class"], r["seed"]) for r in rows] == [("NC", "3")] * 4
+            image = cv2.imdecode(np.frombuffer(z.read(rows[0]["file"]), np.uint8), cv2.IMREAD_UNCHANGED)
+            assert image.shape == (32, 32)
+
+        page.get_by_label("Seed", exact=True).fill("1.5")
+        draw.click()
+        page.get_by_text("Seed must be a whole number").first.wait_for()
+        page.get_by_label("Seed", exact=True).fill("4")
+        draw.click()  # and it goes on
+        page.locator("#words").get_by_text("4 images in").wait_for()
+
+        page.get_by_role("tab", name="From one class to another").click()
+        page.locator("#carried").get_by_text("100% of the way from NC to AD").wait_for()
+        page.get_by_label("range slider for How far").press("ArrowLeft")
+        page.locator("#carried").get_by_text("90% of the way").wait_for()  # by keyboard
+
+        page.get_by_role("radio", name="pretrained", exact=True).click()
+        page.get_by_text("128x128 pixels").wait_for()
+        assert not page.get_by_role("radio", name="AD", exact=True).first.is_visible()
+        page.get_by_role("tab", name="Walk between two seeds").click()
+        page.locator("#walked").get_by_text("100% of seed 0").wait_for()
+        page.get_by_label("To seed").fill("9")
+        page.locator("#walked").get_by_text("of seed 9").wait_for()
+        page.get_by_role("tab", name="Draw").click()
+        draw.click()
+        page.locator("#words").get_by_text("4 images in").wait_for()
+        page.screenshot(path=tmp_path / "page.png")
+        assert len(cv2.imread(str(tmp_path / "page.png")).reshape(-1, 3)) == 1200 * 1300
+
+        hosts = {urlparse(url).netloc for url in asked if urlparse(url).scheme in ("http", "https", "ws", "wss")}
+        assert hosts == {urlparse(address).netloc}
+        assert not errors
+        assert "connect-src 'self'" in page.request.get(address).headers["content-security-policy"]
+        browser.close()
+
+
+def test_wrong_commands_end_in_one_sentence(runs: Path, tmp_path: Path):
+    where = ["--checkpoints", runs, "--device", "cpu"]
+    for sentence, words in {
+        "there are no weights at": ["--run", "nobody", *where],
+        "there are no pretrained weights": ["--checkpoints", tmp_path],
+        "--port 0": ["--port", "0"],
+        "--max-images 0": ["--max-images", "0"],
+    }.items():
+        done = run_any("app.py", *words)
+        assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr, (sentence, done)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        done = run_any("app.py", "--run", "tiny", *where, "--port", s.getsockname()[1])
+    assert done.returncode == 2 and "cannot be listened on" in done.stderr and "Traceback" not in done.stderr
