@@ -235,7 +235,7 @@ class Studio:
         """(image at the start, image, their difference, words): the same noise, guided from one class to another."""
         run, how, _ = self.asked(name, steps, solver, 1.0)
         if not run.conditional:
-            raise UserError(f"{name} knows one class only: choose a run with classes")
+            raise UserError(f"the run {name} knows one class only: choose one with classes")
         y0, y1 = self.label(run, start), self.label(run, end)
         seed, place = self.number(seed, "Seed", 0, MAX_SEED), self.number(place, "Place", 0, 2, float)
         images = []
@@ -322,6 +322,7 @@ def answered(f: Callable) -> Callable:
 def build(studio: Studio) -> gr.Blocks:
     """The page."""
     cfg, first = studio.cfg, next(iter(studio.runs.values()))
+    any_classes = any(run.conditional for run in studio.runs.values())
     picture = {"format": "png", "interactive": False, "buttons": ["download"], "elem_classes": "shown"}
     sized = {**picture, "height": 360}
 
@@ -377,7 +378,7 @@ def build(studio: Studio) -> gr.Blocks:
             walked = gr.Image(
                 label="Between the two seeds", height=420, alt_text="A slice between those of the two seeds", **picture
             )  # fmt: skip
-        with gr.Tab("From one class to another", visible=first.conditional) as carry_tab:
+        with gr.Tab("From one class to another", visible=any_classes) as carry_tab:
             gr.Markdown("One seed, all else held: the same noise, guided from one class to the other.")
             with gr.Row():
                 start = gr.Radio(first.classes, value=first.classes[-1], label="From class")
@@ -403,7 +404,6 @@ def build(studio: Studio) -> gr.Blocks:
                 gr.update(value=1, visible=run.conditional),
                 gr.update(value=run.classes[-1], choices=run.classes),
                 gr.update(value=run.classes[0], choices=run.classes),
-                gr.update(visible=run.conditional),
                 gr.update(interactive=False),
                 *[None] * len(outputs),
             ]
@@ -412,7 +412,7 @@ def build(studio: Studio) -> gr.Blocks:
         work = {"api_visibility": "private", "concurrency_id": "drawing", "concurrency_limit": 1}
         live = {**work, "trigger_mode": "always_last", "show_progress": "minimal"}
         outputs = [words, gallery, strip, walked, walked_words, before, after, change, carried_words]
-        chosen = [class_name, facts, *how, start, end, carry_tab, file, *outputs]
+        chosen = [class_name, facts, *how, start, end, file, *outputs]
         name.change(answered(choose), name, chosen, queue=False, api_visibility="private")
         drawing = go.click(
             answered(studio.draw), [name, class_name, count, seed, *how], [strip, gallery, words, file],
@@ -420,10 +420,10 @@ def build(studio: Studio) -> gr.Blocks:
         )  # fmt: skip
         stop.click(None, cancels=[drawing], api_visibility="private")
         walking = [name, class_name, seed_a, seed_b, place, *how]
-        for event in (seed_a.change, seed_b.change, place.change, walk_tab.select):
+        for event in (seed_a.input, seed_b.input, place.input, walk_tab.select):
             event(answered(studio.walk), walking, [walked, walked_words], **live)
         carrying = [name, start, end, carried_seed, far, steps, solver]
-        for event in (start.change, end.change, carried_seed.change, far.change, carry_tab.select):
+        for event in (start.input, end.input, carried_seed.input, far.input, carry_tab.select):
             event(answered(studio.carry), carrying, [before, after, change, carried_words], **live)
     return page.queue(max_size=cfg.queue, api_open=False)
 

@@ -210,6 +210,7 @@ def test_a_visitor_in_a_browser(address: str, tmp_path: Path):
         hosts = {urlparse(url).netloc for url in asked if urlparse(url).scheme in ("http", "https", "ws", "wss")}
         assert hosts == {urlparse(address).netloc}
         assert not errors
+        assert page.get_by_text("knows one class only").count() == 0
         assert "connect-src 'self'" in page.request.get(address).headers["content-security-policy"]
         browser.close()
 
