@@ -55,6 +55,8 @@ CSS = """
 .grid-wrap { padding-top: 2rem !important }
 .min_value, .max_value { color: var(--neutral-600) !important }
 button[role=tab][aria-selected=true] { color: var(--primary-700) !important }
+.dark button[role=tab][aria-selected=true] { color: var(--primary-300) !important }
+.dark .min_value, .dark .max_value { color: var(--neutral-300) !important }
 .caption-label { max-width: 100% !important; white-space: normal !important; font-size: 0.8rem !important }
 """
 MAX_SEED = 10**9
@@ -71,13 +73,14 @@ class Run:
         self.conditional = self.model.num_classes > 1
         self.free = self.model.scheduler.config["grid"] == "full"  # any number of steps, either solver
         self.steps = len(self.model.scheduler.fast_timesteps)
+        self.phantom = self.meta.get("config", {}).get("data") == "phantom"
         self.detector: CopyDetector | None = None
         self.training: Tensor | None = None
         self.why_none = "The run's data is not at hand (--data), so nothing is compared with the training slices."
 
     def learn_copies(self) -> None:
         """Takes minutes on much data, so it runs beside the page."""
-        data = "phantom" if self.meta.get("config", {}).get("data") == "phantom" else self.cfg.data
+        data = "phantom" if self.phantom else self.cfg.data
         if not data:
             return
         self.why_none = "Still looking at the training slices; draw again in a moment."
@@ -190,10 +193,9 @@ class Studio:
             if closest is not None:
                 near = min(d[k].item() for d in distance.values())
                 rows[k].append(f"{near:.4f}")
-                verdict = "a copy?" if near < 1 else "no copy"
                 slice_ = run.training[closest[k]].numpy()
-                gallery.append((slice_, f"nearest training slice: {near:.2f}, {verdict}"))
-        words += "" if run.detector else f" {run.why_none}"
+                gallery.append((slice_, f"nearest training slice: {near:.2f}{' (a copy?)' * (near < 1)}"))
+        words += " Distances: people held out hardly ever come below 1." if run.detector else f" {run.why_none}"
         file = gr.DownloadButton(value=self.archive(run, images, rows, how, guidance), interactive=True)
         yield run.strip(seen), gallery, words, file
 
@@ -328,7 +330,9 @@ def build(studio: Studio) -> gr.Blocks:
 
     def about(run: Run) -> str:
         side = run.vae.config["image_size"]
-        return f"Trained on {run.meta.get('data', 'unknown data')}; {side}x{side} pixels; weights {run.checkpoint}"
+        data = run.meta.get("data", "unknown data")
+        data = f"phantoms, which are no people: {data}" if run.phantom else data
+        return f"Trained on {data}; {side}x{side} pixels; weights {run.checkpoint}"
 
     with gr.Blocks(title="Synthetic brain MRI slices", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(f"# Synthetic brain MRI slices\n{LIMITS}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import glob
 import gzip
 import hashlib
 import io
@@ -294,7 +295,7 @@ def find_sources(root: Path) -> tuple[list[Source], list[Row]]:
     for folder, folders, names in os.walk(root):
         folders.sort()
         dicom = []
-        for name in sorted(n for n in names if not n.startswith(".")):
+        for name in sorted(n for n in names if not n.startswith(".") and n != "DICOMDIR"):
             path, lower = Path(folder, name), name.lower()
             below = path.relative_to(root).as_posix()
             if lower.endswith((".nii", ".nii.gz")):
@@ -355,6 +356,18 @@ class Subjects:
             raise Unusable(f"of the group {label}, which --groups leaves out")
         return scan, patient, label
 
+    def agree(self, row: Row) -> bool:
+        """Does the table still say what it said when this volume was cut?"""
+        try:
+            return not self.cfg.table or self.of(row.source, "")[1:] == (row.patient, row.label)
+        except Unusable:
+            return False
+
+
+def scan_of(path: Path) -> str:
+    """SCAN of a file SCAN_SLICE.png."""
+    return path.stem.rpartition("_")[0]
+
 
 class Slicer:
     """Cuts sources, several at a time, and keeps OUT's records whole at any moment."""
@@ -378,27 +391,39 @@ class Slicer:
         write_atomic(made_with, json.dumps(settings, indent=1).encode())
 
     def resume(self, sources: Sequence[Source]) -> list[Source]:
-        """Take over what is done, and return what is not: new or changed volumes, left out before, slices missing."""
+        """Take over what is done, and return what is not: new or changed volumes, left out before, slices missing.
+
+        Volumes that are no longer there keep their slices, and their rows with them.
+        """
         path = self.out / "volumes.csv"
         if not path.exists():
             return list(sources)
-        there = Counter((p.parent.name, p.stem.rpartition("_")[0]) for p in (self.out / self.cfg.split).glob("*/*.png"))
-        done: dict[str, list[Row]] = {}
-        for r in read_table(path, "source", "stamp"):
+        there = Counter((p.parent.name, scan_of(p)) for p in (self.out / self.cfg.split).glob("*/*.png"))
+        before: dict[str, list[Row]] = {}
+        for r in read_table(path, "source"):
             row = Row(**{f.name: r.get(f.name) or "" for f in fields(Row)})
             row.slices = int(row.slices or 0)
-            done.setdefault(row.source, []).append(row)
+            before.setdefault(row.source, []).append(row)
         left = []
         for source in sources:
-            rows = done.get(source.name, [])
+            rows = before.get(source.name, [])
             whole = rows and all(not r.left_out and there[r.label, r.scan] == r.slices for r in rows)
-            if whole and rows[0].stamp == source.stamp:
-                self.rows[source.name] = rows
-                self.taken |= {r.scan: source.name for r in rows}
-                self.patients |= {r.scan: r.patient for r in rows}
-            else:
+            if not whole or rows[0].stamp != source.stamp or not all(self.subjects.agree(r) for r in rows):
                 left.append(source)
+                for row in before.pop(source.name, []):
+                    if row.slices:
+                        self.forget(row)
+        for name, rows in before.items():
+            self.rows[name] = rows
+            self.taken |= {r.scan: name for r in rows if r.slices}
+            self.patients |= {r.scan: r.patient for r in rows if r.slices}
         return left
+
+    def forget(self, row: Row) -> None:
+        """Remove the slices of a volume that is cut again: it may have fewer now, or another class."""
+        for path in (self.out / self.cfg.split / row.label).glob(f"{glob.escape(row.scan)}_*.png"):
+            if scan_of(path) == row.scan:
+                path.unlink()
 
     def do(self, source: Source) -> None:
         """Cut one source and put it on record."""

@@ -94,8 +94,13 @@ def test_distances_are_those_of_the_copy_detector(studio: app.Studio, monkeypatc
     monkeypatch.setattr(some, "detector", CopyDetector(train, others[40:] // 2, quantile=0.05))
     monkeypatch.setattr(some, "training", train)
     _, gallery, words, file = drawn(studio, "tiny", "AD", 2, 4, 10, "dpm++2m", 1)
-    assert len(gallery) == 4 and "a copy?" in gallery[1][1] and np.array_equal(gallery[1][0], copy.numpy())
-    assert "compared" not in words
+    assert (
+        len(gallery) == 4
+        and "(a copy?)" in gallery[1][1]
+        and "(a copy?)" not in gallery[3][1]
+        and np.array_equal(gallery[1][0], copy.numpy())
+    )
+    assert "compared" not in words and "held out" in words
     with zipfile.ZipFile(file.value if isinstance(file.value, str) else file.value["path"]) as z:
         assert float(next(csv.DictReader(io.StringIO(z.read("manifest.csv").decode())))["distance"]) < 1
         assert len([n for n in z.namelist() if n.endswith(".png")]) == 2  # training slices stay here

@@ -314,6 +314,13 @@ def test_classes_and_patients_of_a_loni_table(tmp_path: Path):
     assert "MCI" in left["011_S_0003"] and "no row" in left["099_S_9999"]
     done = run("dataset.py", "check", tmp_path / "out", "--cache", tmp_path / "cache")
     assert "2 people" in done.stdout and "fit for training" in done.stdout
+    # A table that was mended changes what it must, and a volume that went keeps its slices and its patient.
+    (tmp_path / "loni.csv").write_text(LONI.replace('"I100002","002_S_0001","AD"', '"I100002","002_S_0001","CN"'))
+    (home / paths[0]).unlink()
+    run("dataset.py", "slice", home, tmp_path / "out", *flags)
+    where = {p.stem.rpartition("_")[0]: p.parent.name for p in (tmp_path / "out/train").glob("*/*.png")}
+    assert where == {"I100001": "AD", "I100002": "CN", "I100003": "CN", "011_S_0002-by-subject": "CN"}
+    assert dict(csv.reader((tmp_path / "out/subjects.csv").open())) == patients
     refused = run_any("dataset.py", "slice", home, tmp_path / "o", "--table", tmp_path / "loni.csv", "--groups", "NC")
     assert refused.returncode == 2 and "no row" in refused.stderr and "NC" in refused.stderr
 
