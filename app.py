@@ -16,6 +16,8 @@ import inspect
 import io
 import os
 import queue
+import signal
+import sys
 import tempfile
 import threading
 import time
@@ -86,7 +88,8 @@ class Run:
         self.why_none = "Still looking at the training slices; draw again in a moment."
         try:
             where = PredictConfig(data=data, cache=self.cfg.cache, run=self.name)
-            self.detector, self.training = copy_detector(where, self.vae, self.meta)
+            detector, self.training = copy_detector(where, self.vae, self.meta)
+            self.detector = detector  # last: from now on it is asked
         except UserError as e:
             self.why_none = f"Nothing is compared with the training slices: {e}"
 
@@ -124,7 +127,10 @@ class Studio:
     def __init__(self, cfg: AppConfig):
         self.cfg = cfg
         self.runs = {name: Run(cfg, name) for name in cfg.run}
-        self.folder = Path(tempfile.mkdtemp(prefix="slices-"))  # of downloads; gone with the process
+        # Downloads, and what gradio keeps of pictures, training slices too: for this user alone, gone with the process.
+        self.holder = tempfile.TemporaryDirectory(prefix="slices-")
+        self.folder = Path(self.holder.name)
+        os.environ["GRADIO_TEMP_DIR"] = str(self.folder / "pictures")
 
     def run(self, name: str) -> Run:
         if name not in self.runs:
@@ -452,6 +458,7 @@ def main(cfg: AppConfig) -> None:
         cfg = replace(cfg, run=tuple(r for r in cfg.run if (Path(cfg.checkpoints) / r).is_dir()))
     if not cfg.run:
         raise UserError(f"there are no pretrained weights in {cfg.checkpoints}: train a run and name it with --run")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # in order, so that nothing stays behind
     studio = Studio(cfg)
     threading.Thread(target=lambda: [run.learn_copies() for run in studio.runs.values()], daemon=True).start()
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none to be fetched

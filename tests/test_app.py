@@ -145,15 +145,21 @@ def address(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
         port = s.getsockname()[1]
     log = tmp_path_factory.mktemp("app") / "log"
     words = ["--run", "tiny", "pretrained", "--checkpoints", runs, "--device", "cpu", "--port", port]
+    (log.parent / "tmp").mkdir()
     with log.open("w") as f:
-        process = subprocess.Popen([sys.executable, str(ROOT / "app.py"), *map(str, words)], stdout=f, stderr=f)
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "app.py"), *map(str, words)], stdout=f, stderr=f,
+            env={**os.environ, "TMPDIR": str(log.parent / "tmp")},
+        )  # fmt: skip
     end = time.time() + 120
     while "open http" not in log.read_text() and process.poll() is None and time.time() < end:
         time.sleep(0.1)
     assert "open http" in log.read_text(), log.read_text()
     yield f"http://127.0.0.1:{port}"
-    process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 130
+    assert CHROMIUM is None or list((log.parent / "tmp").rglob("*.png"))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 143
+    assert not list((log.parent / "tmp").rglob("*.png"))  # pictures, slices of people among them, do not stay
     assert "Traceback" not in log.read_text()
 
 
