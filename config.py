@@ -51,9 +51,11 @@ class MachineConfig:
     device: str = "auto"
     """auto takes CUDA, then MPS, then CPU; or name one: cuda, cuda:1, mps, cpu."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Precision of the network alone. auto: bf16 where the hardware has it, else fp16 on CUDA, else fp32."""
+    """Precision of the network alone. auto: bf16 where the hardware has it, else fp16 on CUDA, else fp32; fp32 where
+    images are drawn on a CPU."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """Weights & Biases: auto is online when logged in and offline otherwise; disabled needs no wandb."""
+    """Weights & Biases. auto: online when logged in, else offline, without pictures that show slices of people; online
+    and offline: with them; disabled: needs no wandb."""
 
 
 @dataclass(frozen=True)
@@ -200,6 +202,8 @@ class PredictConfig(SourceConfig, MachineConfig):
 
     run: str = "pretrained"
     """Run to sample: CHECKPOINTS/RUN/ with its vae/ and diffusion/."""
+    wandb: Literal["auto", "online", "offline", "disabled"] = "disabled"
+    """Weights & Biases: show the grid and the denoising GIF there."""
     num_images: int = 16
     """How many images."""
     class_name: tuple[str, ...] = ()
@@ -262,9 +266,10 @@ class EvaluateConfig(DataConfig, MachineConfig):
     inception_weights: str | None = None
     """File with the weights of FID's InceptionV3 (pt_inception-2015-12-05-6726825d.pth): adds FID and KID on it."""
     training_pictures: bool = True
-    """Show training slices beside the generated ones closest to them; turn it off for a report to be published."""
+    """Show training slices, which are of people, beside the generated ones closest to them; turn it off for a report
+    that leaves your hands."""
     out: str = ""
-    """Folder to write to. Default: CHECKPOINTS/RUN/report, and with --images alone report."""
+    """Folder to write to. Default: CHECKPOINTS/RUN/report, and with --images report."""
 
 
 @dataclass(frozen=True)
@@ -292,8 +297,9 @@ class AppConfig:
     """Runs to choose from: CHECKPOINTS/RUN/ with its vae/ and diffusion/."""
     checkpoints: str = "checkpoints"
     """Folder of all runs."""
-    data: str = field(default_factory=lambda: os.environ.get("ADNI_ROOT", ""))
-    """The runs' data, to show the nearest training slice beside each image; runs trained on phantoms need no folder."""
+    data: str = ""
+    """The runs' data, to show the nearest training slice, a slice of a person, beside each image. Runs trained on
+    phantoms need no folder."""
     cache: str = "cache"
     """Folder for decoded slices."""
     weights: Literal["best", "final"] = "best"
@@ -323,16 +329,16 @@ class ReportConfig:
     checkpoints: str = "checkpoints"
     """Folder of all runs."""
     training_pictures: bool = True
-    """Show slices of the training data; turn it off for a page to be published."""
+    """Show slices of the data, which are of people; turn it off for a page that leaves your hands."""
     out: str = ""
-    """File to write. Default: CHECKPOINTS/RUN/report.html."""
+    """File to write. Default: CHECKPOINTS/RUN/report.html, or report-without-people.html."""
 
 
 @dataclass(frozen=True)
 class CheckConfig:
     """Look a data folder over: counts, people, sizes, bad files, and people or pictures on both sides of a split."""
 
-    folder: Annotated[str, tyro.conf.Positional]
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """The data folder, as --data takes it."""
     cache: str = "cache"
     """Folder for decoded slices."""
@@ -350,9 +356,9 @@ class SliceConfig:
     became of every volume and why one was left out.
     """
 
-    volumes: Annotated[str, tyro.conf.Positional]
+    volumes: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="VOLUMES")]
     """Folder with .nii, .nii.gz and folders of DICOM files, at any depth."""
-    out: Annotated[str, tyro.conf.Positional]
+    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder to write to: OUT/SPLIT/CLASS/SCAN_SLICE.png. New, or this command's own."""
     table: str = ""
     """CSV as LONI exports it, with the columns Subject, Group and Image Data ID: classes and patients."""
@@ -363,7 +369,7 @@ class SliceConfig:
     split: Literal["train", "val", "test"] = "train"
     """Side of the split. Without val/, training sets people of train/ aside by itself."""
     plane: Literal["axial", "coronal", "sagittal"] = "axial"
-    """Plane of the slices."""
+    """Plane of the slices. Sagittal and frontal coronal ones show a face, unless it was removed."""
     range: tuple[float, float] | None = None
     """First and last position in mm. Axial: below the top of the head (default 44 75, as measured on brains without a
     skull; add about 12 with one). Coronal: in front of the middle of the head; sagittal: right of it (-16 15)."""
@@ -433,11 +439,14 @@ def parse(config: type[Config], argv: list[str] | None = None) -> Config:
     Prints one sentence and exits with 2 on a preset or a flag that does not exist.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    preset = argv.pop(0) if argv and not argv[0].startswith("-") else "adni"
+    named = bool(argv) and not argv[0].startswith("-")
+    preset = argv.pop(0) if named else "adni"
     if preset not in PRESETS:
         print(f"error: there is no preset '{preset}': take {', '.join(PRESETS)}, then flags", file=sys.stderr)
         raise SystemExit(2)
-    default = replace(config(), **PRESETS[preset].get(config, {}))
+    # A preset that is named brings its own run, also to scripts that it says nothing else about.
+    own = {AppConfig: {"run": (preset,)}, DistilConfig: {"teacher": preset}}.get(config, {"run": preset})
+    default = replace(config(), **{**(own if named else {}), **PRESETS[preset].get(config, {})})
     name = os.path.basename(sys.argv[0]) or "script"
     about = f"{config.__doc__}\n\nusage: python {name} [{'|'.join(PRESETS)}] [--flag value ...]   (no preset: adni)"
     cfg = tyro.cli(config, default=default, args=argv, prog=f"python {name} {preset}", description=about)

@@ -216,11 +216,11 @@ def main(cfg: EvaluateConfig) -> None:
     log.log(0, {f"{s}/{m}": r["value"] for s, rows in e.report.items() for m, r in rows.items()})
     for name in PICTURES:
         if (e.out / name).exists():
-            log.picture(0, name.removesuffix(".png"), e.out / name)
+            log.picture(0, name.removesuffix(".png"), e.out / name, people=name == "closest_pairs.png")
     log.close()
     print(table(e.report), *e.notes, sep="\n")
     if cfg.run:
-        write_report(Path(cfg.checkpoints) / cfg.run, cfg.training_pictures)
+        write_report(Path(cfg.checkpoints) / cfg.run)
     print(f"done in {facts['seconds']:.0f} s: {e.out / 'report.md'}, {e.out / 'report.json'}")
     if e.problems:
         raise UserError("; ".join(e.problems))

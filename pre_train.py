@@ -241,7 +241,7 @@ def main(cfg: PretrainConfig) -> None:
                 log.log(step, numbers)
                 if epoch % cfg.gif_every == 0 or step == total:
                     show_reconstructions(ema.module, shown, folder, epoch, step == total)
-                    log.picture(step, "reconstructions", folder / "reconstructions.gif")
+                    log.picture(step, "reconstructions", folder / "reconstructions.gif", people=True)
                     log.plot()
                     write_report(folder.parent)
             bar.write(

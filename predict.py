@@ -31,6 +31,7 @@ from cluster import StopSignal
 from metrics import CopyDetector, is_copy
 from sampling import Drawer, copy_detector, load_run, plan_sampling
 from utils import (
+    RunLog,
     UserError,
     describe_hardware,
     fetch,
@@ -306,6 +307,11 @@ def main(cfg: PredictConfig) -> None:
         shown = [read_image(out / names[k], vae.config["image_size"]) for k in range(min(cfg.num_images, 64))]
         write_atomic(out / "grid.png", png_bytes(image_grid(np.stack(shown))))
         write_atomic(out / "README.md", datasheet(cfg, meta, how, list(rows.values()), checkpoint).encode())
+    if cfg.wandb != "disabled":
+        log = RunLog(out, cfg, "predict")
+        log.picture(0, "generated", out / "grid.png")
+        log.picture(0, "denoising", out / "denoising.gif")
+        log.close()
     print(f"{out / 'grid.png'}, {out / 'denoising.gif'}, {out / 'README.md'}")
 
 

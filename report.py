@@ -150,7 +150,8 @@ def stage(folder: Path, people: bool) -> str:
     if (strip := folder / "denoising.png").exists():
         text.append(picture(strip.read_bytes(), "Denoising: x_t above, the estimate of the clean image below"))
     if meta.get("config"):
-        config = html.escape(json.dumps(meta["config"], indent=1))
+        told = {k: v for k, v in meta["config"].items() if people or k not in ("data", "cache", "checkpoints")}
+        config = html.escape(json.dumps(told, indent=1))
         text.append(f"<details><summary>Configuration</summary><pre>{config}</pre></details>")
     return f"<h2>{STAGES[folder.name]}</h2>" + "\n".join(text)
 
@@ -172,11 +173,11 @@ def evidence(folder: Path, people: bool) -> str:
         )
         text.append(table(rows, ["", "generated", "floor", "interval"]))
     shown = {"generated": "Generated slices", "spectrum": "Power spectrum", "anatomy": "Anatomy"}
-    shown |= {"memorisation": "Closest training slices"} if people else {}
+    shown |= {"memorisation": "Distances to the closest training slice"}
     for name, what in shown.items():
         if (path := folder / "report" / f"{name}.png").exists():
             text.append(picture(path.read_bytes(), what, kind="plot" if name != "generated" else ""))
-    if (path := folder / "tsne" / "tsne.png").exists() and people:
+    if (path := folder / "tsne" / "tsne.png").exists():
         text.append(picture(path.read_bytes(), "t-SNE of the latents", kind="plot"))
     return "<h2>Evidence</h2>" + "\n".join(text) if text else ""
 
@@ -203,7 +204,7 @@ def write_report(home: Path, people: bool = True, out: Path | None = None) -> Pa
 {evidence(home, people)}
 </main><script>{SLIDE}</script></body></html>
 """
-    out = out or home / "report.html"
+    out = out or home / ("report.html" if people else "report-without-people.html")
     write_atomic(out, page.encode("utf-8", "replace"))
     return out
 

@@ -544,6 +544,7 @@ class RunLog:
 
     def __init__(self, folder: Path, cfg: MachineConfig, stage: str, step: int = 0):
         self.folder, self.path, self.wandb = folder, folder / "metrics.jsonl", None
+        self.sends_people = cfg.wandb in ("online", "offline")  # somebody asked for it
         self.rows = [r for r in read_jsonl(self.path) if r["step"] <= step] if step else []
         write_atomic(self.path, "".join(json.dumps(r) + "\n" for r in self.rows).encode())
         if cfg.wandb != "disabled":
@@ -589,9 +590,9 @@ class RunLog:
         if self.wandb is not None:
             self._guard(lambda: self.wandb.log(row, step=step))
 
-    def picture(self, step: int, name: str, path: Path) -> None:
-        """Show a picture file in wandb."""
-        if self.wandb is not None:
+    def picture(self, step: int, name: str, path: Path, people: bool = False) -> None:
+        """Show a picture file in wandb; one with slices of `people` in it only if wandb was asked for by name."""
+        if self.wandb is not None and (self.sends_people or not people):
             import wandb
 
             kind = wandb.Video if path.suffix == ".gif" else wandb.Image

@@ -262,7 +262,7 @@ def corners(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class Source:
-    """A NIfTI file, or a folder's DICOM files; `name` is its path below the folder of volumes."""
+    """A NIfTI file, or a folder's DICOM files; `name` is its path from the folder of volumes on."""
 
     name: str
     files: tuple[Path, ...]
@@ -284,6 +284,7 @@ class Row:
     stamp: str
     scan: str = ""
     patient: str = ""
+    split: str = ""
     label: str = ""
     slices: int = 0
     left_out: str = ""
@@ -291,13 +292,13 @@ class Row:
 
 def find_sources(root: Path) -> tuple[list[Source], list[Row]]:
     """Everything below a folder that may be a volume, and rows of volumes in formats that are not read."""
-    sources, rows = [], []
-    for folder, folders, names in os.walk(root):
+    sources, rows, above = [], [], root.resolve().parent
+    for folder, folders, names in os.walk(root.resolve()):
         folders.sort()
         dicom = []
         for name in sorted(n for n in names if not n.startswith(".") and n != "DICOMDIR"):
             path, lower = Path(folder, name), name.lower()
-            below = path.relative_to(root).as_posix()
+            below = path.relative_to(above).as_posix()
             if lower.endswith((".nii", ".nii.gz")):
                 sources.append(Source(below, (path,), False))
             elif lower.endswith((".dcm", ".ima")) or ("." not in name[-5:] and is_dicom(path)):
@@ -305,7 +306,7 @@ def find_sources(root: Path) -> tuple[list[Source], list[Row]]:
             elif lower.endswith(OTHER_FORMATS):
                 rows.append(Row(below, "", left_out="a format that is not read: convert it to NIfTI"))
         if dicom:
-            sources.append(Source(Path(folder).relative_to(root).as_posix(), tuple(dicom), True))
+            sources.append(Source(Path(folder).relative_to(above).as_posix(), tuple(dicom), True))
     return sources, rows
 
 
@@ -332,7 +333,8 @@ class Subjects:
     def of(self, name: str, patient_id: str) -> tuple[str, str, str]:
         """(scan, patient, class) of the volume at a path; Unusable where the table does not say."""
         image = re.findall(r"(?<![A-Za-z0-9])I(\d{3,})(?![A-Za-z0-9])", name)
-        stem = re.sub(r"\.nii(\.gz)?$", "", name, flags=re.IGNORECASE)
+        below = name.partition("/")[2] or name
+        stem = re.sub(r"\.nii(\.gz)?$", "", below, flags=re.IGNORECASE)
         scan = f"I{image[-1]}" if image else re.sub(r"[^A-Za-z0-9_.+-]+", "-", stem).strip("-.") or "volume"
         patient = re.search(r"\d{3}_S_\d{4,}|sub-[A-Za-z0-9]+", name)
         if patient:
@@ -357,11 +359,12 @@ class Subjects:
         return scan, patient, label
 
     def agree(self, row: Row) -> bool:
-        """Does the table still say what it said when this volume was cut?"""
+        """Do table and flags still say what they said when this volume was cut?"""
         try:
-            return not self.cfg.table or self.of(row.source, "")[1:] == (row.patient, row.label)
+            _, patient, label = self.of(row.source, "")
         except Unusable:
             return False
+        return (row.split, row.label) == (self.cfg.split, label) and (not self.cfg.table or row.patient == patient)
 
 
 def scan_of(path: Path) -> str:
@@ -378,7 +381,8 @@ class Slicer:
         self.taken: dict[str, str] = {}  # scan -> the source that it comes from
         self.patients: dict[str, str] = {}  # scan -> patient
         self.lock = threading.Lock()
-        settings = {k: v for k, v in asdict(cfg).items() if k not in ("volumes", "out", "workers")}
+        # Of a slice, not of a command: another command may add other people, another class or another side.
+        settings = {k: getattr(cfg, k) for k in ("plane", "range", "spacing", "pixel_size", "window")}
         settings = json.loads(json.dumps(settings))
         made_with, contents = self.out / "slices.json", [p for p in self.out.iterdir() if p.name != ".lock"]
         if made_with.exists():
@@ -398,7 +402,8 @@ class Slicer:
         path = self.out / "volumes.csv"
         if not path.exists():
             return list(sources)
-        there = Counter((p.parent.name, scan_of(p)) for p in (self.out / self.cfg.split).glob("*/*.png"))
+        there = Counter((*p.parent.parts[-2:], scan_of(p)) for p in self.out.glob("t*/*/*.png"))
+        there |= Counter((*p.parent.parts[-2:], scan_of(p)) for p in self.out.glob("val/*/*.png"))
         before: dict[str, list[Row]] = {}
         for r in read_table(path, "source"):
             row = Row(**{f.name: r.get(f.name) or "" for f in fields(Row)})
@@ -407,7 +412,7 @@ class Slicer:
         left = []
         for source in sources:
             rows = before.get(source.name, [])
-            whole = rows and all(not r.left_out and there[r.label, r.scan] == r.slices for r in rows)
+            whole = rows and all(not r.left_out and there[r.split, r.label, r.scan] == r.slices for r in rows)
             if not whole or rows[0].stamp != source.stamp or not all(self.subjects.agree(r) for r in rows):
                 left.append(source)
                 for row in before.pop(source.name, []):
@@ -421,7 +426,7 @@ class Slicer:
 
     def forget(self, row: Row) -> None:
         """Remove the slices of a volume that is cut again: it may have fewer now, or another class."""
-        for path in (self.out / self.cfg.split / row.label).glob(f"{glob.escape(row.scan)}_*.png"):
+        for path in (self.out / row.split / row.label).glob(f"{glob.escape(row.scan)}_*.png"):
             if scan_of(path) == row.scan:
                 path.unlink()
 
@@ -434,6 +439,7 @@ class Slicer:
                 if isinstance(volume, Unusable):
                     raise volume
                 row.scan, row.patient, row.label = self.subjects.of(source.name, patient)
+                row.split = self.cfg.split
                 if not is_folder_name(row.label):
                     raise Unusable(f"its class {row.label!r} cannot be the name of a folder")
                 if n and any(r.scan for r in rows):

@@ -5,7 +5,7 @@
 #   DATA=path/to/ds002748 bash benchmarks/pretrained.sh real256    # one GPU; replaces `real` once it has been run and read
 set -euo pipefail
 PY=${PY:-.venv/bin/python}
-DS="OpenNeuro ds002748 v1.0.5 (licence CC0; Bezmaternykh et al., Neural Plasticity 2021, 8846097), cognitively normal adults:"
+DS="OpenNeuro ds002748 v1.0.5 (licence CC0; Bezmaternykh et al., Neural Plasticity 2021, 8846097), adults with depression and healthy volunteers, not known to have dementia:"
 what=${1:?real, phantoms or real256}
 
 case $what in
@@ -21,7 +21,7 @@ real256)
   out=checkpoints/pretrained notes="256x256." ;;
 phantoms)
   vae=(demo --run phantoms) unet=(demo --run phantoms) DATA=phantom
-  DS="Procedural phantoms of phantom.py (no people; licence of this repository): AD and NC are borrowed names."
+  DS="Procedural phantoms of phantom.py (no people and nobody's data: no licence restricts them): AD and NC are borrowed names."
   out=checkpoints/pretrained/phantoms notes="The classes say nothing about a disease. 64x64." ;;
 *) echo "real, phantoms or real256, not $what" >&2; exit 2 ;;
 esac

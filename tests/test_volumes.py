@@ -271,7 +271,7 @@ def test_what_cannot_be_used_is_said_and_the_rest_goes_on(tmp_path: Path):
     write_dicom(tmp_path / "in/dicom", voxels, affine)
     (tmp_path / "in/dicom/notes.txt").write_text("not a volume")
     done = run("dataset.py", "slice", tmp_path / "in", tmp_path / "out", "--spacing", "10")
-    rows = {r["source"].split("/")[0]: r for r in table(tmp_path / "out")}
+    rows = {r["source"].split("/")[1]: r for r in table(tmp_path / "out")}
     for kind, reason in REASONS.items():
         assert rows[kind]["left_out"] and reason in rows[kind]["left_out"], (kind, rows[kind]["left_out"])
         assert kind in done.stdout
@@ -310,7 +310,7 @@ def test_classes_and_patients_of_a_loni_table(tmp_path: Path):
     patients = dict(csv.reader((tmp_path / "out/subjects.csv").open()))
     assert patients["I100001"] == patients["I100002"] == "002_S_0001"
     assert patients["I100003"] == patients["011_S_0002-by-subject"] == "011_S_0002"
-    left = {r["source"].split("/")[0]: r["left_out"] for r in table(tmp_path / "out") if r["left_out"]}
+    left = {r["source"].split("/")[1]: r["left_out"] for r in table(tmp_path / "out") if r["left_out"]}
     assert "MCI" in left["011_S_0003"] and "no row" in left["099_S_9999"]
     done = run("dataset.py", "check", tmp_path / "out", "--cache", tmp_path / "cache")
     assert "2 people" in done.stdout and "fit for training" in done.stdout
@@ -332,6 +332,21 @@ def test_a_hospitals_patient_number_does_not_get_into_the_data_set(tmp_path: Pat
     run("dataset.py", "slice", tmp_path / "in", tmp_path / "out", "--spacing", "10")
     assert len({r["patient"] for r in table(tmp_path / "out")}) == 1
     assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file() and b"4711" in p.read_bytes()]
+
+
+def test_classes_and_sides_of_the_split_by_several_commands(tmp_path: Path):
+    affine = upright()
+    for n, folder in enumerate(("sick", "well", "held")):
+        write_nifti(tmp_path / folder / f"{folder}{n}.nii", sampled(affine, SHAPE, n), affine)
+    for folder, flags in (("sick", ["A"]), ("well", ["B"]), ("held", ["B", "--split", "test"])):
+        flags = ["--spacing", "10", "--class-name", *flags]
+        run("dataset.py", "slice", tmp_path / folder, tmp_path / "out", *flags)
+    places = {p.parent.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").glob("*/*/*.png")}
+    assert places == {"train/A", "train/B", "test/B"}
+    assert len(table(tmp_path / "out")) == 3 and len(list(csv.reader((tmp_path / "out/subjects.csv").open()))) == 4
+    # The same volumes under another name are moved, not doubled.
+    run("dataset.py", "slice", tmp_path / "sick", tmp_path / "out", "--spacing", "10", "--class-name", "C")
+    assert not list((tmp_path / "out/train/A").glob("*.png")) and list((tmp_path / "out/train/C").glob("sick0_*.png"))
 
 
 def snapshot(out: Path) -> dict[str, bytes]:
