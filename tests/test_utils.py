@@ -730,6 +730,28 @@ def test_a_broken_wandb_does_not_stop_a_run(tmp_path):
     assert ids == [False, True, True]
 
 
+SHOW_PICTURES = """
+import sys, types
+from pathlib import Path
+import utils
+from config import PretrainConfig
+sent = []
+run = types.SimpleNamespace(log=lambda row, step: sent.extend(row), finish=lambda: None)
+fake = dict(Settings=dict, init=lambda **how: run, Image=str, Video=str)
+sys.modules["wandb"] = types.SimpleNamespace(**fake)
+for mode in ("auto", "offline"):
+    log = utils.RunLog(Path(sys.argv[1]) / mode, PretrainConfig(wandb=mode), "vae")
+    log.picture(1, f"{mode}, generated", Path("a.png"))
+    log.picture(1, f"{mode}, people", Path("b.gif"), people=True)
+assert sent == ["auto, generated", "offline, generated", "offline, people"], sent
+"""
+
+
+def test_pictures_of_people_go_to_wandb_only_if_it_was_asked_for(tmp_path):
+    done = python(f"import sys; sys.argv = ['', {str(tmp_path)!r}]\n{SHOW_PICTURES}")
+    assert done.returncode == 0, done.stderr
+
+
 def test_logged_in_to_wandb(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
