@@ -16,6 +16,7 @@ import inspect
 import io
 import os
 import queue
+import shutil
 import signal
 import sys
 import tempfile
@@ -90,7 +91,7 @@ class Run:
             where = PredictConfig(data=data, cache=self.cfg.cache, run=self.name)
             detector, self.training = copy_detector(where, self.vae, self.meta)
             self.detector = detector  # last: from now on it is asked
-        except UserError as e:
+        except Exception as e:  # the page goes on without
             self.why_none = f"Nothing is compared with the training slices: {e}"
 
     def how(self, steps: int, solver: str) -> dict[str, Any]:
@@ -128,7 +129,10 @@ class Studio:
         self.cfg = cfg
         self.runs = {name: Run(cfg, name) for name in cfg.run}
         # Downloads, and what gradio keeps of pictures, training slices too: for this user alone, gone with the process.
-        self.holder = tempfile.TemporaryDirectory(prefix="slices-")
+        for old in Path(tempfile.gettempdir()).glob("slices-[0-9]*-*"):  # of processes that were killed
+            if old.stat().st_uid == os.getuid() and not is_alive(int(old.name.split("-")[1])):
+                shutil.rmtree(old, ignore_errors=True)
+        self.holder = tempfile.TemporaryDirectory(prefix=f"slices-{os.getpid()}-")
         self.folder = Path(self.holder.name)
         os.environ["GRADIO_TEMP_DIR"] = str(self.folder / "pictures")
 
@@ -193,7 +197,8 @@ class Studio:
         kind, gallery = run.classes[y[0]], []
         rows = [[f"s{seed}i{k:05d}_0.png", kind, seed, k] for k in range(count)]
         words = f"{count} image{'s' * (count > 1)} in {seconds:.1f} s ({total} steps of {how['solver']})."
-        distance, closest = run.detector.distances(torch.from_numpy(images)) if run.detector else ({}, None)
+        detector = run.detector  # once: it may come about meanwhile
+        distance, closest = detector.distances(torch.from_numpy(images)) if detector else ({}, None)
         for k, image in enumerate(images):
             gallery.append((image, f"{kind}, seed {seed}, image {k}"))
             if closest is not None:
@@ -201,7 +206,7 @@ class Studio:
                 rows[k].append(f"{near:.4f}")
                 slice_ = run.training[closest[k]].numpy()
                 gallery.append((slice_, f"nearest training slice: {near:.2f}{' (a copy?)' * (near < 1)}"))
-        words += " Distances: people held out hardly ever come below 1." if run.detector else f" {run.why_none}"
+        words += " Distances: people held out hardly ever come below 1." if detector else f" {run.why_none}"
         file = gr.DownloadButton(value=self.archive(run, images, rows, how, guidance), interactive=True)
         yield run.strip(seen), gallery, words, file
 
@@ -254,6 +259,16 @@ class Studio:
         change = images[1].astype(int) - images[0]
         words = f"{place:.0%} of the way from {start} to {end}; largest change {np.abs(change).max()} of 255"
         return *images, difference_map(change), words
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def beside(work: Callable[[Callable[[Any], None]], Any]) -> Iterator[tuple[Any, Any]]:
@@ -351,7 +366,7 @@ def build(studio: Studio) -> gr.Blocks:
         facts = gr.Markdown(about(first))
         with gr.Accordion("How it is drawn", open=False), gr.Row():
             steps = gr.Slider(
-                2, cfg.max_steps, min(first.steps, cfg.max_steps), step=1, label="Steps", interactive=first.free,
+                1, cfg.max_steps, min(first.steps, cfg.max_steps), step=1, label="Steps", interactive=first.free,
                 info="Ten suffice",
             )  # fmt: skip
             solver = gr.Radio(["dpm++2m", "ddim"], value="dpm++2m", label="Sampler", interactive=first.free)
@@ -458,7 +473,10 @@ def main(cfg: AppConfig) -> None:
         cfg = replace(cfg, run=tuple(r for r in cfg.run if (Path(cfg.checkpoints) / r).is_dir()))
     if not cfg.run:
         raise UserError(f"there are no pretrained weights in {cfg.checkpoints}: train a run and name it with --run")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # in order, so that nothing stays behind
+    for number in (signal.SIGTERM, signal.SIGHUP):  # in order, so that nothing stays behind
+        signal.signal(number, lambda got, _: sys.exit(128 + got))
+    for name in ("NO_PROXY", "no_proxy"):  # gradio asks itself whether it is up
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1,localhost", cfg.host]))
     studio = Studio(cfg)
     threading.Thread(target=lambda: [run.learn_copies() for run in studio.runs.values()], daemon=True).start()
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none to be fetched
@@ -471,7 +489,7 @@ def main(cfg: AppConfig) -> None:
         build(studio).launch(
             server_name=cfg.host, server_port=cfg.port, theme=theme, css=CSS, quiet=True,
             share=False, ssr_mode=False, pwa=False, footer_links=[], run_history=False, prevent_thread_lock=True,
-            enable_monitoring=False, app_kwargs={"middleware": [Middleware(ContentSecurity)]},
+            enable_monitoring=False, max_file_size="1kb", app_kwargs={"middleware": [Middleware(ContentSecurity)]},
         )  # fmt: skip
     except OSError as e:
         raise UserError(f"port {cfg.port} of {cfg.host} cannot be listened on ({e}): name another --port") from None

@@ -30,7 +30,7 @@ from modules import (
     make_grid,
     sample,
 )
-from report import write_report
+from report import refresh_report
 from sampling import load_run
 from utils import (
     RunLog,
@@ -266,7 +266,7 @@ def main(cfg: DistilConfig) -> None:
                     show(ema.module, vae, val, folder, epoch, step == total)
                     log.picture(step, "samples", folder / "samples.png")
                     log.plot()
-                    write_report(folder.parent)
+                    refresh_report(folder.parent)
             bar.write(
                 f"epoch {epoch:4d}  train {numbers['loss/train']:.4f}  val {numbers['loss/val']:.4f}  "
                 f"{speed:.0f} images/s{skipped(numbers)}"

@@ -25,7 +25,7 @@ from evidence import PICTURES, SECTIONS, Evidence, Images
 from features import inception
 from metrics import TooFew
 from modules import StableDiffusion
-from report import write_report
+from report import refresh_report
 from sampling import Drawer, load_run
 from utils import (
     RunLog,
@@ -220,7 +220,7 @@ def main(cfg: EvaluateConfig) -> None:
     log.close()
     print(table(e.report), *e.notes, sep="\n")
     if cfg.run:
-        write_report(Path(cfg.checkpoints) / cfg.run)
+        refresh_report(Path(cfg.checkpoints) / cfg.run)
     print(f"done in {facts['seconds']:.0f} s: {e.out / 'report.md'}, {e.out / 'report.json'}")
     if e.problems:
         raise UserError("; ".join(e.problems))

@@ -22,7 +22,7 @@ from cluster import Ranks, StopSignal, check_same_run, leave_early
 from dataset import ADNIDataset, carved_people, load_splits, to_float
 from metrics import psnr, ssim, unit
 from modules import CosineAnnealingWarmupScheduler
-from report import write_report
+from report import refresh_report
 from utils import (
     RunLog,
     UserError,
@@ -243,7 +243,7 @@ def main(cfg: PretrainConfig) -> None:
                     show_reconstructions(ema.module, shown, folder, epoch, step == total)
                     log.picture(step, "reconstructions", folder / "reconstructions.gif", people=True)
                     log.plot()
-                    write_report(folder.parent)
+                    refresh_report(folder.parent)
             bar.write(
                 f"epoch {epoch:4d}  train {loss:.4f}  val {numbers['loss/val']:.4f}  "
                 f"PSNR {numbers['PSNR/val']:.2f} dB  SSIM {numbers['SSIM/val']:.4f}{skipped(numbers)}"

@@ -14,6 +14,7 @@ import base64
 import html
 import io
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -64,12 +65,12 @@ def picture(png: bytes, what: str, caption: str = "", kind: str = "") -> str:
     return f'<figure><img{tag} src="{data_uri(png)}" alt="{what}"><figcaption>{caption}</figcaption></figure>'
 
 
-def slider(frames: Sequence[tuple[int, bytes]], what: str) -> str:
-    """Pictures of some epochs, one at a time."""
+def slider(frames: Sequence[Path], what: str) -> str:
+    """Pictures EPOCH.png of some epochs, one at a time."""
     keep = np.unique(np.linspace(0, len(frames) - 1, min(MAX_FRAMES, len(frames))).round().astype(int))
     images = "".join(
-        f'<img src="{data_uri(png)}" alt="epoch {epoch}"{" hidden" * (i < len(keep) - 1)}>'
-        for i, (epoch, png) in enumerate(frames[k] for k in keep)
+        f'<img src="{data_uri(path.read_bytes())}" alt="epoch {int(path.stem)}"{" hidden" * (i < len(keep) - 1)}>'
+        for i, path in enumerate(frames[k] for k in keep)
     )
     return (
         f'<figure data-frames>{images}<figcaption><label>{html.escape(what)}, <output></output><br><input type="range" '
@@ -142,7 +143,7 @@ def stage(folder: Path, people: bool) -> str:
     text.append(picture(curves, f"Curves of the {STAGES[folder.name]} over the epochs", kind="plot") if curves else "")
     if by_timestep := plot_by_timestep(rows):
         text.append(picture(by_timestep, "Loss by timestep", kind="plot"))
-    frames = [(int(p.stem), p.read_bytes()) for p in sorted(folder.glob("frames/*.png")) if p.stem.isdigit()]
+    frames = [p for p in sorted(folder.glob("frames/*.png")) if p.stem.isdecimal()]
     real = folder.name == "vae"
     if frames and (people or not real):
         what = "Slices, their reconstructions, and the error" if real else "The same seeds"
@@ -207,6 +208,14 @@ def write_report(home: Path, people: bool = True, out: Path | None = None) -> Pa
     out = out or home / ("report.html" if people else "report-without-people.html")
     write_atomic(out, page.encode("utf-8", "replace"))
     return out
+
+
+def refresh_report(home: Path) -> None:
+    """The same from within a training, which a damaged file beside it must not end."""
+    try:
+        write_report(home)
+    except Exception as e:
+        print(f"{home / 'report.html'} is not written anew ({type(e).__name__}: {e})", file=sys.stderr)
 
 
 def main(cfg: ReportConfig) -> None:

@@ -30,7 +30,7 @@ from modules import (
     StableDiffusion,
     UNet,
 )
-from report import write_report
+from report import refresh_report
 from utils import (
     RunLog,
     UserError,
@@ -364,7 +364,7 @@ def main(cfg: TrainConfig) -> None:
                     log.picture(step, "samples", folder / "samples.png")
                     log.picture(step, "denoising", folder / "denoising.gif")
                     log.plot()
-                    write_report(folder.parent)
+                    refresh_report(folder.parent)
             a, b = numbers["loss/train"], numbers["loss/val"]
             bar.write(f"epoch {epoch:4d}  train {a:.4f}  val {b:.4f}  {speed:.0f} images/s{skipped(numbers)}")
             evaluated, clock, clock_step = step, time.time(), step

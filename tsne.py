@@ -21,7 +21,7 @@ import torch
 from dataset import load_splits_as_trained, read_images
 from metrics import TooFew, auc_between_people, interval, resample_people
 from modules import load_diffusion
-from report import write_report
+from report import refresh_report
 from utils import (
     RunLog,
     UserError,
@@ -123,7 +123,7 @@ def main(cfg: TsneConfig) -> None:
     log.picture(0, "t-SNE", out / "tsne.png")
     log.close()
     print(title.replace("\n", "; "))
-    write_report(Path(cfg.checkpoints) / cfg.run)
+    refresh_report(Path(cfg.checkpoints) / cfg.run)
     print(f"done: {out / 'tsne.png'}, {out / 'tsne.json'}")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import glob
 import gzip
 import hashlib
 import io
@@ -75,6 +74,8 @@ def read_nifti(path: Path) -> Volume:
         raise Unusable(f"{len(shape)}-D ({'x'.join(map(str, shape))}): keep one volume of three dimensions")
     if not (image.header["sform_code"] or image.header["qform_code"]):
         raise Unusable("its header says nothing about orientation: set its sform, or convert the DICOM files again")
+    if np.prod(shape, dtype=object) * 4 > MAX_BYTES:
+        raise Unusable(f"larger than {MAX_BYTES >> 20} MB")
     if image.dataobj.offset + np.prod(shape, dtype=object) * image.get_data_dtype().itemsize > len(data):
         raise Unusable("torn: it is shorter than its header says")
     return Volume(np.array(image.dataobj, np.float32).reshape(shape), image.affine)
@@ -87,7 +88,7 @@ def read_dicom(files: Sequence[Path]) -> Iterator[tuple[str, str, Volume | Unusa
     series: dict[str, list] = {}
     for path in files:
         try:
-            slice_ = pydicom.dcmread(path)
+            slice_ = pydicom.dcmread(path, defer_size="1 KB")  # pixels stay in their files until they are needed
             series.setdefault(str(slice_.get("SeriesInstanceUID", "")), []).append(slice_)
         except Exception as e:  # whatever a damaged file makes of its reader
             yield "", "", Unusable(f"{path.name} is no DICOM file that can be read ({_reason(e)})")
@@ -119,16 +120,17 @@ def stack(slices: list) -> Volume:
     depth = place @ np.cross(columns, rows)
     order = np.argsort(depth)
     gaps = np.diff(depth[order])
-    if gaps.min() < 1e-3:
+    if gaps.min() < max(1e-3, 0.1 * np.median(gaps)):
         raise Unusable("several images at one position: 4-D, or two scans in one series")
-    if gaps.max() > 1.05 * gaps.min() + 1e-3:
+    if gaps.max() > 1.5 * np.median(gaps):
         raise Unusable(f"slices are {gaps.min():.2f} to {gaps.max():.2f} mm apart: one is missing")
     if len(slices) * int(slices[0].Rows) * int(slices[0].Columns) * 4 > MAX_BYTES:
         raise Unusable(f"larger than {MAX_BYTES >> 20} MB")
     voxels = np.empty((slices[0].Rows, slices[0].Columns, len(slices)), np.float32)
     for k, i in enumerate(order):
         s = slices[i]
-        voxels[:, :, k] = s.pixel_array * float(s.get("RescaleSlope", 1)) + float(s.get("RescaleIntercept", 0))
+        slope, intercept = float(s.get("RescaleSlope") or 1), float(s.get("RescaleIntercept") or 0)
+        voxels[:, :, k] = s.pixel_array * slope + intercept
         del s.PixelData
     height, width = (float(v) for v in slices[0].PixelSpacing)
     affine = np.eye(4)
@@ -228,18 +230,22 @@ def cut(volume: Volume, cfg: SliceConfig) -> Iterator[tuple[int, np.ndarray]]:
     for axis, sign in (plane["down"], plane["right"]):
         n = int((high[axis] - low[axis]) / step + 1e-3) + 1
         axes.append((low if sign > 0 else high)[axis] + sign * step * np.arange(n // finer * finer))
+    if min(shape := [len(a) // finer for a in axes]) < 32 or max(shape) > 2 * min(shape):
+        raise Unusable(
+            f"its slices would have {shape[1]}x{shape[0]} pixels: at least 32, and at most twice as long as wide"
+        )
     to_voxel = np.linalg.inv(volume.affine)
     grid = np.empty((3, len(axes[0]), len(axes[1])))
     grid[plane["down"][0]], grid[plane["right"][0]] = axes[0][:, None], axes[1][None]
-    own = np.abs(to_voxel[:3, across])  # voxels per mm across the planes
-    parallel = own.max() > 0.9999 * np.linalg.norm(own)
+    own = np.abs(to_voxel[:3, across]).argmax()  # the volume's axis across the planes, and whether it goes straight
+    parallel = np.abs(to_voxel[own, across]) > 0.99999 * np.linalg.norm(to_voxel[own, :3])
     for number, mm in enumerate(position):
         if not low[across] - 1e-3 <= mm <= high[across] + 1e-3:
             continue
         grid[across] = mm + 0.01 * parallel  # halfway between two planes is the same side in every orientation
         index = np.einsum("ij,jhw->ihw", to_voxel[:3, :3], grid) + to_voxel[:3, 3, None, None]
         if parallel:
-            index[own.argmax()] = np.round(index[own.argmax()])
+            index[own] = np.round(index[own])
         # Rounded, so that a voxel's centre is that voxel and not all but a trillionth of it.
         image = map_coordinates(volume.voxels, index.round(4), order=1, mode="constant", cval=0.0)
         if finer > 1:
@@ -269,11 +275,16 @@ class Source:
     dicom: bool
 
     @property
+    def below(self) -> str:
+        """Its path below the folder of volumes."""
+        return self.name.partition("/")[2] or self.name
+
+    @property
     def stamp(self) -> str:
-        """Changes when a file does."""
+        """Changes when a file does. OSError where one cannot be looked at."""
         stats = [f.stat() for f in self.files]
         facts = [(f.name, s.st_size, s.st_mtime_ns) for f, s in zip(self.files, stats)]
-        return hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()
+        return digest(repr(facts), 8)
 
 
 @dataclass
@@ -281,7 +292,7 @@ class Row:
     """What became of a volume: a row of OUT/volumes.csv."""
 
     source: str
-    stamp: str
+    stamp: str = ""
     scan: str = ""
     patient: str = ""
     split: str = ""
@@ -290,36 +301,50 @@ class Row:
     left_out: str = ""
 
 
+def digest(text: str, size: int, key: bytes = b"") -> str:
+    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=size, key=key).hexdigest()
+
+
 def find_sources(root: Path) -> tuple[list[Source], list[Row]]:
-    """Everything below a folder that may be a volume, and rows of volumes in formats that are not read."""
+    """Everything below a folder that may be a volume, and rows of what looks like one and cannot be read."""
     sources, rows, above = [], [], root.resolve().parent
+
+    def named(path: Path) -> str:  # as a table in UTF-8 can hold it
+        return path.relative_to(above).as_posix().encode("utf-8", "backslashreplace").decode()
+
     for folder, folders, names in os.walk(root.resolve()):
-        folders.sort()
+        folders[:] = sorted(f for f in folders if not f.startswith("."))  # .git/annex would double every volume
         dicom = []
         for name in sorted(n for n in names if not n.startswith(".") and n != "DICOMDIR"):
             path, lower = Path(folder, name), name.lower()
-            below = path.relative_to(above).as_posix()
-            if lower.endswith((".nii", ".nii.gz")):
-                sources.append(Source(below, (path,), False))
-            elif lower.endswith((".dcm", ".ima")) or ("." not in name[-5:] and is_dicom(path)):
+            if lower.endswith((".nii", ".nii.gz", ".dcm", ".ima")) and not path.is_file():
+                rows.append(Row(named(path), left_out="no file: a link to nowhere?"))
+            elif lower.endswith((".nii", ".nii.gz")):
+                sources.append(Source(named(path), (path,), False))
+            elif lower.endswith((".dcm", ".ima")) or is_dicom(path):
                 dicom.append(path)
             elif lower.endswith(OTHER_FORMATS):
-                rows.append(Row(below, "", left_out="a format that is not read: convert it to NIfTI"))
+                rows.append(Row(named(path), left_out="a format that is not read: convert it to NIfTI"))
         if dicom:
-            sources.append(Source(Path(folder).relative_to(above).as_posix(), tuple(dicom), True))
+            sources.append(Source(named(Path(folder)), tuple(dicom), True))
     return sources, rows
 
 
 def is_dicom(path: Path) -> bool:
-    with open(path, "rb") as f:
-        return f.read(132)[128:] == b"DICM"
+    try:
+        if not path.is_file():  # a pipe would be waited for
+            return False
+        with open(path, "rb") as f:
+            return f.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
 
 
 class Subjects:
     """Who a volume is of, and which class: by a table as LONI exports it, else by names."""
 
-    def __init__(self, cfg: SliceConfig):
-        self.cfg = cfg
+    def __init__(self, cfg: SliceConfig, key: bytes):
+        self.cfg, self.key = cfg, key
         rows = read_table(Path(cfg.table), "Subject", "Group", "Image Data ID") if cfg.table else []
         self.by_image = {r["Image Data ID"].strip().lstrip("I"): (r["Subject"], r["Group"]) for r in rows}
         self.groups: dict[str, set[str]] = {}
@@ -330,143 +355,195 @@ class Subjects:
         names = "|".join(re.escape(s) for s in sorted(self.groups, key=len, reverse=True))
         self.subject = re.compile(rf"(?<![A-Za-z0-9])({names})(?![A-Za-z0-9])") if names else None
 
-    def of(self, name: str, patient_id: str) -> tuple[str, str, str]:
-        """(scan, patient, class) of the volume at a path; Unusable where the table does not say."""
-        image = re.findall(r"(?<![A-Za-z0-9])I(\d{3,})(?![A-Za-z0-9])", name)
-        below = name.partition("/")[2] or name
-        stem = re.sub(r"\.nii(\.gz)?$", "", below, flags=re.IGNORECASE)
+    def of(self, source: Source, patient_id: str = "") -> tuple[str, str, str]:
+        """(scan, patient, class); Unusable where the table leaves it out."""
+        image = re.findall(r"(?<![A-Za-z0-9])I(\d{3,})(?![A-Za-z0-9])", source.below)
+        stem = re.sub(r"\.nii(\.gz)?$", "", source.below, flags=re.IGNORECASE)
         scan = f"I{image[-1]}" if image else re.sub(r"[^A-Za-z0-9_.+-]+", "-", stem).strip("-.") or "volume"
-        patient = re.search(r"\d{3}_S_\d{4,}|sub-[A-Za-z0-9]+", name)
+        if len(scan) > 120:
+            scan = f"{scan[:100]}-{digest(scan, 6)}"
+        patient = re.search(r"\d{3}_S_\d{4,}|sub-[A-Za-z0-9]+", source.below)
         if patient:
             patient = patient[0]
         elif patient_id:  # may be a hospital's number: it does not belong into a data set
-            patient = "p" + hashlib.blake2b(patient_id.encode(), digest_size=5).hexdigest()
+            patient = "p" + digest(patient_id, 5, self.key)
         else:
             patient = scan
         if not self.cfg.table:
             return scan, patient, self.cfg.class_name
-        if image and image[-1] in self.by_image:
+        if image:
+            if image[-1] not in self.by_image:
+                raise Unusable(f"the table has no row for the Image Data ID I{image[-1]}")
             patient, label = self.by_image[image[-1]]
-        elif found := self.subject.findall(name) if self.subject else []:
-            patient = found[-1]
+        else:
+            found = {part for part in stem.split("/") if part in self.groups}
+            found = found or set(self.subject.findall(stem) if self.subject else [])
+            if not found:
+                raise Unusable("the table has no row for it: neither its Image Data ID nor its Subject is in its path")
+            if len(found) > 1:
+                raise Unusable(f"its path names several Subjects of the table: {', '.join(sorted(found))[:100]}")
+            (patient,) = found
             if len(self.groups[patient]) > 1:
                 raise Unusable(f"{patient} has several groups in the table, and no Image Data ID is in its path")
             (label,) = self.groups[patient]
-        else:
-            raise Unusable("the table has no row for it: neither its Image Data ID nor its Subject is in its path")
         if self.cfg.groups and label not in self.cfg.groups:
             raise Unusable(f"of the group {label}, which --groups leaves out")
         return scan, patient, label
-
-    def agree(self, row: Row) -> bool:
-        """Do table and flags still say what they said when this volume was cut?"""
-        try:
-            _, patient, label = self.of(row.source, "")
-        except Unusable:
-            return False
-        return (row.split, row.label) == (self.cfg.split, label) and (not self.cfg.table or row.patient == patient)
-
-
-def scan_of(path: Path) -> str:
-    """SCAN of a file SCAN_SLICE.png."""
-    return path.stem.rpartition("_")[0]
 
 
 class Slicer:
     """Cuts sources, several at a time, and keeps OUT's records whole at any moment."""
 
-    def __init__(self, cfg: SliceConfig):
-        self.cfg, self.out, self.subjects = cfg, Path(cfg.out), Subjects(cfg)
-        self.rows: dict[str, list[Row]] = {}  # by source
-        self.taken: dict[str, str] = {}  # scan -> the source that it comes from
-        self.patients: dict[str, str] = {}  # scan -> patient
+    def __init__(self, cfg: SliceConfig, root: Path):
+        self.cfg, self.out = cfg, Path(cfg.out)
         self.lock = threading.Lock()
         # Of a slice, not of a command: another command may add other people, another class or another side.
         settings = {k: getattr(cfg, k) for k in ("plane", "range", "spacing", "pixel_size", "window")}
         settings = json.loads(json.dumps(settings))
-        made_with, contents = self.out / "slices.json", [p for p in self.out.iterdir() if p.name != ".lock"]
+        roots, self.root, place = {}, root.resolve().name, digest(str(root.resolve()), 8)
+        made_with, contents = self.out / "slices.json", [p for p in self.out.iterdir() if p.name[0] != "."]
         if made_with.exists():
-            before = json.loads(made_with.read_bytes())
-            if other := [k for k in settings if before.get(k) != settings[k]]:
+            try:
+                before = json.loads(made_with.read_bytes())
+                other, roots = [k for k in settings if before[k] != settings[k]], dict(before["roots"])
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{made_with} is damaged: delete {self.out}, or name another folder") from None
+            if other:
                 flag = other[0].replace("_", "-")
                 raise UserError(f"{self.out} was made with another --{flag}: name another folder, or delete that one")
         elif contents:
             raise UserError(f"{self.out} holds other files, such as {contents[0].name}: name a new folder")
-        write_atomic(made_with, json.dumps(settings, indent=1).encode())
+        self.moved = roots.get(self.root, place) != place  # or another folder of the same name
+        settings["roots"] = roots | {self.root: place}
+        self.settings = json.dumps(settings, indent=1).encode()
+        if not (self.out / ".key").exists():  # without it, anybody could try all numbers that a hospital may have
+            write_atomic(self.out / ".key", os.urandom(16))
+        self.subjects = Subjects(cfg, (self.out / ".key").read_bytes())
 
-    def resume(self, sources: Sequence[Source]) -> list[Source]:
-        """Take over what is done, and return what is not: new or changed volumes, left out before, slices missing.
+        subjects = self.out / "subjects.csv"
+        rows = read_table(subjects, "scan", "patient") if subjects.exists() else []
+        self.patients = {r["scan"]: r["patient"] for r in rows}  # also what was put there by hand
+        self.there: dict[str, list[Path]] = {}  # slices by scan, wherever they lie
+        for path in self.out.glob("*/*/*.png"):
+            self.there.setdefault(path.stem.rpartition("_")[0], []).append(path)
+        self.rows: dict[str, list[Row]] = {}  # by source
+        path = self.out / "volumes.csv"
+        for r in read_table(path, "source") if path.exists() else []:
+            row = Row(**{f.name: r.get(f.name) or "" for f in fields(Row)})
+            row.slices = int(row.slices or 0)
+            self.rows.setdefault(row.source, []).append(row)
+        self.scans: dict[str, str] = {}  # of each source that is cut
+        self.taken = {r.scan: r.source for rows in self.rows.values() for r in rows if r.slices}
+
+    def plan(self, sources: Sequence[Source]) -> list[Source]:
+        """What is not done: new or changed volumes, another class by now, slices missing. Each gets its name.
 
         Volumes that are no longer there keep their slices, and their rows with them.
         """
-        path = self.out / "volumes.csv"
-        if not path.exists():
-            return list(sources)
-        there = Counter((*p.parent.parts[-2:], scan_of(p)) for p in self.out.glob("t*/*/*.png"))
-        there |= Counter((*p.parent.parts[-2:], scan_of(p)) for p in self.out.glob("val/*/*.png"))
-        before: dict[str, list[Row]] = {}
-        for r in read_table(path, "source"):
-            row = Row(**{f.name: r.get(f.name) or "" for f in fields(Row)})
-            row.slices = int(row.slices or 0)
-            before.setdefault(row.source, []).append(row)
-        left = []
-        for source in sources:
-            rows = before.get(source.name, [])
-            whole = rows and all(not r.left_out and there[r.split, r.label, r.scan] == r.slices for r in rows)
-            if not whole or rows[0].stamp != source.stamp or not all(self.subjects.agree(r) for r in rows):
-                left.append(source)
-                for row in before.pop(source.name, []):
-                    if row.slices:
-                        self.forget(row)
-        for name, rows in before.items():
-            self.rows[name] = rows
-            self.taken |= {r.scan: name for r in rows if r.slices}
-            self.patients |= {r.scan: r.patient for r in rows if r.slices}
+        left = [source for source in sources if not self.settled(source)]
+        if self.moved and (same := [s.name for s in left if s.name in self.rows]):
+            raise UserError(
+                f"{self.out} has {same[0]} from another folder named {self.root}, or one changed and moved: rename it"
+            )
+        write_atomic(self.out / "slices.json", self.settings)
+        for source in left:
+            try:
+                scan, _, _ = self.subjects.of(source)
+            except Unusable:
+                continue
+            if self.taken.get(scan, source.name) != source.name and not re.fullmatch(r"I\d+", scan):
+                scan = f"{scan}-{digest(source.name, 3)}"  # two files of one name
+            self.scans[source.name] = scan
+            self.taken.setdefault(scan, source.name)
         return left
 
-    def forget(self, row: Row) -> None:
-        """Remove the slices of a volume that is cut again: it may have fewer now, or another class."""
-        for path in (self.out / row.split / row.label).glob(f"{glob.escape(row.scan)}_*.png"):
-            if scan_of(path) == row.scan:
-                path.unlink()
+    def settled(self, source: Source) -> bool:
+        """Is there nothing to do, because neither the files nor what is said of them changed?"""
+        rows = self.rows.get(source.name, [])
+        try:
+            if not rows or rows[0].stamp != source.stamp:
+                return False
+            _, patient, label = self.subjects.of(source)
+        except OSError:
+            return False
+        except Unusable as e:
+            return all(r.left_out == str(e) for r in rows)
+        for r in rows:
+            if (r.split, r.label) != (self.cfg.split, label) or (self.cfg.table and r.patient != patient):
+                return False
+            if r.left_out.startswith(("OSError", "PermissionError", "TimeoutError", "MemoryError")):
+                return False  # the machine's fault, perhaps, and not the volume's
+            where = [p for p in self.there.get(r.scan, []) if p.parent.parts[-2:] == (r.split, r.label)]
+            if not r.left_out and len(where) != r.slices:
+                return False
+        return True
 
     def do(self, source: Source) -> None:
         """Cut one source and put it on record."""
-        rows = []
-        for n, (series, patient, volume) in enumerate(read(source)):
-            row = Row(source.name, source.stamp)
-            try:
-                if isinstance(volume, Unusable):
-                    raise volume
-                row.scan, row.patient, row.label = self.subjects.of(source.name, patient)
-                row.split = self.cfg.split
-                if not is_folder_name(row.label):
-                    raise Unusable(f"its class {row.label!r} cannot be the name of a folder")
-                if n and any(r.scan for r in rows):
-                    row.scan += f"-{series or n}"
-                files = {f"{row.scan}_{k:03d}.png": png_bytes(image) for k, image in cut(volume, self.cfg)}
-                if not files:
-                    raise Unusable("all black, or outside of the volume, where --range cuts")
-                self.claim(row)
-                for name, data in files.items():
-                    write_atomic(self.out / self.cfg.split / row.label / name, data)
-                row.slices = len(files)
-            except Exception as e:  # whatever a damaged volume brings about, the others go on
-                if isinstance(e, OSError) and e.filename and str(self.out) in str(e.filename):
-                    raise  # but a full disk is not the volume's fault
-                row.left_out = str(e) if isinstance(e, Unusable) else _reason(e)
-            rows.append(row)
+        rows: list[Row] = []
+        try:
+            stamp = source.stamp
+            self.subjects.of(source)  # before anything is read
+            for series, patient_id, volume in read(source):
+                rows.append(
+                    self.cut(source, Row(source.name, stamp), [r.scan for r in rows], series, patient_id, volume)
+                )
+        except (OSError, Unusable) as e:
+            if isinstance(e, OSError) and e.filename and str(self.out) in str(e.filename):
+                raise  # a full disk is not the volume's fault
+            stamp = stamp if isinstance(e, Unusable) else ""
+            rows.append(Row(source.name, stamp, left_out=str(e) if isinstance(e, Unusable) else _reason(e)))
+        for old in self.rows.get(source.name, []):
+            if old.slices and old.scan not in {r.scan for r in rows if r.slices}:
+                self.forget(old.scan)
         with self.lock:
             self.rows[source.name] = rows
             self.save()
+
+    def cut(
+        self, source: Source, row: Row, before: list[str], series: str, patient_id: str, volume: Volume | Unusable
+    ) -> Row:
+        """Cut one volume of a source; the row says how it went. `before`: scans of this source so far."""
+        try:
+            _, row.patient, row.label = self.subjects.of(source, patient_id)
+            row.split = self.cfg.split
+            row.scan = self.scans[source.name]
+            if row.scan in before:
+                row.scan += f"-{re.sub(r'[^A-Za-z0-9]+', '', series)[:20] or len(before)}"
+            if row.scan in before:
+                row.scan += f"-{len(before)}"
+            if not is_folder_name(row.label):
+                raise Unusable(f"its class {row.label!r} cannot be the name of a folder")
+            if isinstance(volume, Unusable):
+                raise volume
+            files = {f"{row.scan}_{k:03d}.png": png_bytes(image) for k, image in cut(volume, self.cfg)}
+            if not files:
+                raise Unusable("all black, or outside of the volume, where --range cuts")
+            self.claim(row)
+            self.forget(row.scan, [self.out / row.split / row.label / name for name in files])
+            for name, data in files.items():
+                write_atomic(self.out / row.split / row.label / name, data)
+            row.slices = len(files)
+        except Exception as e:  # whatever a damaged volume brings about, the others go on
+            if isinstance(e, OSError) and e.filename and str(self.out) in str(e.filename):
+                raise
+            row.left_out = str(e) if isinstance(e, Unusable) else _reason(e)
+        return row
 
     def claim(self, row: Row) -> None:
         """Whose slices these are goes to disk before they do: no split may ever see one without its patient."""
         with self.lock:
             if (other := self.taken.setdefault(row.scan, row.source)) != row.source:
                 raise Unusable(f"{other} is the same scan {row.scan}")
-            self.patients[row.scan] = row.patient
+            if self.cfg.table:
+                self.patients[row.scan] = row.patient
+            row.patient = self.patients.setdefault(row.scan, row.patient)  # what was put there by hand stays
             write_csv(self.out / "subjects.csv", ["scan", "patient"], sorted(self.patients.items()))
+
+    def forget(self, scan: str, keep: Sequence[Path] = ()) -> None:
+        """Remove the slices that a scan had: it may have fewer now, or another class."""
+        for path in set(self.there.get(scan, [])) - set(keep):
+            path.unlink(missing_ok=True)
 
     def save(self) -> None:
         rows = [list(asdict(r).values()) for name in sorted(self.rows) for r in self.rows[name]]
@@ -489,7 +566,7 @@ def write_csv(path: Path, head: Sequence[str], rows: Sequence[Sequence]) -> None
     table = csv.writer(text, lineterminator="\n")
     table.writerow(head)
     table.writerows(rows)
-    write_atomic(path, text.getvalue().encode("utf-8", "replace"))
+    write_atomic(path, text.getvalue().encode("utf-8", "backslashreplace"))
 
 
 def slice_volumes(cfg: SliceConfig) -> None:
@@ -522,8 +599,8 @@ def _slice_all(cfg: SliceConfig, root: Path, out: Path) -> None:
     sources, foreign = find_sources(root)
     if not sources and not foreign:
         raise UserError(f"{root} holds no volumes: no .nii, no .nii.gz, no DICOM files at any depth")
-    slicer = Slicer(cfg)
-    left = slicer.resume(sources)
+    slicer = Slicer(cfg, root)
+    left = slicer.plan(sources)
     slicer.rows |= {r.source: [r] for r in foreign}
     bar = progress_bar(len(sources), len(sources) - len(left), unit=" volumes")
     workers = cfg.workers or min(8, os.cpu_count() or 1)
@@ -552,6 +629,9 @@ def _slice_all(cfg: SliceConfig, root: Path, out: Path) -> None:
     for reason, n in Counter(r.left_out for r in bad).most_common(20):
         example = next(r.source for r in bad if r.left_out == reason)
         print(f"  {example}{f' and {n - 1:,} more' * (n > 1)}: {reason}")
-    if not good:
+    if unnamed := sum(r.patient == r.scan for r in good if not cfg.table):
+        print(f"{unnamed:,} scans do not say whose they are, and each counts as a person of its own: where one person")
+        print(f"has several, give them one patient in {out / 'subjects.csv'}, or no split is by person")
+    if not any(r.slices for name in {s.name for s in sources} for r in slicer.rows.get(name, [])):
         raise UserError(f"no slice came out of {root}: see the reasons above")
     print(f"next: python dataset.py check {out}, then python pre_train.py adni --data {out}")

@@ -76,6 +76,18 @@ def test_evidence_and_odd_names_are_on_the_page(trained: Path, tmp_path: Path):
     assert "frechet, random vgg" in page.words and "[1, 2]" in page.words
 
 
+def test_a_damaged_file_beside_a_run_does_not_end_a_training(trained: Path, tmp_path: Path, capsys):
+    from report import refresh_report
+
+    home = tmp_path / "run"
+    shutil.copytree(trained / "tiny", home)
+    (home / "report").mkdir(exist_ok=True)
+    for damage in ('{"a":', "[1]", '{"x": {"y": {"value": 1.0, "ci_low": 1}}}'):
+        (home / "report" / "report.json").write_text(damage)
+        refresh_report(home)
+        assert "is not written anew" in capsys.readouterr().err
+
+
 def test_a_run_without_numbers_is_a_sentence(tmp_path: Path):
     (tmp_path / "empty").mkdir()
     for name, words in (("nobody", "there is no run"), ("empty", "no numbers yet")):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -70,7 +71,8 @@ def write_dicom(
         meta.MediaStorageSOPInstanceUID = f"1.2.3.{series}.{k + 1}"
         ds = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
         ds.SOPClassUID, ds.SOPInstanceUID = MRImageStorage, meta.MediaStorageSOPInstanceUID
-        ds.PatientID, ds.SeriesInstanceUID, ds.SeriesNumber, ds.Modality = patient, f"1.2.3.{series}", series, "MR"
+        ds.PatientID, ds.SeriesInstanceUID, ds.Modality = patient, f"1.2.3.{series}.{abs(hash(patient)) % 9999}", "MR"
+        ds.SeriesNumber = series
         ds.Rows, ds.Columns = voxels.shape[:2]
         ds.PixelSpacing = [f"{sizes[0]:.6f}", f"{sizes[1]:.6f}"]
         along = [*lps[:3, 1] / sizes[1], *lps[:3, 0] / sizes[0]]
@@ -78,8 +80,9 @@ def write_dicom(
         ds.ImagePositionPatient = [f"{v:.6f}" for v in lps[:3, 3] + k * lps[:3, 2]]
         ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
         ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 16, 15, 0
-        ds.RescaleSlope, ds.RescaleIntercept = "0.01", "0"
-        ds.PixelData = (voxels[:, :, k] * 100).round().astype("<u2").tobytes()
+        ds.RescaleSlope, ds.RescaleIntercept = f"{0.01 + 0.001 * (k % 3)}", "-5"
+        stored = (voxels[:, :, k] + 5) / (0.01 + 0.001 * (k % 3))
+        ds.PixelData = stored.round().astype("<u2").tobytes()
         path = folder / f"{k * 7 % 100:02d}-{k}-{affine[0, 0]:.1f}.dcm"  # named in another order than they lie
         ds.save_as(path, enforce_file_format=True)
         paths.append(path)
@@ -123,6 +126,11 @@ def test_the_same_slices_however_the_volume_is_stored(tmp_path: Path, plane: str
     tilted = np.eye(4)
     tilted[:3, :3] = Rotation.from_euler("xyz", [9, -6, 12], degrees=True).as_matrix()
     fine = np.array([140, 150, 140])
+    coarse = np.array([60, 90, 40])  # sides of 3, 2 and 4.5 mm
+    anisotropic = upright((3, 2, 4.5), coarse)
+    values = sampled(anisotropic, coarse)
+    write_dicom(inputs / "coarse-dicom", *reordered(values, anisotropic, (0, 2, 1), (1,)))
+    write_nifti(inputs / "coarse-nifti.nii", values, anisotropic)
     write_nifti(inputs / "oblique.nii", sampled(tilted @ upright(1.4, fine), fine), tilted @ upright(1.4, fine))
     where = ["--range", 36, 72] if plane == "axial" else ["--range", -14, 34]
     run(
@@ -139,6 +147,9 @@ def test_the_same_slices_however_the_volume_is_stored(tmp_path: Path, plane: str
         VOXEL,
     )
     found = slices(tmp_path / "out")
+    coarse_ones = found.pop("coarse-dicom"), found.pop("coarse-nifti")
+    for k in coarse_ones[0]:
+        assert np.abs(coarse_ones[0][k].astype(int) - coarse_ones[1][k]).max() <= 1, k
     assert len(found) == 7
     reference = found.pop("niftiaxial")
     assert list(reference) == list(range(4 if plane == "axial" else 5))
@@ -253,7 +264,7 @@ def make(kind: str, folder: Path) -> None:
 
 REASONS = {
     "torn": "end-of-stream", "flipped": "CRC", "short": "shorter than its header", "nothing": "", "text": "gzipped",
-    "4-D": "4-D", "empty": "empty", "flat": "one intensity", "colour": "", "huge": "shorter than its header",
+    "4-D": "4-D", "empty": "empty", "flat": "one intensity", "colour": "", "huge": "larger than",
     "lying": "orientation", "slab": "less than a head", "freesurfer": "not read", "gap": "missing",
     "localizer": "orientations", "repeated": "one position", "no dicom": "",
 }  # fmt: skip
@@ -334,6 +345,44 @@ def test_a_hospitals_patient_number_does_not_get_into_the_data_set(tmp_path: Pat
     assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file() and b"4711" in p.read_bytes()]
 
 
+def test_odd_folders(tmp_path: Path):
+    """Hidden copies, links to nowhere, pipes, names without ending or not in UTF-8, several people in one folder."""
+    affine = upright()
+    home = tmp_path / "in"
+    for n in (1, 2, 3):  # one flat folder, one series number
+        write_dicom(home / f"{n}", sampled(affine, SHAPE, n), affine, patient=f"P{n}", series=3)
+        for k, path in enumerate(sorted((home / f"{n}").iterdir())):
+            (home / "flat").mkdir(exist_ok=True)
+            path.rename(home / "flat" / f"MR.1.2.840.{n}.{k}")  # as many scanners name them
+        (home / f"{n}").rmdir()
+    write_nifti(home / ".git/annex/x.nii.gz", sampled(affine, SHAPE, 4), affine)
+    (home / "sub-01").mkdir()
+    (home / "sub-01/x.nii.gz").symlink_to(home / ".git/annex/x.nii.gz")
+    (home / "sub-02.nii.gz").symlink_to(home / "nowhere")
+    os.mkfifo(home / "pipe")
+    write_nifti(home / os.fsdecode(b"caf\xe9.nii"), sampled(affine, SHAPE, 5), affine)
+    write_nifti(home / "/".join(["long" * 20] * 4) / "a.nii", sampled(affine, SHAPE, 6), affine)
+    for _ in range(2):
+        done = run("dataset.py", "slice", home, tmp_path / "out", "--spacing", "10")
+        found, rows = slices(tmp_path / "out"), table(tmp_path / "out")
+        assert len(found) == 6 and all(len(images) == 4 for images in found.values())
+        assert len({r["patient"] for r in rows if r["scan"].startswith("flat")}) == 3
+        assert [r["left_out"] for r in rows if r["left_out"]] == ["no file: a link to nowhere?"]
+        assert "2 scans do not say whose they are" in done.stdout
+
+
+def test_a_path_that_names_two_subjects_is_not_guessed_at(tmp_path: Path):
+    affine = upright()
+    for path in ("1107/2011-05-07_12_30_15.0/a.nii", "scan-15-of-1107.nii", "15/I999999/b.nii"):
+        write_nifti(tmp_path / "in" / path, sampled(affine, SHAPE), affine)
+    (tmp_path / "t.csv").write_text("Image Data ID,Subject,Group\nI1000001,1107,AD\nI1000002,15,CN\n")
+    run("dataset.py", "slice", tmp_path / "in", tmp_path / "out", "--table", tmp_path / "t.csv", "--spacing", "10")
+    rows = {r["source"]: r for r in table(tmp_path / "out")}
+    assert rows["in/1107/2011-05-07_12_30_15.0/a.nii"]["patient"] == "1107"
+    assert "several Subjects" in rows["in/scan-15-of-1107.nii"]["left_out"]
+    assert "no row for the Image Data ID" in rows["in/15/I999999/b.nii"]["left_out"]
+
+
 def test_classes_and_sides_of_the_split_by_several_commands(tmp_path: Path):
     affine = upright()
     for n, folder in enumerate(("sick", "well", "held")):
@@ -344,6 +393,15 @@ def test_classes_and_sides_of_the_split_by_several_commands(tmp_path: Path):
     places = {p.parent.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").glob("*/*/*.png")}
     assert places == {"train/A", "train/B", "test/B"}
     assert len(table(tmp_path / "out")) == 3 and len(list(csv.reader((tmp_path / "out/subjects.csv").open()))) == 4
+    # Two files of one name are two scans, and another folder of the same name is refused before it replaces anything.
+    write_nifti(tmp_path / "more/sick0.nii", sampled(affine, SHAPE, 7), affine)
+    run("dataset.py", "slice", tmp_path / "more", tmp_path / "out", "--spacing", "10", "--class-name", "B")
+    assert len({p.stem.rpartition("_")[0] for p in (tmp_path / "out/train/B").glob("sick0-*.png")}) == 1
+    write_nifti(tmp_path / "elsewhere/sick/sick0.nii", sampled(affine, SHAPE, 8), affine)
+    before = snapshot(tmp_path / "out")
+    refused = run_any("dataset.py", "slice", tmp_path / "elsewhere/sick", tmp_path / "out", "--spacing", "10")
+    assert refused.returncode == 2 and "another folder named sick" in refused.stderr
+    assert snapshot(tmp_path / "out") == before
     # The same volumes under another name are moved, not doubled.
     run("dataset.py", "slice", tmp_path / "sick", tmp_path / "out", "--spacing", "10", "--class-name", "C")
     assert not list((tmp_path / "out/train/A").glob("*.png")) and list((tmp_path / "out/train/C").glob("sick0_*.png"))
@@ -359,17 +417,17 @@ def test_the_same_command_goes_on_after_a_kill(tmp_path: Path):
         write_nifti(tmp_path / f"in/{n:02d}.nii.gz", sampled(affine, SHAPE, n), affine)
     command = ["slice", tmp_path / "in", "--spacing", "1", "--workers", "2"]
     run("dataset.py", *command[:2], tmp_path / "whole", *command[2:])
-    process = start("dataset.py", *command[:2], tmp_path / "out", *command[2:])
-    end = time.time() + 120
-    while not (tmp_path / "out/volumes.csv").exists() and time.time() < end:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait(60)
-    before = len(slices(tmp_path / "out"))
-    assert 0 < before < 12, "killed too late to show anything"
-    # Whoever has slices is known by then.
-    patients = dict(csv.reader((tmp_path / "out/subjects.csv").open()))
-    assert set(slices(tmp_path / "out")) <= set(patients)
+    for wanted in (1, 4):
+        process = start("dataset.py", *command[:2], tmp_path / "out", *command[2:])
+        end = time.time() + 120
+        while len(set((tmp_path / "out").glob("train/all/*_010.png"))) < wanted and time.time() < end:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait(60)
+        assert 0 < len(slices(tmp_path / "out")) < 12, "killed too late to show anything"
+        # Whoever has slices is known by then, also those of the time before.
+        patients = dict(csv.reader((tmp_path / "out/subjects.csv").open()))
+        assert set(slices(tmp_path / "out")) <= set(patients)
     run("dataset.py", *command[:2], tmp_path / "out", *command[2:])
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
     # A slice that went is made again, a volume that changed is cut again, and nothing else is touched.
@@ -381,6 +439,12 @@ def test_the_same_command_goes_on_after_a_kill(tmp_path: Path):
     assert gone.exists() and kept.stat().st_mtime_ns == stamp
     changed = {k for k, v in snapshot(tmp_path / "out").items() if snapshot(tmp_path / "whole").get(k) != v}
     assert changed and all("04_" in k for k in changed - {"volumes.csv"})
+    # What was put into subjects.csv by hand stays.
+    subjects = tmp_path / "out/subjects.csv"
+    subjects.write_text(subjects.read_text().replace("01,01", "01,00"))
+    (tmp_path / "out/train/all/02_010.png").unlink()
+    run("dataset.py", *command[:2], tmp_path / "out", *command[2:])
+    assert dict(csv.reader(subjects.open()))["01"] == "00"
     refused = run_any("dataset.py", *command[:2], tmp_path / "out", "--spacing", "2")
     assert refused.returncode == 2 and "--spacing" in refused.stderr
     assert json.loads((tmp_path / "out/slices.json").read_text())["spacing"] == 1
