@@ -405,7 +405,18 @@ def test_help_answers_without_torch(script: str):
 
 
 def test_presets_defaults_and_flags():
-    from config import PRESETS, PretrainConfig, TrainConfig, parse
+    from config import (
+        PRESETS,
+        AppConfig,
+        DistilConfig,
+        EvaluateConfig,
+        PredictConfig,
+        PretrainConfig,
+        ReportConfig,
+        TrainConfig,
+        TsneConfig,
+        parse,
+    )
 
     assert parse(TrainConfig, []) == parse(TrainConfig, ["adni"])
     adni = parse(TrainConfig, ["adni"])
@@ -416,6 +427,13 @@ def test_presets_defaults_and_flags():
     assert parse(TrainConfig, ["demo", "--run", "x", "--epochs", "3", "--channels", "8", "16"]).channels == (8, 16)
     for preset in PRESETS:
         assert parse(TrainConfig, [preset, "--grid", "full"]).grid == "full"
+        # A preset that is named is the run's name, for whichever script.
+        for config in (PretrainConfig, PredictConfig, EvaluateConfig, TsneConfig, ReportConfig):
+            assert parse(config, [preset]).run == preset
+        assert parse(AppConfig, [preset]).run == (preset,)
+        student = parse(DistilConfig, [preset])
+        assert (student.teacher, student.run) == (preset, "student")
+    assert parse(PredictConfig, []).run == "pretrained"
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(trained: Path, phantoms: Path, tmp_path: Path):
