@@ -3,6 +3,7 @@
 python benchmarks/peers.py --data DIR: rows to docs/results/quality-peers.json, 16 images of each beside them, and all
 images as PNG under CHECKPOINTS/peers/NAME, so that evaluate.py --images can look at them, too. Needs
 requirements-bench.txt. Ours runs first, by its own scripts; what it took, start of Python included, the peers may take.
+Rows that are there are not measured again.
 """
 
 from __future__ import annotations
@@ -216,6 +217,20 @@ def theirs(images: Images, judge: Judge) -> dict[str, float]:
     }
 
 
+def ours(cfg: PeersConfig, home: Path, slices: int, device: torch.device, put: Callable) -> None:
+    """Train ours by its scripts and score it; its seconds are what the peers may take."""
+    where = ["--data", cfg.data, "--cache", cfg.cache, "--checkpoints", home, "--run", "peer-ours"]
+    where += ["--wandb", "disabled", "--device", cfg.device]
+    seconds = [script("pre_train.py", "small", *where, *OUR_VAE, "--epochs", cfg.vae_epochs)]
+    few = ["--epochs", cfg.unet_epochs, "--sample-every", cfg.unet_epochs]
+    seconds.append(script("train.py", "small", *where, *OUR_UNET, *few))
+    model, vae, _, _ = load_run(home / "peer-ours", "best", device)
+    model.amp_dtype = vae.amp_dtype = pick_amp_dtype("auto", device)
+    images, _, speed = draw(Drawer(model, vae, 64), cfg.num_images)
+    seen = [cfg.vae_epochs * slices, cfg.unet_epochs * slices]
+    put("ours-10", images, seconds=[round(s) for s in seconds], seen=seen, images_per_s=round(speed, 2))
+
+
 def main(cfg: PeersConfig) -> None:
     device, home = pick_device(cfg.device), Path(cfg.checkpoints)
     splits, _ = load_splits(DataConfig(data=cfg.data, cache=cfg.cache), SIDE)
@@ -226,7 +241,8 @@ def main(cfg: PeersConfig) -> None:
         "date": time.strftime("%Y-%m-%d"), "device": describe_hardware(device), "commit": git_commit(),
         "data": Path(cfg.data).name, "side": SIDE, "n": cfg.num_images,
     }  # fmt: skip
-    table.add({"name": "floor", **judge.floor(), **theirs(judge.held_out, judge), **stamp})
+    if not table.has("floor"):
+        table.add({"name": "floor", **judge.floor(), **theirs(judge.held_out, judge), **stamp})
 
     def put(name: str, images: Images, **facts: object) -> None:
         for k, image in enumerate(images.pixels.numpy()):
@@ -235,18 +251,12 @@ def main(cfg: PeersConfig) -> None:
         write_atomic(Path(cfg.out) / "quality-peers" / f"{name}.png", grid)
         table.add({"name": name, **facts, **judge.score(images), **theirs(images, judge), **stamp})
 
-    where = ["--data", cfg.data, "--cache", cfg.cache, "--checkpoints", home, "--run", "peer-ours"]
-    where += ["--wandb", "disabled", "--device", cfg.device]
-    seconds = [script("pre_train.py", "small", *where, *OUR_VAE, "--epochs", cfg.vae_epochs)]
-    few = ["--epochs", cfg.unet_epochs, "--sample-every", cfg.unet_epochs]
-    seconds.append(script("train.py", "small", *where, *OUR_UNET, *few))
-    model, vae, _, _ = load_run(home / "peer-ours", "best", device)
-    model.amp_dtype = vae.amp_dtype = pick_amp_dtype("auto", device)
-    images, _, speed = draw(Drawer(model, vae, 64), cfg.num_images)
-    seen = [cfg.vae_epochs * len(train), cfg.unet_epochs * len(train)]
-    put("ours-10", images, seconds=[round(s) for s in seconds], seen=seen, images_per_s=round(speed, 2))
-
+    if not table.has("ours-10"):
+        ours(cfg, home, len(train), device, put)
+    seconds = next(r["seconds"] for r in table.rows() if r["name"] == "ours-10")
     for name in ("MONAI", "diffusers"):
+        if table.has(f"{name}-50"):
+            continue
         torch.manual_seed(0)
         peer = Peer(name, device)
 
