@@ -131,4 +131,4 @@ def copy_detector(cfg: PredictConfig, vae: VAE, meta: dict) -> tuple[CopyDetecto
             train = splits["train"].images
             return CopyDetector(train, held_out.images, vae.embed, on_batch=bar.update), train
     except TooFew as e:
-        raise UserError(f"copies cannot be told from others on {cfg.data}: {e}") from None
+        raise UserError(f"copies (--reject-copies) cannot be told from others on {cfg.data}: {e}") from None
