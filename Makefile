@@ -21,7 +21,8 @@ $(DEMO)/report.txt: | $(BIN)/ready
 	   echo; echo "Ventricle fraction, measured by thresholding, in the training phantoms:"; \
 	   $(PY) phantom.py cache/phantoms-64/train --measure; \
 	   echo "and in the generated images:"; $(PY) phantom.py $(DEMO)/new --measure; echo; \
-	   echo "Pictures:"; for f in new/grid.png new/denoising.gif vae/reconstructions.gif diffusion/samples.gif \
+	   echo "Pictures (report.html has most of them on one page; python app.py --run demo opens one to play with):"; \
+	   for f in report.html new/grid.png new/denoising.gif vae/reconstructions.gif diffusion/samples.gif \
 	   diffusion/curves.png tsne/tsne.png; do echo "  $(DEMO)/$$f"; done; } > $@.tmp
 	@mv $@.tmp $@
 
