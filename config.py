@@ -392,8 +392,8 @@ PRESETS: dict[str, dict[type, dict]] = {
             kl_weight=1e-3, schedule="cosine", adversarial=0.2, flip=True,
         ),
         TrainConfig: dict(
-            run="small", channels=(128, 256), blocks=1, attention=(8,), grid="full", epochs=75, lr=7e-4,
-            ema_decay=0.999, flip=True, sample_every=5,
+            run="small", channels=(128, 256), blocks=1, attention=(8,), grid="full", epochs=60, lr=7e-4,
+            loss_weight="min_snr", ema_decay=0.999, sample_every=5,
         ),
     },
     "demo": {  # phantoms at 64²: a CPU, minutes

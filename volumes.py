@@ -76,9 +76,17 @@ def read_nifti(path: Path) -> Volume:
         raise Unusable("its header says nothing about orientation: set its sform, or convert the DICOM files again")
     if np.prod(shape, dtype=object) * 4 > MAX_BYTES:
         raise Unusable(f"larger than {MAX_BYTES >> 20} MB")
-    if image.dataobj.offset + np.prod(shape, dtype=object) * image.get_data_dtype().itemsize > len(data):
+    dtype, offset, count = image.get_data_dtype(), image.dataobj.offset, int(np.prod(shape))
+    if dtype.kind not in "iuf":
+        raise Unusable(f"{dtype} voxels, not grey")
+    if offset + count * dtype.itemsize > len(data):
         raise Unusable("torn: it is shorter than its header says")
-    return Volume(np.array(image.dataobj, np.float32).reshape(shape), image.affine)
+    # Not image.dataobj, which copies the bytes once more on the way: several volumes are in memory at a time.
+    voxels = np.frombuffer(data, dtype, count, offset).reshape(shape, order="F").astype(np.float32)
+    if (image.dataobj.slope, image.dataobj.inter) != (1.0, 0.0):  # the header's own are reset when it is read
+        voxels *= image.dataobj.slope
+        voxels += image.dataobj.inter
+    return Volume(voxels, image.affine)
 
 
 def read_dicom(files: Sequence[Path]) -> Iterator[tuple[str, str, Volume | Unusable]]:
@@ -214,7 +222,8 @@ def cut(volume: Volume, cfg: SliceConfig) -> Iterator[tuple[int, np.ndarray]]:
 
     plane = PLANES[cfg.plane]
     first, last = cfg.range or plane["range"]
-    np.nan_to_num(volume.voxels, copy=False, nan=0, posinf=0, neginf=0)
+    if not (np.isfinite(volume.voxels.min()) and np.isfinite(volume.voxels.max())):  # NaN is the least and the most
+        np.nan_to_num(volume.voxels, copy=False, nan=0, posinf=0, neginf=0)
     head = find_head(volume, cfg.window)
     low, high = corners(volume)
     if (high - low).min() < 60:

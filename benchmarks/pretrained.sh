@@ -12,7 +12,7 @@ case $what in
 real)
   vae=(small --data "$DATA" --run real --wandb disabled)
   unet=(small --data "$DATA" --run real --wandb disabled)
-  out=checkpoints/pretrained notes="Trained for an hour on CPU cores: folds of the cortex are rougher than in people. 128x128." ;;
+  out=checkpoints/pretrained notes="Trained for an hour on CPU cores: folds of the cortex are rougher than in people. 128x128. About one image in seventy is closer to a training slice than strangers are: --reject-copies finds it." ;;
 real256)
   vae=(adni --data "$DATA" --run real256 --downsample 4 --latent-channels 4 --channels 128 --blocks 2 --no-attention
        --schedule cosine --adversarial 0.5 --flip --lr 6e-4 --kl-weight 1e-3 --epochs 60 --wandb disabled)

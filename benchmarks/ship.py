@@ -86,7 +86,7 @@ def main(cfg: ShipConfig) -> None:
         "| reconstruction of people never trained on | "
         f"PSNR {reconstruction['PSNR/val']:.2f} dB, SSIM {reconstruction['SSIM/val']:.4f} |",
         f"| U-Net | {counts[1]:.1f} M parameters, {meta['prediction']}-prediction on the {own['grid']} grid{steps}; "
-        f"{times[1]} |",
+        f"{times[1]}; the weights are of epoch {meta['epoch']} |",
         f"| classes | {', '.join(meta['classes'])} |",
         f"| hardware | {meta['hardware']} |",
         f"| code | {meta['commit']} |",

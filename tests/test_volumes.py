@@ -202,11 +202,15 @@ def test_window_is_of_the_brain(tmp_path: Path):
     bright = np.where(voxels == 90, 250, voxels)
     write_nifti(tmp_path / "in/a.nii", voxels, affine)
     write_nifti(tmp_path / "in/b.nii", bright * 7, affine)
+    stored = nibabel.Nifti1Image(voxels - 3.0 * (voxels > 0), affine)  # as integers, with slope and intercept
+    stored.set_data_dtype(np.int16)
+    nibabel.save(stored, tmp_path / "in/c.nii")
     run("dataset.py", "slice", tmp_path / "in", tmp_path / "out", "--spacing", "10")
-    a, b = (slices(tmp_path / "out")[scan] for scan in "ab")
+    a, b, c = (slices(tmp_path / "out")[scan] for scan in "abc")
     inner = slice(30, 50)
     for k in a:
         assert np.abs(a[k][inner, inner].astype(int) - b[k][inner, inner]).max() <= 1
+        assert np.abs(a[k][inner, inner].astype(int) - c[k][inner, inner]).max() <= 1
     run("dataset.py", "slice", tmp_path / "in", tmp_path / "hard", "--spacing", "10", "--window", "40", "60")
     hard = slices(tmp_path / "hard")["a"][0][inner, inner]
     assert np.mean((hard == 0) | (hard == 255)) > 0.7
