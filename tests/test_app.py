@@ -145,22 +145,31 @@ def address(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
         port = s.getsockname()[1]
     log = tmp_path_factory.mktemp("app") / "log"
     words = ["--run", "tiny", "pretrained", "--checkpoints", runs, "--device", "cpu", "--port", port]
-    (log.parent / "tmp").mkdir()
+    (log.parent / "tmp/slices-999999999-old/pictures").mkdir(parents=True)  # of a process that was killed
+    nowhere = {"http_proxy": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}  # a cluster's proxy, away
     with log.open("w") as f:
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "app.py"), *map(str, words)], stdout=f, stderr=f,
-            env={**os.environ, "TMPDIR": str(log.parent / "tmp")},
+            env={**os.environ, **nowhere, "TMPDIR": str(log.parent / "tmp")},
         )  # fmt: skip
     end = time.time() + 120
     while "open http" not in log.read_text() and process.poll() is None and time.time() < end:
         time.sleep(0.1)
     assert "open http" in log.read_text(), log.read_text()
+    assert not list((log.parent / "tmp").glob("slices-999999999-*"))
     yield f"http://127.0.0.1:{port}"
     assert CHROMIUM is None or list((log.parent / "tmp").rglob("*.png"))
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 143
+    process.send_signal(signal.SIGHUP)  # the terminal was closed
+    assert process.wait(30) == 129
     assert not list((log.parent / "tmp").rglob("*.png"))  # pictures, slices of people among them, do not stay
     assert "Traceback" not in log.read_text()
+
+
+def test_nothing_can_be_uploaded(address: str):
+    import httpx
+
+    answer = httpx.post(f"{address}/gradio_api/upload", files={"files": b"x" * 100_000}, trust_env=False)
+    assert answer.status_code == 413
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium (apt install chromium)")
