@@ -11,9 +11,7 @@ from config import AppConfig, PredictConfig, parse
 if __name__ == "__main__":
     cfg = parse(AppConfig)  # before torch is imported, so that --help answers at once
 
-import csv
 import inspect
-import io
 import os
 import queue
 import shutil
@@ -41,7 +39,18 @@ from torch import Tensor
 from metrics import CopyDetector
 from modules import randn, sample
 from sampling import copy_detector, load_run, plan_sampling
-from utils import UserError, file_hash, generator, image_grid, pick_device, png_bytes, run_script, to_uint8
+from utils import (
+    UserError,
+    csv_text,
+    denoising_strip,
+    file_hash,
+    generator,
+    pick_device,
+    png_bytes,
+    run_script,
+    spread_over,
+    to_uint8,
+)
 
 LIMITS = """
 Synthetic images, for research. **Not for diagnosis**: nothing here says anything about a person, and a class is only
@@ -117,9 +126,9 @@ class Run:
 
     def strip(self, seen: list[tuple[Tensor, Tensor]]) -> np.ndarray:
         """x_t above, the estimate of the clean image below; time runs to the right."""
-        keep = np.unique(np.linspace(0, len(seen) - 1, min(10, len(seen))).round().astype(int))
-        both = torch.cat([torch.cat([seen[i][row] for i in keep]) for row in (0, 1)])
-        return image_grid(to_uint8(self.vae.decode(both)), columns=len(keep))
+        keep = spread_over(len(seen), 10)
+        x_t, x0 = (to_uint8(self.vae.decode(torch.cat([seen[i][row] for i in keep])))[:, None] for row in (0, 1))
+        return denoising_strip(x_t, x0)
 
 
 class Studio:
@@ -213,8 +222,7 @@ class Studio:
     def archive(self, run: Run, images: np.ndarray, rows: list[list], how: dict, guidance: float) -> str:
         """A ZIP of the images as PNG, with a manifest and a note; training slices are not in it."""
         head = ["file", "class", "seed", "index", *["distance"] * (len(rows[0]) - 4), "run", "checkpoint"]
-        table = io.StringIO()
-        csv.writer(table, lineterminator="\n").writerows([head, *([*r, run.name, run.checkpoint] for r in rows)])
+        table = csv_text(head, ([*r, run.name, run.checkpoint] for r in rows))
         note = (
             f"Synthetic slices drawn from the run {run.name} (weights {run.checkpoint}), {len(how['timesteps'])} steps "
             f"of {how['solver']}, guidance {guidance:g}. Not for diagnosis.\n"
@@ -225,7 +233,7 @@ class Studio:
         with zipfile.ZipFile(path, "w") as z:
             for (file, *_), image in zip(rows, images):
                 z.writestr(file, png_bytes(image))
-            z.writestr("manifest.csv", table.getvalue())
+            z.writestr("manifest.csv", table)
             z.writestr("README.txt", note)
         for old in sorted(self.folder.glob("*.zip"))[:-50]:
             old.unlink(missing_ok=True)

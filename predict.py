@@ -13,7 +13,6 @@ if __name__ == "__main__":
     cfg = parse(PredictConfig)  # before torch is imported, so that --help answers at once
 
 import csv
-import io
 import json
 import sys
 import time
@@ -33,6 +32,7 @@ from sampling import Drawer, copy_detector, load_run, plan_sampling
 from utils import (
     RunLog,
     UserError,
+    csv_text,
     describe_hardware,
     fetch,
     file_hash,
@@ -103,11 +103,8 @@ def add_to_manifest(
     """Put these rows into OUT/manifest.csv, among those of others who write to it; returns all."""
     with lock(out):
         rows = read_manifest(out, valid) | fresh
-        text = io.StringIO()
-        table = csv.writer(text, lineterminator="\n")
-        table.writerow(["file", "class", "seed", "index", "checkpoint", *(f"{name}_distance" for name in spaces)])
-        table.writerows(rows[k] for k in sorted(rows))
-        write_atomic(out / "manifest.csv", text.getvalue().encode())
+        head = ["file", "class", "seed", "index", "checkpoint", *(f"{name}_distance" for name in spaces)]
+        write_atomic(out / "manifest.csv", csv_text(head, (rows[k] for k in sorted(rows))).encode())
     return rows
 
 

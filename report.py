@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import UserError, git_commit, plot_curves, read_jsonl, read_meta, run_script, write_atomic
+from utils import UserError, git_commit, read_jsonl, read_meta, run_script, spread_over, write_atomic
 
 STAGES = {"vae": "VAE", "diffusion": "U-Net"}
 MAX_FRAMES = 24  # of a slider: what a browser opens at once
@@ -67,7 +67,7 @@ def picture(png: bytes, what: str, caption: str = "", kind: str = "") -> str:
 
 def slider(frames: Sequence[Path], what: str) -> str:
     """Pictures EPOCH.png of some epochs, one at a time."""
-    keep = np.unique(np.linspace(0, len(frames) - 1, min(MAX_FRAMES, len(frames))).round().astype(int))
+    keep = spread_over(len(frames), MAX_FRAMES)
     images = "".join(
         f'<img src="{data_uri(path.read_bytes())}" alt="epoch {int(path.stem)}"{" hidden" * (i < len(keep) - 1)}>'
         for i, path in enumerate(frames[k] for k in keep)
@@ -106,7 +106,7 @@ def plot_by_timestep(rows: Sequence[Mapping[str, float]]) -> bytes | None:
     figure = Figure(figsize=(6.4, 3.2), layout="constrained")
     ax = figure.add_subplot()
     for kind, colour in (("train", "tab:blue"), ("val", "tab:orange")):
-        earlier = np.unique(np.linspace(0, len(named) - 1, 5).astype(int)) if kind == "val" else [-1]
+        earlier = spread_over(len(named), 5) if kind == "val" else [-1]
         some = [named[i] for i in earlier]
         for n, row in enumerate(some, 1):
             place = {int(k.rpartition("=")[2]): v for k, v in row.items() if k.startswith(f"{BY_TIMESTEP}{kind}/t=")}
@@ -139,8 +139,9 @@ def stage(folder: Path, people: bool) -> str:
         )
     facts |= {k: meta[k] for k in ("data", "hardware", "commit") if meta.get(k)}
     text = [table(facts)]
-    curves = plot_curves([{k: v for k, v in r.items() if not k.startswith(BY_TIMESTEP)} for r in rows])
-    text.append(picture(curves, f"Curves of the {STAGES[folder.name]} over the epochs", kind="plot") if curves else "")
+    curves = folder / "curves.png"
+    if curves.exists():
+        text.append(picture(curves.read_bytes(), f"Curves of the {STAGES[folder.name]} over the epochs", kind="plot"))
     if by_timestep := plot_by_timestep(rows):
         text.append(picture(by_timestep, "Loss by timestep", kind="plot"))
     frames = [p for p in sorted(folder.glob("frames/*.png")) if p.stem.isdecimal()]
@@ -157,7 +158,7 @@ def stage(folder: Path, people: bool) -> str:
     return f"<h2>{STAGES[folder.name]}</h2>" + "\n".join(text)
 
 
-def evidence(folder: Path, people: bool) -> str:
+def evidence(folder: Path) -> str:
     """What evaluate.py and tsne.py found, if they were run."""
     text, file = [], folder / "report" / "report.json"
     found = json.loads(file.read_bytes()) if file.exists() else {}
@@ -202,7 +203,7 @@ def write_report(home: Path, people: bool = True, out: Path | None = None) -> Pa
 <p class="soft">Written {when}, code {html.escape(git_commit())}. Synthetic images, for research: not for diagnosis.</p>
 <p class="note">{warning}</p>
 {chr(10).join(stages)}
-{evidence(home, people)}
+{evidence(home)}
 </main><script>{SLIDE}</script></body></html>
 """
     out = out or home / ("report.html" if people else "report-without-people.html")

@@ -600,8 +600,7 @@ class RunLog:
 
     def plot(self) -> None:
         """Redraw FOLDER/curves.png."""
-        if curves := plot_curves(self.rows):
-            write_atomic(self.folder / "curves.png", curves)
+        plot_curves(self.rows, self.folder / "curves.png")
 
     def close(self) -> None:
         """End the wandb run; a server that does not answer is waited for a minute."""
@@ -657,6 +656,13 @@ def read_table(path: Path, *columns: str) -> list[dict[str, str]]:
         if not all(row[c] and "\0" not in row[c] for c in columns):
             raise UserError(f"{path} lacks {' or '.join(columns)} in row {n:,} below the head: mend it")
     return rows
+
+
+def csv_text(head: Sequence[str], rows: Iterable[Sequence]) -> str:
+    """A table as `read_table` reads it."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([head, *rows])
+    return text.getvalue()
 
 
 def git_commit() -> str:
@@ -784,6 +790,17 @@ def grow_gif(folder: Path, name: str, frame: np.ndarray, epoch: int, last: bool 
     save_gif(folder / f"{name}.gif", [f for f in frames if f is not None and f.shape == frame.shape])
 
 
+def spread_over(n: int, most: int) -> list[int]:
+    """At most that many of the indices 0 to n - 1, evenly, both ends in."""
+    return np.unique(np.linspace(0, n - 1, min(most, n)).round().astype(int)).tolist()
+
+
+def denoising_strip(x_t: np.ndarray, x0: np.ndarray) -> np.ndarray:
+    """Images at S moments, uint8 [S, N, H, W] -> one picture: each image's x_t above its x0, time to the right."""
+    rows = np.stack([x_t, x0], axis=1)  # [S, 2, N, H, W]
+    return image_grid(rows.transpose(2, 1, 0, 3, 4).reshape(-1, *x_t.shape[2:]), columns=len(x_t))
+
+
 def visualise_denoising_process(
     steps: Sequence[tuple[int, Tensor, Tensor]], decode: Callable[[Tensor], Tensor], folder: Path
 ) -> None:
@@ -793,23 +810,21 @@ def visualise_denoising_process(
     x_t above and the estimate of the clean image below; time runs to the right, at most ten columns.
     """
     x_t = np.stack([to_uint8(decode(x)) for _, x, _ in steps])  # [S, N, H, W]
-    columns = np.unique(np.linspace(0, len(steps) - 1, min(10, len(steps))).round().astype(int))
+    columns = spread_over(len(steps), 10)
     x0 = np.stack([to_uint8(decode(steps[i][2])) for i in columns])  # [10, N, H, W]
-    rows = np.stack([x_t[columns], x0], axis=1)  # [10, 2, N, H, W]
-    strip = rows.transpose(2, 1, 0, 3, 4).reshape(-1, *x_t.shape[2:])
-    write_atomic(folder / "denoising.png", png_bytes(image_grid(strip, columns=len(columns))))
+    write_atomic(folder / "denoising.png", png_bytes(denoising_strip(x_t[columns], x0)))
     save_gif(folder / "denoising.gif", [image_grid(frame) for frame in x_t])
 
 
-def plot_curves(rows: Sequence[Mapping[str, float]]) -> bytes | None:
-    """A PNG, one panel per group of numbers ("loss/train" and "loss/val" share the panel "loss") over the epochs."""
+def plot_curves(rows: Sequence[Mapping[str, float]], path: Path) -> None:
+    """One panel per group of numbers ("loss/train" and "loss/val" share the panel "loss") over the epochs."""
     from matplotlib.figure import Figure
 
     groups: dict[str, list[str]] = {}
     for name in dict.fromkeys(k for r in rows for k in r if k not in ("step", "epoch")):
         groups.setdefault(name.split("/")[0], []).append(name)
     if not groups:
-        return None
+        return
     columns = min(4, len(groups))
     lines = -(-len(groups) // columns)
     figure = Figure(figsize=(3.6 * columns, 2.6 * lines), layout="constrained")
@@ -831,4 +846,4 @@ def plot_curves(rows: Sequence[Mapping[str, float]]) -> bytes | None:
             ax.legend(fontsize=7, frameon=False, **outside)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    write_atomic(path, buffer.getvalue())

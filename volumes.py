@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
 import hashlib
-import io
 import json
 import os
 import re
 import threading
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from config import SliceConfig
-from utils import UserError, is_folder_name, png_bytes, progress_bar, read_table, write_atomic
+from utils import UserError, csv_text, is_folder_name, png_bytes, progress_bar, read_table, write_atomic
 
 MAX_BYTES = 2**30  # of a volume, unpacked: a header or an archive that claims more is not believed
 OTHER_FORMATS = (".mgz", ".mgh", ".img", ".mnc", ".nrrd", ".nhdr", ".mha", ".mhd", ".par")
@@ -405,7 +404,7 @@ class Slicer:
 
     def __init__(self, cfg: SliceConfig, root: Path):
         self.cfg, self.out = cfg, Path(cfg.out)
-        self.lock = threading.Lock()
+        self.lock, self.saved_at = threading.Lock(), time.time()
         # Of a slice, not of a command: another command may add other people, another class or another side.
         settings = {k: getattr(cfg, k) for k in ("plane", "range", "spacing", "pixel_size", "window")}
         settings = json.loads(json.dumps(settings))
@@ -507,7 +506,8 @@ class Slicer:
                 self.forget(old.scan)
         with self.lock:
             self.rows[source.name] = rows
-            self.save()
+            if time.time() - self.saved_at > 5:  # all of it is written: for every volume it would grow with the square
+                self.save()
 
     def cut(
         self, source: Source, row: Row, before: list[str], series: str, patient_id: str, volume: Volume | Unusable
@@ -544,9 +544,12 @@ class Slicer:
         with self.lock:
             if (other := self.taken.setdefault(row.scan, row.source)) != row.source:
                 raise Unusable(f"{other} is the same scan {row.scan}")
-            if self.cfg.table:
+            known = self.patients.get(row.scan)
+            if self.cfg.table or known is None:  # else what was put there by hand stays
                 self.patients[row.scan] = row.patient
-            row.patient = self.patients.setdefault(row.scan, row.patient)  # what was put there by hand stays
+            row.patient = self.patients[row.scan]
+            if row.patient == known:
+                return
             write_csv(self.out / "subjects.csv", ["scan", "patient"], sorted(self.patients.items()))
 
     def forget(self, scan: str, keep: Sequence[Path] = ()) -> None:
@@ -557,6 +560,7 @@ class Slicer:
     def save(self) -> None:
         rows = [list(asdict(r).values()) for name in sorted(self.rows) for r in self.rows[name]]
         write_csv(self.out / "volumes.csv", [f.name for f in fields(Row)], rows)
+        self.saved_at = time.time()
 
 
 def read(source: Source) -> Iterator[tuple[str, str, Volume | Unusable]]:
@@ -571,11 +575,7 @@ def read(source: Source) -> Iterator[tuple[str, str, Volume | Unusable]]:
 
 
 def write_csv(path: Path, head: Sequence[str], rows: Sequence[Sequence]) -> None:
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(head)
-    table.writerows(rows)
-    write_atomic(path, text.getvalue().encode("utf-8", "backslashreplace"))
+    write_atomic(path, csv_text(head, rows).encode("utf-8", "backslashreplace"))
 
 
 def slice_volumes(cfg: SliceConfig) -> None:

@@ -424,7 +424,7 @@ def test_fuzzed_logs(tmp_path: Path, confined: None):
     for k in range(20):  # and what was read can be drawn
         path.write_bytes(mutate_text("".join(json.dumps(mutate_values(r, rng)) + "\n" for r in rows).encode(), rng))
         got = survive(lambda: read_jsonl(path), k, counts)
-        survive(partial(plot_curves, got), (k, path.read_bytes()[:600]), counts)
+        survive(partial(plot_curves, got, tmp_path / "curves.png"), (k, path.read_bytes()[:600]), counts)
 
 
 def test_fuzzed_rules_of_a_run(small: Path, tmp_path: Path, confined: None):
