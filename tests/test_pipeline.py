@@ -302,6 +302,14 @@ def test_a_generated_folder_can_be_trained_on(six: Path, tmp_path: Path):
     assert "4 slices of 4 people (AD 2, NC 2)" in run("pre_train.py", *where, *TINY_VAE, "--dry-run").stdout
 
 
+def test_predict_goes_to_wandb_where_it_is_asked_to(trained: Path, tmp_path: Path):
+    where = ["--checkpoints", trained, "--run", "tiny", "--num-images", "2"]
+    for mode in ("disabled", "offline"):
+        run("predict.py", *where, "--out", tmp_path / mode, "--wandb", mode)
+    shown = {p.name.rpartition("_")[0].partition("_")[0] for p in (tmp_path / "offline").rglob("media/*/*")}
+    assert shown == {"generated", "denoising"} and not (tmp_path / "disabled" / "wandb").exists()
+
+
 def test_copies_are_drawn_again(six: Path, trained: Path, phantoms: Path, tmp_path: Path):
     """Two of the training slices are replaced by what the model is about to draw: it then draws others."""
     data = Path(shutil.copytree(phantoms, tmp_path / "data"))
