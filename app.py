@@ -36,21 +36,13 @@ import torch
 from starlette.middleware import Middleware
 from torch import Tensor
 
+from device import pick_device
 from metrics import CopyDetector
 from modules import randn, sample
+from pictures import denoising_strip, png_bytes, to_uint8
 from sampling import copy_detector, load_run, plan_sampling
-from utils import (
-    UserError,
-    csv_text,
-    denoising_strip,
-    file_hash,
-    generator,
-    pick_device,
-    png_bytes,
-    run_script,
-    spread_over,
-    to_uint8,
-)
+from utils import UserError, csv_text, evenly_spaced, generator, run_script
+from weights import file_hash
 
 LIMITS = """
 Synthetic images, for research. **Not for diagnosis**: nothing here says anything about a person, and a class is only
@@ -126,7 +118,7 @@ class Run:
 
     def strip(self, seen: list[tuple[Tensor, Tensor]]) -> np.ndarray:
         """x_t above, the estimate of the clean image below; time runs to the right."""
-        keep = spread_over(len(seen), 10)
+        keep = evenly_spaced(len(seen), 10)
         x_t, x0 = (to_uint8(self.vae.decode(torch.cat([seen[i][row] for i in keep])))[:, None] for row in (0, 1))
         return denoising_strip(x_t, x0)
 

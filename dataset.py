@@ -19,10 +19,6 @@ from pathlib import Path
 
 from config import CheckConfig, DataConfig, SliceConfig, check_arguments, parse_dataset
 
-# Of a file whose header claims more, nothing is decoded. OpenCV reads its limit, else gigabytes, when it is imported.
-MAX_PIXELS = 2**25
-os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_PIXELS))
-
 if __name__ == "__main__":
     cfg = parse_dataset()  # before torch is imported, so that --help answers at once
 
@@ -30,7 +26,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils import UserError, is_folder_name, progress_bar, read_table, run_script, visit, write_atomic
+from device import gather_batches
+from pictures import MAX_PIXELS, import_cv2
+from utils import UserError, is_folder_name, progress_bar, read_table, run_script
+from weights import write_atomic
 
 IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 SPLITS = ("train", "val", "test")
@@ -76,7 +75,7 @@ class ADNIDataset(torch.utils.data.Dataset):
     ) -> Iterator[Tensor]:
         """All slices in order, or those of a rank's share of the batches: float32 [B, 1, S, S] in [-1, 1]."""
         order = torch.arange(len(self)).split(size)
-        for (x,) in visit([self.images], order[share(len(order))] if share else order, torch.device(device)):
+        for (x,) in gather_batches([self.images], order[share(len(order))] if share else order, torch.device(device)):
             yield to_float(x)
 
     def batch(self, index: Tensor, device: torch.device | str = "cpu") -> Tensor:
@@ -212,7 +211,7 @@ class BadFile(Exception):
 
 def read_slice(path: str | Path) -> tuple[np.ndarray, bool]:
     """Decode one file: (grey uint8 [H, W], was it in colour). BadFile says what is wrong with it."""
-    import cv2
+    cv2 = import_cv2()
 
     data = np.fromfile(path, np.uint8)
     if not len(data):
@@ -248,7 +247,7 @@ def read_slice(path: str | Path) -> tuple[np.ndarray, bool]:
 
 def to_square(image: np.ndarray, size: int) -> np.ndarray:
     """Pad with black to a centred square, never stretch, then resize: uint8 [size, size]."""
-    import cv2
+    cv2 = import_cv2()
 
     h, w = image.shape
     side = max(h, w)
@@ -299,7 +298,7 @@ def load_slices(root: Path, slices: Sequence[Slice], image_size: int, cache: Pat
     The first call decodes in parallel and writes CACHE/<fingerprint>.u8, the notes last; the next ones check that file
     and map it. Processes that start together wait for the one that decodes.
     """
-    import cv2
+    cv2 = import_cv2()
     import filelock
 
     name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:8]

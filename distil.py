@@ -22,6 +22,18 @@ import torch
 from torch import Tensor, nn
 
 from cluster import Ranks, StopSignal, check_same_run, leave_early
+from device import (
+    allocate_rows,
+    compile_networks,
+    describe_hardware,
+    eval_mode,
+    gather_batches,
+    pick_amp_dtype,
+    pick_device,
+    shuffled_batches,
+    to_device_if_it_fits,
+)
+from loop import NonFiniteWatch, RunLog, find_micro_batch, make_ema, optimise, skipped_steps_note
 from modules import (
     CosineAnnealingWarmupScheduler,
     NoiseScheduler_Fast_DDPM,
@@ -30,40 +42,12 @@ from modules import (
     make_grid,
     sample,
 )
+from pictures import add_gif_frame, image_grid, to_uint8
 from report import refresh_report
 from sampling import load_run
-from utils import (
-    RunLog,
-    UserError,
-    Watch,
-    compile_networks,
-    derive_seed,
-    describe_hardware,
-    empty_anywhere,
-    file_hash,
-    fit,
-    fit_micro_batch,
-    frozen,
-    generator,
-    git_commit,
-    grow_gif,
-    image_grid,
-    load_state,
-    make_ema,
-    optimise,
-    pick_amp_dtype,
-    pick_device,
-    progress_bar,
-    run_script,
-    save_state,
-    save_weights,
-    shuffled,
-    skipped,
-    to_uint8,
-    visit,
-    write_atomic,
-)
+from utils import UserError, derive_seed, generator, git_commit, progress_bar, run_script
 from vae import VAE
+from weights import file_hash, load_state, save_state, save_weights, write_atomic
 
 
 class Trajectories:
@@ -82,10 +66,10 @@ class Trajectories:
         self.labels = torch.arange(n) % max(1, teacher.num_classes)
         if teacher.num_classes:  # the student can be guided, too
             self.labels[torch.arange(n) % 10 == 9] = teacher.num_classes
-        self.states = empty_anywhere((n, cfg.num_steps + 1, *shape), torch.float16, Path(cfg.cache))
+        self.states = allocate_rows((n, cfg.num_steps + 1, *shape), torch.float16, Path(cfg.cache))
         batch = 64 if ranks.device.type == "cpu" else 256
         cuts, bar = ranks.cuts(n, batch), progress_bar(n, what=what)
-        with frozen(teacher), bar:
+        with eval_mode(teacher), bar:
             for index in torch.arange(cuts[ranks.rank], cuts[ranks.rank + 1]).split(batch):
                 if not len(index):  # a rank may be without a share
                     continue
@@ -97,7 +81,7 @@ class Trajectories:
                 self.states[index] = torch.stack([x, *seen[every - 1 :: every]], dim=1).cpu().half()
                 bar.update(len(index) * ranks.size)
         ranks.complete(self.states, cuts)
-        self.states, self.device = fit(self.states, ranks.device), ranks.device
+        self.states, self.device = to_device_if_it_fits(self.states, ranks.device), ranks.device
         self.labels = self.labels.to(self.states.device)
 
 
@@ -134,9 +118,9 @@ def evaluate(student: Student, data: Trajectories, ranks: Ranks) -> dict[str, fl
     """Loss on trajectories never trained on, and how far the student's own images are from the teacher's."""
     model, total, order = student.model, torch.zeros(3, dtype=torch.float64), torch.arange(len(data.labels)).split(64)
     how = {"timesteps": model.scheduler.timesteps.tolist(), "solver": "ddim"}
-    with frozen(model):
+    with eval_mode(model):
         order = order[ranks.share(len(order))]
-        for index, (states, y) in zip(order, visit([data.states, data.labels], order, data.device)):
+        for index, (states, y) in zip(order, gather_batches([data.states, data.labels], order, data.device)):
             for place in range(len(model.scheduler.timesteps)):
                 places = torch.full((len(index),), place, device=data.device)
                 total[0] += student(states, y, places).sum().item() / len(how["timesteps"])
@@ -149,11 +133,11 @@ def evaluate(student: Student, data: Trajectories, ranks: Ranks) -> dict[str, fl
 
 def show(model: StableDiffusion, vae: VAE, data: Trajectories, folder: Path, epoch: int, last: bool) -> None:
     """One more frame of FOLDER/samples.gif: the teacher's images above, the student's of the same noise below."""
-    states, y = next(visit([data.states, data.labels], [torch.arange(8)], data.device))
-    with frozen(model, vae):
+    states, y = next(gather_batches([data.states, data.labels], [torch.arange(8)], data.device))
+    with eval_mode(model, vae):
         z = sample(model.denoiser(y), states[:, 0].float(), model.scheduler, solver="ddim")
         images = to_uint8(vae.decode(torch.cat([states[:, -1].float(), z])))
-    grow_gif(folder, "samples", image_grid(images, columns=8), epoch, last)
+    add_gif_frame(folder, "samples", image_grid(images, columns=8), epoch, last)
 
 
 def main(cfg: DistilConfig) -> None:
@@ -226,9 +210,9 @@ def main(cfg: DistilConfig) -> None:
         scaler.scale(student(states, y, torch.zeros(n, dtype=torch.int64, device=device)).mean()).backward()
         model.zero_grad()
 
-    micro = fit_micro_batch(cfg.micro_batch, share.stop - share.start, model, 2 if state else 4, trial)
+    micro = find_micro_batch(cfg.micro_batch, share.stop - share.start, model, 2 if state else 4, trial)
     compile_networks(cfg.compile, [model.unet], lambda: trial(micro), device)
-    network, watch = ranks.wrap(student), Watch(device)
+    network, watch = ranks.wrap(student), NonFiniteWatch(device)
 
     champion = None  # the best weights since the last save, which writes them
 
@@ -244,8 +228,8 @@ def main(cfg: DistilConfig) -> None:
         save_state(folder / "last.pt", {**saved, **numbers, "config": asdict(cfg), "data": fingerprint})
 
     bar, clock, clock_step, saved_at = progress_bar(total * batch, step * batch), time.time(), step, time.time()
-    order = (index[share] for index in shuffled(cfg.trajectories, batch, step, cfg.seed, 13))
-    visits = visit([train.states, train.labels], order, device)
+    order = (index[share] for index in shuffled_batches(cfg.trajectories, batch, step, cfg.seed, 13))
+    visits = gather_batches([train.states, train.labels], order, device)
     stop.begin()
     while True:
         epoch, place = divmod(step, steps_per_epoch)
@@ -269,7 +253,7 @@ def main(cfg: DistilConfig) -> None:
                     refresh_report(folder.parent)
             bar.write(
                 f"epoch {epoch:4d}  train {numbers['loss/train']:.4f}  val {numbers['loss/val']:.4f}  "
-                f"{speed:.0f} images/s{skipped(numbers)}"
+                f"{speed:.0f} images/s{skipped_steps_note(numbers)}"
             )
             evaluated, clock, clock_step = step, time.time(), step
             sums.zero_()

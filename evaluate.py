@@ -21,27 +21,18 @@ from torch import Tensor
 
 from cluster import Ranks
 from dataset import ADNIDataset, load_splits, load_splits_as_trained, read_images
+from device import describe_hardware, pick_device
 from evidence import PICTURES, SECTIONS, Evidence, Images
 from features import inception
+from loop import RunLog
 from metrics import TooFew
 from modules import StableDiffusion
+from pictures import image_grid, png_bytes
 from report import refresh_report
 from sampling import Drawer, load_run
-from utils import (
-    RunLog,
-    UserError,
-    describe_hardware,
-    file_hash,
-    generator,
-    git_commit,
-    image_grid,
-    pick_device,
-    png_bytes,
-    progress_bar,
-    run_script,
-    write_atomic,
-)
+from utils import UserError, generator, git_commit, progress_bar, run_script
 from vae import VAE
+from weights import file_hash, write_atomic
 
 # What report.md says about each section.
 ABOUT = {

@@ -21,8 +21,10 @@ import anatomy
 import features
 import metrics
 from metrics import TooFew, interval, resample_people, weighted_mean
-from utils import generator, progress_bar, to_uint8, write_atomic
+from pictures import to_uint8
+from utils import generator, progress_bar
 from vae import VAE
+from weights import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from config import check_arguments
-from utils import UserError, autocast, generator, load_into, load_weights
-
-Network = TypeVar("Network", bound=nn.Module)
+from device import autocast
+from utils import UserError, generator
+from weights import build_network, load_into, load_weights
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Blocks
@@ -422,24 +422,12 @@ class StableDiffusion(nn.Module):
         return sample(self.denoiser(y, guidance), x, self.scheduler, generator=noise, **how)
 
 
-def build(network: type[Network], header: object, tensors: Mapping[str, Tensor]) -> Network:
-    """The network that a file's header describes, on the meta device, where whatever it asks for takes no memory.
-
-    ValueError where there is no such network.
-    """
-    settings = check_arguments(network, header)
-    if not 0 < settings.get("blocks", 1) * len(settings.get("channels", [1])) <= len(tensors):
-        raise ValueError(f"{len(tensors)} tensors are too few for its levels and blocks")
-    with torch.device("meta"):
-        return network(**settings)
-
-
 def load_diffusion(path: Path, device: torch.device) -> tuple[StableDiffusion, dict]:
     """The diffusion of a .safetensors file, ready to sample, and the file's meta."""
     tensors, meta = load_weights(path, "diffusion")
     try:
         scheduler = NoiseScheduler_Fast_DDPM(**check_arguments(NoiseScheduler_Fast_DDPM, meta.get("scheduler")))
-        model = StableDiffusion(build(UNet, meta.get("model"), tensors), scheduler, meta.get("prediction"))
+        model = StableDiffusion(build_network(UNet, meta.get("model"), tensors), scheduler, meta.get("prediction"))
         if not meta.get("classes") or model.num_classes not in (0, len(meta["classes"])):
             raise ValueError(f"{model.num_classes} classes have {len(meta.get('classes', []))} names")
     except ValueError as e:

@@ -20,40 +20,26 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from cluster import Ranks, StopSignal, check_same_run, leave_early
 from dataset import ADNIDataset, carved_people, load_splits, to_float
-from metrics import psnr, ssim, unit
-from modules import CosineAnnealingWarmupScheduler
-from report import refresh_report
-from utils import (
-    RunLog,
-    UserError,
-    Watch,
+from device import (
     compile_networks,
     describe_cost,
     describe_hardware,
-    fit,
-    fit_micro_batch,
-    frozen,
-    generator,
-    git_commit,
-    grow_gif,
-    image_grid,
-    load_state,
-    load_weights,
-    make_ema,
-    optimise,
+    eval_mode,
+    gather_batches,
     pick_amp_dtype,
     pick_device,
-    progress_bar,
-    run_script,
-    save_state,
-    save_weights,
-    shuffled,
-    skipped,
-    to_uint8,
+    shuffled_batches,
+    to_device_if_it_fits,
     training_cost,
-    visit,
 )
+from loop import NonFiniteWatch, RunLog, find_micro_batch, make_ema, optimise, skipped_steps_note
+from metrics import psnr, ssim, unit
+from modules import CosineAnnealingWarmupScheduler
+from pictures import add_gif_frame, image_grid, to_uint8
+from report import refresh_report
+from utils import UserError, generator, git_commit, progress_bar, run_script
 from vae import VAE, PatchDiscriminator, adversarial_gradient, hinge_loss, load_vae, vae_loss
+from weights import load_state, load_weights, save_state, save_weights
 
 
 def augment(x: Tensor, u: Tensor, cfg: PretrainConfig) -> Tensor:
@@ -77,7 +63,7 @@ def augment(x: Tensor, u: Tensor, cfg: PretrainConfig) -> Tensor:
 def evaluate(vae: VAE, val: ADNIDataset, cfg: PretrainConfig, ranks: Ranks) -> dict[str, float]:
     """Validation numbers with the posterior's mean as latent: mean over slices of people never trained on."""
     total = torch.zeros(5, dtype=torch.float64)
-    with frozen(vae):
+    with eval_mode(vae):
         for x in val.batches(cfg.batch_size, ranks.device, ranks.share):
             mean, logvar = vae.posterior(x)
             x_hat = vae.reconstruct(mean)
@@ -112,10 +98,10 @@ def backward(
 
 def show_reconstructions(vae: VAE, x: Tensor, folder: Path, epoch: int, last: bool) -> None:
     """One more frame of FOLDER/reconstructions.gif: inputs above, reconstructions below, error x4 at the bottom."""
-    with frozen(vae):
+    with eval_mode(vae):
         x_hat = vae.reconstruct(vae.posterior(x)[0]).clamp(-1, 1)
     rows = np.concatenate([to_uint8(x), to_uint8(x_hat), to_uint8(4 * (x_hat - x).abs() - 1)])
-    grow_gif(folder, "reconstructions", image_grid(rows, columns=len(x)), epoch, last)
+    add_gif_frame(folder, "reconstructions", image_grid(rows, columns=len(x)), epoch, last)
 
 
 def main(cfg: PretrainConfig) -> None:
@@ -184,7 +170,7 @@ def main(cfg: PretrainConfig) -> None:
     done_before = state is not None and (folder / "final.safetensors").exists()
     measured = load_vae(folder / "final.safetensors", device)[0] if done_before else None
 
-    train.images, val.images = fit(train.images, device), fit(val.images, device)
+    train.images, val.images = to_device_if_it_fits(train.images, device), to_device_if_it_fits(val.images, device)
     meta = {"kind": "vae", "model": vae.config, "classes": train.classes, "config": asdict(cfg), "commit": git_commit()}
     shown = val.batch(torch.linspace(0, len(val) - 1, min(8, len(val))).long(), device)
     log = RunLog(folder, cfg, "vae", step) if ranks.main else None
@@ -196,9 +182,9 @@ def main(cfg: PretrainConfig) -> None:
         backward(vae, judge, judge if cfg.adversarial else None, x, noise.to(device), 1.0, scaler, cfg)
         vae.zero_grad(), judge.zero_grad()
 
-    micro = fit_micro_batch(cfg.micro_batch, share.stop - share.start, vae, 2 if state else 4, trial)
+    micro = find_micro_batch(cfg.micro_batch, share.stop - share.start, vae, 2 if state else 4, trial)
     compile_networks(cfg.compile, [vae.encoder, vae.decoder], lambda: trial(micro), device)
-    networks, watch = [ranks.wrap(vae), *([ranks.wrap(judge)] if cfg.adversarial else [])], Watch(device)
+    networks, watch = [ranks.wrap(vae), *([ranks.wrap(judge)] if cfg.adversarial else [])], NonFiniteWatch(device)
 
     champion = None  # the best weights since the last save, which writes them: epochs can be seconds long
 
@@ -214,7 +200,9 @@ def main(cfg: PretrainConfig) -> None:
         save_state(folder / "last.pt", {**saved, **numbers, "config": asdict(cfg), "data": fingerprint})
 
     bar, clock, clock_step, saved_at = progress_bar(total * batch, step * batch), time.time(), step, time.time()
-    visits = visit([train.images], (index[share] for index in shuffled(len(train), batch, step, cfg.seed, 1)), device)
+    visits = gather_batches(
+        [train.images], (index[share] for index in shuffled_batches(len(train), batch, step, cfg.seed, 1)), device
+    )
     stop.begin()
     while True:
         epoch, place = divmod(step, steps_per_epoch)
@@ -246,7 +234,7 @@ def main(cfg: PretrainConfig) -> None:
                     refresh_report(folder.parent)
             bar.write(
                 f"epoch {epoch:4d}  train {loss:.4f}  val {numbers['loss/val']:.4f}  "
-                f"PSNR {numbers['PSNR/val']:.2f} dB  SSIM {numbers['SSIM/val']:.4f}{skipped(numbers)}"
+                f"PSNR {numbers['PSNR/val']:.2f} dB  SSIM {numbers['SSIM/val']:.4f}{skipped_steps_note(numbers)}"
             )
             evaluated = step
             sums.zero_()

@@ -27,25 +27,13 @@ import torch
 from torch import Tensor
 
 from cluster import StopSignal
+from device import describe_hardware, fetch_async, pick_device
+from loop import RunLog
 from metrics import CopyDetector, is_copy
+from pictures import image_grid, import_cv2, png_bytes, visualise_denoising_process
 from sampling import Drawer, copy_detector, load_run, plan_sampling
-from utils import (
-    RunLog,
-    UserError,
-    csv_text,
-    describe_hardware,
-    fetch,
-    file_hash,
-    git_commit,
-    image_grid,
-    job_ranks,
-    pick_device,
-    png_bytes,
-    progress_bar,
-    run_script,
-    visualise_denoising_process,
-    write_atomic,
-)
+from utils import UserError, csv_text, git_commit, job_ranks, progress_bar, run_script
+from weights import file_hash, write_atomic
 
 if TYPE_CHECKING:
     import filelock
@@ -115,7 +103,7 @@ def write_image(path: Path, image: np.ndarray) -> None:
 
 def read_image(path: Path, side: int) -> np.ndarray:
     """What `write_image` wrote, uint8 [side, side]."""
-    import cv2
+    cv2 = import_cv2()
 
     image = cv2.imdecode(np.frombuffer(path.read_bytes() or b"\0", np.uint8), cv2.IMREAD_GRAYSCALE)
     if image is None or image.shape != (side, side):
@@ -254,7 +242,7 @@ def main(cfg: PredictConfig) -> None:
 
     def draw(indices: list[int], ks: list[int]) -> Callable[[], np.ndarray]:
         """Start images of these indices, of the classes of images ks; the call waits for them, uint8 [B, S, S]."""
-        return fetch(drawer(cfg.seed, indices, torch.tensor([labels[k] for k in ks]))[0])
+        return fetch_async(drawer(cfg.seed, indices, torch.tensor([labels[k] for k in ks]))[0])
 
     start, saved_at, bar = time.time(), time.time(), progress_bar(len(missing))
     stop.begin()

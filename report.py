@@ -21,7 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import UserError, git_commit, read_jsonl, read_meta, run_script, spread_over, write_atomic
+from utils import UserError, evenly_spaced, git_commit, read_jsonl, run_script
+from weights import read_meta, write_atomic
 
 STAGES = {"vae": "VAE", "diffusion": "U-Net"}
 MAX_FRAMES = 24  # of a slider: what a browser opens at once
@@ -67,7 +68,7 @@ def picture(png: bytes, what: str, caption: str = "", kind: str = "") -> str:
 
 def slider(frames: Sequence[Path], what: str) -> str:
     """Pictures EPOCH.png of some epochs, one at a time."""
-    keep = spread_over(len(frames), MAX_FRAMES)
+    keep = evenly_spaced(len(frames), MAX_FRAMES)
     images = "".join(
         f'<img src="{data_uri(path.read_bytes())}" alt="epoch {int(path.stem)}"{" hidden" * (i < len(keep) - 1)}>'
         for i, path in enumerate(frames[k] for k in keep)
@@ -106,7 +107,7 @@ def plot_by_timestep(rows: Sequence[Mapping[str, float]]) -> bytes | None:
     figure = Figure(figsize=(6.4, 3.2), layout="constrained")
     ax = figure.add_subplot()
     for kind, colour in (("train", "tab:blue"), ("val", "tab:orange")):
-        earlier = spread_over(len(named), 5) if kind == "val" else [-1]
+        earlier = evenly_spaced(len(named), 5) if kind == "val" else [-1]
         some = [named[i] for i in earlier]
         for n, row in enumerate(some, 1):
             place = {int(k.rpartition("=")[2]): v for k, v in row.items() if k.startswith(f"{BY_TIMESTEP}{kind}/t=")}

@@ -12,19 +12,13 @@ from torch import Tensor
 
 from config import PredictConfig
 from dataset import load_splits_as_trained
+from device import Replay, compile_networks, pick_amp_dtype  # fmt: skip
 from metrics import CopyDetector, TooFew
 from modules import StableDiffusion, load_diffusion, make_grid, randn, sample
-from utils import (
-    Replay,
-    UserError,
-    compile_networks,
-    file_hash,
-    generator,
-    pick_amp_dtype,
-    progress_bar,
-    to_pixels,
-)  # fmt: skip
+from pictures import to_pixels  # fmt: skip
+from utils import UserError, generator, progress_bar  # fmt: skip
 from vae import VAE, load_vae
+from weights import file_hash  # fmt: skip
 
 
 def load_run(

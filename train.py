@@ -22,6 +22,20 @@ from torch import Tensor, nn
 
 from cluster import Ranks, StopSignal, check_same_run, leave_early
 from dataset import ADNIDataset, carved_people, load_splits
+from device import (
+    allocate_rows,
+    compile_networks,
+    describe_cost,
+    describe_hardware,
+    eval_mode,
+    gather_batches,
+    pick_amp_dtype,
+    pick_device,
+    shuffled_batches,
+    to_device_if_it_fits,
+    training_cost,
+)
+from loop import NonFiniteWatch, RunLog, find_micro_batch, make_ema, optimise, skipped_steps_note
 from metrics import psnr, ssim, unit, unpaired
 from modules import (
     CosineAnnealingWarmupScheduler,
@@ -30,40 +44,11 @@ from modules import (
     StableDiffusion,
     UNet,
 )
+from pictures import add_gif_frame, image_grid, to_uint8, visualise_denoising_process
 from report import refresh_report
-from utils import (
-    RunLog,
-    UserError,
-    Watch,
-    compile_networks,
-    derive_seed,
-    describe_cost,
-    describe_hardware,
-    empty_anywhere,
-    fit,
-    fit_micro_batch,
-    frozen,
-    generator,
-    git_commit,
-    grow_gif,
-    image_grid,
-    load_state,
-    make_ema,
-    optimise,
-    pick_amp_dtype,
-    pick_device,
-    progress_bar,
-    run_script,
-    save_state,
-    save_weights,
-    shuffled,
-    skipped,
-    to_uint8,
-    training_cost,
-    visit,
-    visualise_denoising_process,
-)
+from utils import UserError, derive_seed, generator, git_commit, progress_bar, run_script
 from vae import VAE, load_vae
+from weights import load_state, save_state, save_weights
 
 
 class Latents:
@@ -76,24 +61,24 @@ class Latents:
         # Half precision rounds a latent of size 1 by 5e-4, far below the posterior's own std. With all of them at hand
         # a step of training touches no image and no VAE.
         shape = (len(data), 1 + cfg.flip, 2, *vae.latent_shape)
-        self.moments = empty_anywhere(shape, torch.float16, Path(cfg.cache))
+        self.moments = allocate_rows(shape, torch.float16, Path(cfg.cache))
         cuts, bar = ranks.cuts(len(data), batch), progress_bar(len(data), what=what)
         starts = range(cuts[ranks.rank], cuts[ranks.rank + 1], batch)
-        with frozen(vae), bar:
+        with eval_mode(vae), bar:
             for i, x in zip(starts, data.batches(batch, ranks.device, ranks.share)):
                 for m in range(1 + cfg.flip):
                     self.moments[i : i + len(x), m] = torch.stack(vae.encode(x.flip(3) if m else x), dim=1).cpu()
                 bar.update(len(x) * ranks.size)
         ranks.complete(self.moments, cuts)
-        self.moments, self.device = fit(self.moments, ranks.device), ranks.device
+        self.moments, self.device = to_device_if_it_fits(self.moments, ranks.device), ranks.device
         self.labels = data.labels.to(self.moments.device)
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def visit(self, order: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    def gather_batches(self, order: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         """(moments, labels) [B, ...] on the device for every index of `order`."""
-        return visit([self.moments, self.labels], order, self.device)
+        return gather_batches([self.moments, self.labels], order, self.device)
 
 
 def draw(moments: Tensor, which: Tensor, noise: Tensor) -> Tensor:
@@ -146,7 +131,7 @@ def losses(model: StableDiffusion, val: Latents, trained: Tensor, cfg: TrainConf
     timesteps, bins, shape = model.scheduler.timesteps, trained.shape[1], val.moments.shape[3:]
     sums, order = torch.zeros(2, bins, device=val.device), torch.arange(len(val)).split(64)
     order = order[ranks.share(len(order))]
-    with frozen(model):
+    with eval_mode(model):
         for index, (moments, y) in zip(order, val.visit(order)):
             g = generator(cfg.seed, 5, int(index[0]), device=val.device)
             which, posterior, _, _, noise = draw_step(model, len(index), shape, cfg, g)
@@ -169,7 +154,7 @@ def denoising_quality(
     timesteps = model.scheduler.timesteps
     places = np.unique(np.linspace(0, len(timesteps) - 1, min(10, len(timesteps))).round().astype(int))
     quality = torch.zeros(len(places), 2, device=latents.device)
-    with frozen(model, vae):
+    with eval_mode(model, vae):
         for i in range(ranks.rank, len(places), ranks.size):
             g = generator(cfg.seed, 6, device=latents.device)
             which, posterior, _, _, noise = draw_step(model, len(index), moments.shape[3:], cfg, g)
@@ -196,7 +181,7 @@ def show_samples(
     y = torch.arange(n) % model.num_classes if model.num_classes else None
     x, mine = torch.zeros(n, 1, *2 * [vae.config["image_size"]], device=device), range(n)[ranks.share(n)]
     steps: list[tuple[int, Tensor, Tensor]] = []
-    with frozen(model, vae):
+    with eval_mode(model, vae):
         if mine:
             z = model.generate(
                 vae.latent_shape, cfg.seed, mine, None if y is None else y[mine.start : mine.stop],
@@ -206,7 +191,7 @@ def show_samples(
         ranks.sum(x)
         if ranks.main:
             visualise_denoising_process(steps, vae.decode, folder)
-            grow_gif(folder, "samples", image_grid(to_uint8(x)), epoch, last)
+            add_gif_frame(folder, "samples", image_grid(to_uint8(x)), epoch, last)
     g = generator(cfg.seed, 7)
     strangers, real = (unit(d.batch(torch.randint(len(d), (n,), generator=g), device)) for d in (val, train))
     (p, s), (p_real, s_real) = unpaired(unit(x), strangers), unpaired(real, strangers)
@@ -320,9 +305,9 @@ def main(cfg: TrainConfig) -> None:
         scaler.scale(training_loss(model, model, moments, y, draws, bins)[0].mean()).backward()
         model.zero_grad()
 
-    micro = fit_micro_batch(cfg.micro_batch, share.stop - share.start, model, 2 if state else 4, trial)
+    micro = find_micro_batch(cfg.micro_batch, share.stop - share.start, model, 2 if state else 4, trial)
     compile_networks(cfg.compile, [model.unet], lambda: trial(micro), device)
-    network, watch = ranks.wrap(model), Watch(device)
+    network, watch = ranks.wrap(model), NonFiniteWatch(device)
 
     champion = None  # the best weights since the last save, which writes them: epochs can be seconds long
 
@@ -338,7 +323,7 @@ def main(cfg: TrainConfig) -> None:
         save_state(folder / "last.pt", {**saved, **numbers, "config": asdict(cfg), "data": fingerprint})
 
     bar, clock, clock_step, saved_at = progress_bar(total * batch, step * batch), time.time(), step, time.time()
-    visits = latents.visit(index[share] for index in shuffled(len(train), batch, step, cfg.seed, 3))
+    visits = latents.visit(index[share] for index in shuffled_batches(len(train), batch, step, cfg.seed, 3))
     stop.begin()
     while True:
         epoch, place = divmod(step, steps_per_epoch)
@@ -366,7 +351,9 @@ def main(cfg: TrainConfig) -> None:
                     log.plot()
                     refresh_report(folder.parent)
             a, b = numbers["loss/train"], numbers["loss/val"]
-            bar.write(f"epoch {epoch:4d}  train {a:.4f}  val {b:.4f}  {speed:.0f} images/s{skipped(numbers)}")
+            bar.write(
+                f"epoch {epoch:4d}  train {a:.4f}  val {b:.4f}  {speed:.0f} images/s{skipped_steps_note(numbers)}"
+            )
             evaluated, clock, clock_step = step, time.time(), step
             sums.zero_()
         leave = step >= total or ranks.any(stop, step)

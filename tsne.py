@@ -19,19 +19,14 @@ import numpy as np
 import torch
 
 from dataset import load_splits_as_trained, read_images
+from device import eval_mode, pick_device
+from loop import RunLog
 from metrics import TooFew, auc_between_people, interval, resample_people
 from modules import load_diffusion
 from report import refresh_report
-from utils import (
-    RunLog,
-    UserError,
-    frozen,
-    pick_device,
-    progress_bar,
-    run_script,
-    write_atomic,
-)
+from utils import UserError, progress_bar, run_script
 from vae import load_vae
+from weights import write_atomic
 
 
 def draw_map(
@@ -73,7 +68,7 @@ def main(cfg: TsneConfig) -> None:
         raise UserError(f"{len(chosen)} slices are too few for --perplexity {cfg.perplexity}: take a smaller one")
 
     parts, bar = [], progress_bar(len(chosen), what="encoding")
-    with frozen(vae), bar:
+    with eval_mode(vae), bar:
         for index in torch.from_numpy(chosen).split(32):
             parts.append(vae.encode(data.batch(index, device))[0].flatten(1).cpu())
             bar.update(len(index))

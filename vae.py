@@ -11,20 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from device import autocast
 from metrics import ms_ssim, ssim
 from modules import (
     AttentionBlock,
     ResidualBlock,
     Upsample,
-    build,
     group_norm,
 )
-from utils import (
-    UserError,
-    autocast,
-    load_into,
-    load_weights,
-)
+from utils import UserError
+from weights import build_network, load_into, load_weights
 
 LOGVAR_RANGE = (-30.0, 20.0)  # exp(20 / 2) is still finite in float16
 
@@ -256,7 +252,7 @@ def load_vae(path: Path, device: torch.device) -> tuple[VAE, dict]:
     if not meta.get("finished"):
         raise UserError(f"{path} is of a VAE still in training: let pre_train.py finish first (same command again)")
     try:
-        vae = build(VAE, meta.get("model"), tensors)
+        vae = build_network(VAE, meta.get("model"), tensors)
     except ValueError as e:
         raise UserError(f"{path} describes a VAE that this version cannot build: {str(e)[:200]}") from None
     tensors.setdefault("latent_rotation", torch.eye(vae.config["latent_channels"]))  # weights from before there was one

@@ -19,7 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from config import SliceConfig
-from utils import UserError, csv_text, is_folder_name, png_bytes, progress_bar, read_table, write_atomic
+from pictures import import_cv2, png_bytes
+from utils import UserError, csv_text, is_folder_name, progress_bar, read_table
+from weights import write_atomic
 
 MAX_BYTES = 2**30  # of a volume, unpacked: a header or an archive that claims more is not believed
 OTHER_FORMATS = (".mgz", ".mgh", ".img", ".mnc", ".nrrd", ".nhdr", ".mha", ".mhd", ".par")
@@ -171,7 +173,7 @@ def find_head(volume: Volume, window: tuple[float, float]) -> Head:
     The window is taken from what is brighter than zero within 50 mm of a point 75 mm below the top: brain, with or
     without a skull around it.
     """
-    import cv2
+    cv2 = import_cv2()
 
     voxels = volume.voxels
     stride = [max(1, int(2 / s)) for s in volume.sizes]
@@ -216,7 +218,7 @@ def cut(volume: Volume, cfg: SliceConfig) -> Iterator[tuple[int, np.ndarray]]:
     Linear interpolation; where the volume's own planes are parallel to the cut, the nearest whole plane is taken, for
     half of two neighbours is smoother than either. Pixels larger than voxels are means of finer ones.
     """
-    import cv2
+    cv2 = import_cv2()
     from scipy.ndimage import map_coordinates
 
     plane = PLANES[cfg.plane]

@@ -24,9 +24,11 @@ sys.path.insert(0, str(ROOT))
 warnings.filterwarnings("ignore", category=FutureWarning)
 
 from config import PRESETS, PretrainConfig, TrainConfig  # noqa: E402
+from device import describe_hardware, pick_amp_dtype, pick_device  # noqa: E402
 from modules import NoiseScheduler_Fast_DDPM, StableDiffusion, UNet  # noqa: E402
-from utils import describe_hardware, git_commit, pick_amp_dtype, pick_device, save_weights  # noqa: E402
+from utils import git_commit  # noqa: E402
 from vae import VAE  # noqa: E402
+from weights import save_weights  # noqa: E402
 
 # The 128² networks of the comparisons of speed, which the peers' below are matched to; `adni` is the preset's own.
 SMALL = (

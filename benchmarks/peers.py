@@ -23,21 +23,14 @@ from torch import Tensor, nn
 
 from config import DataConfig
 from dataset import load_splits
+from device import autocast, describe_hardware, pick_amp_dtype, pick_device
 from evaluate import images_of
 from evidence import Images
+from loop import make_ema
+from pictures import image_grid, png_bytes, to_pixels
 from sampling import Drawer, load_run
-from utils import (
-    autocast,
-    describe_hardware,
-    git_commit,
-    image_grid,
-    make_ema,
-    pick_amp_dtype,
-    pick_device,
-    png_bytes,
-    to_pixels,
-    write_atomic,
-)
+from utils import git_commit
+from weights import write_atomic
 
 SIDE = 64  # small enough for all three to get somewhere in minutes on a CPU
 OUR_VAE = ["--image-size", SIDE, "--downsample", 4, "--latent-channels", 4, "--channels", 128, "--blocks", 2]

@@ -21,10 +21,12 @@ from matplotlib.patches import FancyBboxPatch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from device import pick_device, training_cost  # noqa: E402
 from modules import StableDiffusion, make_grid  # noqa: E402
 from sampling import Drawer, load_run  # noqa: E402
-from utils import pick_device, read_jsonl, training_cost, write_atomic  # noqa: E402
+from utils import read_jsonl  # noqa: E402
 from vae import VAE  # noqa: E402
+from weights import write_atomic  # noqa: E402
 
 BLUE, ORANGE, GREEN, GREY = "#dbe9f6", "#fde3c8", "#dcefd9", "#eeeeee"
 

@@ -17,7 +17,7 @@ from common import Bench, BenchConfig, commit
 from torch.profiler import ProfilerActivity, profile
 from train_epoch import our_iteration
 
-from utils import describe_hardware
+from device import describe_hardware
 
 
 @dataclass(frozen=True)

@@ -29,23 +29,16 @@ import features  # noqa: E402
 import metrics  # noqa: E402
 from config import DataConfig, EvaluateConfig  # noqa: E402
 from dataset import ADNIDataset, load_splits  # noqa: E402
+from device import describe_hardware, pick_amp_dtype, pick_device  # noqa: E402
 from evaluate import images_of  # noqa: E402
 from evidence import Evidence, Images, tell_apart  # noqa: E402
 from metrics import psnr, ssim, unit  # noqa: E402
 from modules import make_grid  # noqa: E402
+from pictures import image_grid, png_bytes, to_uint8  # noqa: E402
 from sampling import Drawer, load_run  # noqa: E402
-from utils import (  # noqa: E402
-    describe_hardware,
-    git_commit,
-    image_grid,
-    pick_amp_dtype,
-    pick_device,
-    png_bytes,
-    save_weights,
-    to_uint8,
-    write_atomic,
-)
+from utils import git_commit  # noqa: E402
 from vae import VAE, load_vae  # noqa: E402
+from weights import save_weights, write_atomic  # noqa: E402
 
 
 @dataclass(frozen=True)

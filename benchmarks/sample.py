@@ -22,8 +22,10 @@ import torch
 import tyro
 from common import Bench, BenchConfig, PeerUNet, PeerVAE, make_run, peak_gb, script
 
+from device import fetch_async
+from pictures import png_bytes, to_uint8
 from sampling import Drawer
-from utils import fetch, png_bytes, to_uint8, write_atomic
+from weights import write_atomic
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def our_drawing(b: Bench, batch: int, folder: Path, compile: str) -> tuple[Calla
 
     def draw() -> None:
         first = next(count) * batch
-        drawn.append((first, fetch(drawer(0, range(first, first + batch), y)[0])))
+        drawn.append((first, fetch_async(drawer(0, range(first, first + batch), y)[0])))
         if len(drawn) > (batch > 1):
             first, images = drawn.popleft()
             images = images()

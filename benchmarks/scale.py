@@ -25,9 +25,10 @@ import tyro
 from common import ROOT, Bench, BenchConfig
 
 from dataset import ADNIDataset, Slice, carve_validation, fingerprint
+from device import gather_batches, shuffled_batches
+from loop import make_ema, optimise
 from modules import make_grid
 from sampling import Drawer
-from utils import make_ema, optimise, shuffled, visit
 from vae import VAE, vae_loss
 
 COUNTS = (1_000, 3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000)
@@ -59,10 +60,10 @@ def slices_part(n: int, folder: Path) -> dict[str, float]:
     images = torch.from_numpy(np.memmap(folder / f"{n}.u8", np.uint8, mode="c", shape=(n, 128, 128)))
     data = ADNIDataset(slices, images, range(n), ["C0", "C1"])
     index = time.perf_counter() - start
-    gb, order = resident_gb() - before, list(islice(shuffled(n, 16, 0, 0, 1), 60))
+    gb, order = resident_gb() - before, list(islice(shuffled_batches(n, 16, 0, 0, 1), 60))
     for _ in range(2):  # the first round meets the pages of a file that nobody has touched, which says what the disk is
         start = time.perf_counter()
-        for _ in visit([data.images], order, torch.device("cpu")):
+        for _ in gather_batches([data.images], order, torch.device("cpu")):
             pass
     return {"index": index, "batch": (time.perf_counter() - start) / 60, "gb": gb}
 

@@ -22,8 +22,9 @@ from common import Bench, BenchConfig
 from torch.utils.flop_counter import FlopCounterMode
 
 from cluster import Ranks
+from loop import make_ema, optimise
 from train import draw_step, training_loss
-from utils import generator, make_ema, optimise
+from utils import generator
 
 PEAK, SHARE = 989e12, 0.35  # FLOP/s of an H200 in bfloat16, and the part of it that a well-fed training reaches
 FABRICS = {  # GPUs, bytes per second around their ring, latency of a hop

@@ -19,8 +19,9 @@ sys.path.insert(0, str(ROOT))
 
 from evaluate import ABOUT, rows_of  # noqa: E402
 from sampling import load_run  # noqa: E402
-from utils import UserError, read_jsonl, run_script, save_weights, write_atomic  # noqa: E402
+from utils import UserError, read_jsonl, run_script  # noqa: E402
 from vae import load_vae  # noqa: E402
+from weights import save_weights, write_atomic  # noqa: E402
 
 HEAD = [["", "value", "95 % interval", "floor", "n"], ["---"] * 5]
 LIMITS = """

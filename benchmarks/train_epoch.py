@@ -21,9 +21,12 @@ import tyro
 from common import Bench, BenchConfig, PeerUNet, PeerVAE, peer_step, script
 from torch.utils.data import DataLoader, TensorDataset
 
+from device import gather_batches, shuffled_batches, to_device_if_it_fits
+from loop import make_ema, optimise
 from metrics import psnr, unit
 from train import draw_step, training_loss
-from utils import fit, generator, load_weights, make_ema, optimise, shuffled, visit
+from utils import generator
+from weights import load_weights
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,9 @@ def our_iteration(b: Bench, batch: int, slices: int) -> Callable[[], None]:
     model, shape = b.model(), b.latent
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=1e-2, fused=True)
     ema, scaler = make_ema(model, 0.999), torch.amp.GradScaler(b.device.type, enabled=b.amp_dtype == torch.float16)
-    moments = fit(torch.rand(slices, 1, 2, *shape).half(), b.device)
+    moments = to_device_if_it_fits(torch.rand(slices, 1, 2, *shape).half(), b.device)
     labels = torch.zeros(slices, dtype=torch.int64, device=moments.device)
-    visits = visit([moments, labels], shuffled(slices, batch, 0, 0, 3), b.device)
+    visits = gather_batches([moments, labels], shuffled_batches(slices, batch, 0, 0, 3), b.device)
     count = 0
 
     def iteration() -> None:

@@ -17,9 +17,10 @@ import tyro
 from common import Bench, BenchConfig, PeerUNet, cost, peer_step
 from torch import nn
 
+from loop import make_ema, optimise
 from modules import CosineAnnealingWarmupScheduler, StableDiffusion
 from train import draw_step, training_loss
-from utils import generator, make_ema, optimise
+from utils import generator
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def torn_files(home: Path) -> list[str]:
     from PIL import Image
     from safetensors.torch import load_file
 
-    import utils
+    import weights
 
     torn = []
     for path in home.rglob("*"):
@@ -67,7 +67,7 @@ def torn_files(home: Path) -> list[str]:
             elif path.suffix == ".json":
                 json.loads(path.read_text())
             elif path.name == "last.pt":
-                assert utils.load_state(path) is not None
+                assert weights.load_state(path) is not None
         except Exception as e:
             torn.append(f"{path.relative_to(home)}: {e!r}")
     return torn

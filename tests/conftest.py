@@ -22,7 +22,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import dataset  # noqa: E402, F401 (before cv2, whose limit on pixels it sets)
+import pictures  # noqa: E402
+
+pictures.import_cv2()  # before the tests import it, so that it has the limit on pixels that the scripts give it
 
 TINY_VAE = (
     "--image-size 32 --downsample 4 --latent-channels 2 --channels 8 16 --blocks 1 --batch-size 16 --lr 2e-3 "

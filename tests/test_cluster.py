@@ -25,6 +25,7 @@ from test_pipeline import ADVERSARIAL, wait_for, where
 
 import cluster
 import utils
+import weights
 from config import PretrainConfig
 from vae import load_vae
 
@@ -309,7 +310,7 @@ def test_gradients_that_are_never_finite_stop_the_run(trained: Path, phantoms: P
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "the gradients of 20 steps in a row were not finite, up to step 20 (epoch 4.00)" in done.stderr
     assert "5 steps skipped" in done.stderr + done.stdout
-    state = utils.load_state(tmp_path / "tiny" / "diffusion" / "last.pt")
+    state = weights.load_state(tmp_path / "tiny" / "diffusion" / "last.pt")
     assert 20 <= state["step"] <= 40
     assert all(v.isfinite().all() for part in ("model", "ema") for v in state[part].values())
     again = run_any("train.py", *flags)  # and the same command says the same

@@ -29,8 +29,10 @@ from config import DataConfig, PredictConfig
 from dataset import BadFile, carved_people, load_slices, load_splits, load_splits_as_trained, read_images, read_slice
 from dataset import scan as scan_folder
 from modules import NoiseScheduler_Fast_DDPM, StableDiffusion, UNet, load_diffusion
-from utils import UserError, file_hash, load_state, plot_curves, read_jsonl, save_state, save_weights
+from pictures import plot_curves
+from utils import UserError, read_jsonl
 from vae import VAE, load_vae
+from weights import file_hash, load_state, save_state, save_weights
 
 CPU = torch.device("cpu")
 HUGE = (65535, 40_000, 2**31 - 1, 2**32 - 1, 0, 1, 12_000)

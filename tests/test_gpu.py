@@ -11,21 +11,12 @@ from conftest import TINY_UNET, TINY_VAE, run
 from test_pipeline import images
 
 from config import TrainConfig
+from device import compile_networks, gather_batches, shuffled_batches, to_device_if_it_fits
+from loop import NonFiniteWatch, find_micro_batch, make_ema, optimise
 from modules import NoiseScheduler_Fast_DDPM, StableDiffusion, UNet
 from sampling import Drawer
 from train import draw_step, training_loss
-from utils import (
-    Watch,
-    compile_networks,
-    fit,
-    fit_micro_batch,
-    generator,
-    make_ema,
-    optimise,
-    read_jsonl,
-    shuffled,
-    visit,
-)
+from utils import generator, read_jsonl
 from vae import VAE
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")
@@ -73,8 +64,8 @@ def test_no_step_waits_for_the_gpu(dtype: torch.dtype | None, on_the_host: bool)
     scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
     moments, labels = torch.rand(64, 1, 2, 4, 16, 16).half(), torch.zeros(64, dtype=torch.int64)
     if not on_the_host:
-        moments, labels = fit(moments, device), labels.to(device)
-    visits, watch = visit([moments, labels], shuffled(64, 16, 0, 0), device), Watch(device)
+        moments, labels = to_device_if_it_fits(moments, device), labels.to(device)
+    visits, watch = gather_batches([moments, labels], shuffled_batches(64, 16, 0, 0), device), NonFiniteWatch(device)
     try:
         for step in range(12):
             torch.cuda.set_sync_debug_mode("error" if step > 3 else "default")
@@ -131,7 +122,7 @@ def test_micro_batch_auto_finds_what_fits():
         model.zero_grad()
 
     try:
-        n = fit_micro_batch("auto", 4096, model, 4, trial)
+        n = find_micro_batch("auto", 4096, model, 4, trial)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert 1 <= n < 4096 and asked == [4096 // 2**i for i in range(len(asked))] and asked[-1] == n

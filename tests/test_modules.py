@@ -29,8 +29,9 @@ from modules import (
     timestep_embedding,
 )
 from train import draw_step
-from utils import UserError, save_weights
+from utils import UserError
 from vae import VAE
+from weights import save_weights
 
 maths = settings(deadline=None, derandomize=True, max_examples=40)
 

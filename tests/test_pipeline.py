@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 
 import phantom
 from dataset import read_images
-from utils import image_grid, read_jsonl
+from pictures import image_grid
+from utils import read_jsonl
 
 
 def where(checkpoints: Path, phantoms: Path, name: str = "tiny") -> list[str]:

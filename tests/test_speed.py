@@ -19,11 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import utils
+import pictures
+from device import allocate_rows, compile_networks, gather_batches, read_ahead, shuffled_batches
 from modules import NoiseScheduler_Fast_DDPM, StableDiffusion, UNet, attend, group_norm
 from predict import one_ahead
 from sampling import Drawer
-from utils import compile_networks, empty_anywhere, generator, read_ahead, read_jsonl, shuffled, visit
+from utils import generator, read_jsonl
 from vae import VAE
 
 cpu = torch.device("cpu")
@@ -55,25 +56,25 @@ def pair() -> tuple[StableDiffusion, VAE]:
 def test_the_order_is_a_permutation_an_epoch_and_can_be_entered_anywhere(n: int, batch: int, step: int, seed: int):
     batch = min(n, batch)
     steps = n // batch
-    whole = list(islice(shuffled(n, batch, 0, seed, 3), step + 3 * steps))
+    whole = list(islice(shuffled_batches(n, batch, 0, seed, 3), step + 3 * steps))
     for epoch in range(3):
         seen = torch.cat(whole[epoch * steps : (epoch + 1) * steps])
         assert len(seen.unique()) == len(seen) == steps * batch and 0 <= seen.min() and seen.max() < n
-    for a, b in zip(whole[step:], islice(shuffled(n, batch, step, seed, 3), 3 * steps)):
+    for a, b in zip(whole[step:], islice(shuffled_batches(n, batch, step, seed, 3), 3 * steps)):
         assert torch.equal(a, b)
 
 
 def test_orders_differ_between_epochs_seeds_and_purposes():
-    first, second = islice(shuffled(50, 50, 0, 0, 3), 2)
-    others = [next(shuffled(50, 50, 0, *seed)) for seed in ((1, 3), (0, 1))]
+    first, second = islice(shuffled_batches(50, 50, 0, 0, 3), 2)
+    others = [next(shuffled_batches(50, 50, 0, *seed)) for seed in ((1, 3), (0, 1))]
     for a, b in ((first, second), (first, others[0]), (first, others[1])):
         assert not torch.equal(a, b)
 
 
 def test_visits_are_rows_of_every_tensor():
     x, y = torch.randn(20, 3, 2), torch.arange(20)
-    order = list(islice(shuffled(20, 6, 0, 5), 7))
-    for index, (a, b) in zip(order, visit([x, y], order, cpu), strict=True):
+    order = list(islice(shuffled_batches(20, 6, 0, 5), 7))
+    for index, (a, b) in zip(order, gather_batches([x, y], order, cpu), strict=True):
         assert torch.equal(a, x[index]) and torch.equal(b, index)
 
 
@@ -103,10 +104,10 @@ def test_reading_ahead_keeps_the_order_stays_close_and_passes_errors_on():
 
 
 def test_memory_beyond_half_of_the_machine_is_a_nameless_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    small = empty_anywhere((4, 3), torch.float16, tmp_path)
+    small = allocate_rows((4, 3), torch.float16, tmp_path)
     assert small.shape == (4, 3) and small.dtype == torch.float16
     monkeypatch.setattr(os, "sysconf", lambda name: 8)  # a machine of 64 bytes
-    big = empty_anywhere((500, 3, 4), torch.float16, tmp_path)
+    big = allocate_rows((500, 3, 4), torch.float16, tmp_path)
     values = torch.randn(500, 3, 4).half()
     big[:] = values
     assert torch.equal(big[torch.tensor([7, 3])], values[[7, 3]]) and list(tmp_path.iterdir()) == []
@@ -187,7 +188,7 @@ def test_drawing_is_generating_and_decoding(pair, how: dict):
     pixels, z = drawer(7, [5, 0, 10**9 + 2], y)
     want = model.generate(vae.latent_shape, 7, [5, 0, 10**9 + 2], y, 1.5, **how)
     torch.testing.assert_close(z, want)
-    assert pixels.dtype == torch.uint8 and np.array_equal(pixels.numpy(), utils.to_uint8(vae.decode(want)))
+    assert pixels.dtype == torch.uint8 and np.array_equal(pixels.numpy(), pictures.to_uint8(vae.decode(want)))
 
 
 def test_one_ahead_makes_the_next_before_it_hands_out_one():

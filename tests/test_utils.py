@@ -23,7 +23,11 @@ from PIL import Image
 from torch import nn
 
 import cluster
+import device
+import loop
+import pictures
 import utils
+import weights
 from config import PretrainConfig, TrainConfig
 from modules import Lookahead
 from utils import UserError
@@ -104,26 +108,26 @@ def test_exit_codes_of_a_real_process():
 @pytest.mark.parametrize("name", ["banana", "cpu:x", "", "cuda:99", "xpu:7"])
 def test_devices_that_are_not_there(name):
     with pytest.raises(UserError, match="--device"):
-        utils.pick_device(name)
+        device.pick_device(name)
 
 
 def test_devices_that_are_there():
-    assert utils.pick_device("cpu") == torch.device("cpu")
-    assert utils.pick_device("auto").type == ("cuda" if torch.cuda.is_available() else utils.pick_device("auto").type)
-    torch.zeros(1, device=utils.pick_device("auto"))  # whatever it chose works
+    assert device.pick_device("cpu") == torch.device("cpu")
+    assert device.pick_device("auto").type == ("cuda" if torch.cuda.is_available() else device.pick_device("auto").type)
+    torch.zeros(1, device=device.pick_device("auto"))  # whatever it chose works
 
 
 def test_precision():
     cpu = torch.device("cpu")
     with pytest.raises(UserError, match="fp16"):
-        utils.pick_amp_dtype("fp16", cpu)
-    assert utils.pick_amp_dtype("fp32", cpu) is None
-    assert utils.pick_amp_dtype("bf16", cpu) == torch.bfloat16
-    assert utils.pick_amp_dtype("auto", cpu) in (None, torch.bfloat16)
+        device.pick_amp_dtype("fp16", cpu)
+    assert device.pick_amp_dtype("fp32", cpu) is None
+    assert device.pick_amp_dtype("bf16", cpu) == torch.bfloat16
+    assert device.pick_amp_dtype("auto", cpu) in (None, torch.bfloat16)
     x, layer = normal(2, 3), nn.Linear(3, 3)
-    with utils.autocast(x, None):
+    with device.autocast(x, None):
         assert layer(x).dtype == torch.float32
-    with utils.autocast(x, torch.bfloat16):
+    with device.autocast(x, torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
 
 
@@ -161,7 +165,7 @@ def test_large_numbers_are_not_cut_into_two(a, b):
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.999])
 def test_average_against_its_recursion(decay):
     model = nn.Linear(3, 2).double()
-    ema, want = utils.make_ema(model, decay), None
+    ema, want = loop.make_ema(model, decay), None
     for n in range(15):
         with torch.no_grad():
             model.weight.copy_(normal(2, 3, seed=n))
@@ -174,7 +178,7 @@ def test_average_against_its_recursion(decay):
 
 def test_average_is_a_frozen_copy():
     model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)).train()
-    ema = utils.make_ema(model, 0.9)
+    ema = loop.make_ema(model, 0.9)
     assert not ema.training and not ema.module[1].training and model.training
     assert not any(p.requires_grad for p in ema.parameters()) and all(p.requires_grad for p in model.parameters())
     ema.update_parameters(model)
@@ -187,7 +191,7 @@ def parts(scaled=False, lr=1.0):
     torch.manual_seed(0)
     model = nn.Linear(4, 3)
     scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=1024.0)
-    return model, torch.optim.SGD(model.parameters(), lr=lr, fused=True), scaler, utils.make_ema(model, 0.5)
+    return model, torch.optim.SGD(model.parameters(), lr=lr, fused=True), scaler, loop.make_ema(model, 0.5)
 
 
 def flat(model):
@@ -202,7 +206,7 @@ def test_a_step_is_clipped_after_unscaling(clip, scaled):
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(model(x).square().mean(), [*model.parameters()])])
     size, before = gradient.double().norm().item(), flat(model)
     scaler.scale(model(x).square().mean()).backward()
-    norm = utils.optimise(model, optimizer, scaler, ema, clip)
+    norm = loop.optimise(model, optimizer, scaler, ema, clip)
     assert norm.item() == pytest.approx(size, rel=1e-5) and not norm.requires_grad  # the norm before clipping
     moved = before - flat(model)  # with a rate of 1, plain SGD moves by the clipped gradient
     assert moved.norm().item() == pytest.approx(min(size, clip or math.inf), rel=1e-4)
@@ -220,7 +224,7 @@ def test_a_step_without_finite_gradients_is_not_taken(scaled, wrapped, bad):
 
     def step(factor):
         scaler.scale(model(normal(5, 4)).square().mean() * factor).backward()
-        return utils.optimise(model, optimizer, scaler, ema, 1.0)
+        return loop.optimise(model, optimizer, scaler, ema, 1.0)
 
     def moments():
         states = getattr(optimizer, "inner", optimizer).state.values()
@@ -239,7 +243,7 @@ def test_a_step_without_finite_gradients_is_not_taken(scaled, wrapped, bad):
 @maths
 @given(bad=st.lists(st.booleans(), min_size=1, max_size=80), patience=st.integers(2, 25))
 def test_steps_in_a_row_without_finite_gradients_are_counted(bad, patience):
-    watch, noticed, run, want = utils.Watch(torch.device("cpu"), patience), 0, 0, 0
+    watch, noticed, run, want = loop.NonFiniteWatch(torch.device("cpu"), patience), 0, 0, 0
     bad = [*bad, *[False] * 20]  # what happens is noticed within twenty steps
     for step, is_bad in enumerate(bad, 1):
         noticed = noticed or watch.hopeless(torch.tensor(math.nan if is_bad else 1.0), step)
@@ -257,11 +261,11 @@ def test_micro_batch_auto_is_halved_until_it_fits(fits, want):
         if n > fits:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    assert utils.fit_micro_batch("auto", 64, model, 4, trial) == want and tried[-1] == want
-    assert utils.fit_micro_batch(None, 64, model, 4, trial) == 64 and utils.fit_micro_batch(5, 64, model, 4, trial) == 5
-    assert utils.fit_micro_batch(500, 64, model, 4, trial) == 64
+    assert loop.find_micro_batch("auto", 64, model, 4, trial) == want and tried[-1] == want
+    assert loop.find_micro_batch(None, 64, model, 4, trial) == 64 and loop.find_micro_batch(5, 64, model, 4, trial) == 5
+    assert loop.find_micro_batch(500, 64, model, 4, trial) == 64
     with pytest.raises(UserError, match="not even one image"):
-        utils.fit_micro_batch("auto", 64, model, 4, lambda n: trial(10**6))
+        loop.find_micro_batch("auto", 64, model, 4, lambda n: trial(10**6))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -284,72 +288,72 @@ def fill_disk_at(limit, call):
 
 def test_write_atomic(tmp_path):
     path = tmp_path / "new" / "folder" / "a.bin"
-    utils.write_atomic(path, b"one")
-    utils.write_atomic(path, b"two")
+    weights.write_atomic(path, b"one")
+    weights.write_atomic(path, b"two")
     assert path.read_bytes() == b"two" and names(path.parent) == ["a.bin"]
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "a.bin"
-    utils.write_atomic(path, b"old")
+    weights.write_atomic(path, b"old")
     with pytest.raises(OSError) as failed:
-        fill_disk_at(4096, lambda: utils.write_atomic(path, bytes(100_000)))
+        fill_disk_at(4096, lambda: weights.write_atomic(path, bytes(100_000)))
     assert failed.value.filename == str(path)  # not the temporary file's name, which tells nobody anything
     assert path.read_bytes() == b"old" and names(tmp_path) == ["a.bin"]
 
 
 def test_a_failed_save_leaves_the_run_resumable(tmp_path):
     path = tmp_path / "last.pt"
-    utils.save_state(path, {"step": 1})
+    weights.save_state(path, {"step": 1})
     with pytest.raises(OSError):
-        fill_disk_at(4096, lambda: utils.save_state(path, {"step": 2, "weights": normal(10_000)}))
-    assert utils.load_state(path)["step"] == 1
+        fill_disk_at(4096, lambda: weights.save_state(path, {"step": 2, "weights": normal(10_000)}))
+    assert weights.load_state(path)["step"] == 1
 
 
 def test_state_round_trip_keeps_the_one_before(tmp_path):
     path = tmp_path / "last.pt"
-    assert utils.load_state(path) is None
+    assert weights.load_state(path) is None
     model = nn.Linear(2, 2)
     for step in range(3):
         state = dict(step=step, model=model.state_dict(), config=asdict(TrainConfig()), rng=torch.get_rng_state())
-        utils.save_state(path, state)
+        weights.save_state(path, state)
     assert names(tmp_path) == ["last.prev.pt", "last.pt"]
-    got = utils.load_state(path)
+    got = weights.load_state(path)
     assert got["step"] == 2 and got["config"] == asdict(TrainConfig())
     assert torch.equal(got["model"]["weight"], model.weight)
-    assert utils.load_state(tmp_path / "last.prev.pt")["step"] == 1
+    assert weights.load_state(tmp_path / "last.prev.pt")["step"] == 1
 
 
 @pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[: len(b) // 2], lambda b: bytes(len(b))])
 def test_a_torn_state_gives_way_to_the_one_before(tmp_path, capsys, damage):
     path = tmp_path / "last.pt"
     for step in range(2):
-        utils.save_state(path, {"step": step, "weights": normal(100)})
+        weights.save_state(path, {"step": step, "weights": normal(100)})
     path.write_bytes(damage(path.read_bytes()))
-    assert utils.load_state(path)["step"] == 0
+    assert weights.load_state(path)["step"] == 0
     assert "last.pt" in capsys.readouterr().err
     path.with_suffix(".prev.pt").write_bytes(b"torn")
     with pytest.raises(UserError, match="--fresh"):
-        utils.load_state(path)
+        weights.load_state(path)
 
 
 def test_a_torn_state_never_pushes_out_the_good_one(tmp_path):
     path = tmp_path / "last.pt"
     for step in range(2):
-        utils.save_state(path, {"step": step})
+        weights.save_state(path, {"step": step})
     path.write_bytes(b"torn")
-    assert utils.load_state(path)["step"] == 0  # the run resumes from here, and the disk is full when it saves
+    assert weights.load_state(path)["step"] == 0  # the run resumes from here, and the disk is full when it saves
     with pytest.raises(OSError):
-        fill_disk_at(4096, lambda: utils.save_state(path, {"step": 1, "weights": normal(10_000)}))
-    assert utils.load_state(path)["step"] == 0
+        fill_disk_at(4096, lambda: weights.save_state(path, {"step": 1, "weights": normal(10_000)}))
+    assert weights.load_state(path)["step"] == 0
 
 
 def test_state_without_a_last_file_comes_from_the_one_before(tmp_path):
     path = tmp_path / "last.pt"
     for step in range(2):
-        utils.save_state(path, {"step": step})
+        weights.save_state(path, {"step": step})
     path.unlink()
-    assert utils.load_state(path)["step"] == 0
+    assert weights.load_state(path)["step"] == 0
 
 
 def test_state_of_another_version_is_refused(tmp_path):
@@ -357,17 +361,17 @@ def test_state_of_another_version_is_refused(tmp_path):
     for content in ({"format": utils.STATE_FORMAT + 1}, {"format": 1}, {}, [1, 2]):
         torch.save(content, path)
         with pytest.raises(UserError, match="version"):
-            utils.load_state(path)
+            weights.load_state(path)
 
 
 def test_code_in_a_state_file_is_never_run(tmp_path):
     path, pwned = tmp_path / "last.pt", tmp_path / "pwned"
     torch.save({"format": utils.STATE_FORMAT, "step": Evil(pwned)}, path)
     with pytest.raises(UserError):
-        utils.load_state(path)
+        weights.load_state(path)
     path.write_bytes(pickle.dumps(Evil(pwned)))
     with pytest.raises(UserError):
-        utils.load_state(path)
+        weights.load_state(path)
     assert not pwned.exists()
     pickle.loads(path.read_bytes()).close()
     assert pwned.exists()  # the file was indeed dangerous
@@ -376,27 +380,27 @@ def test_code_in_a_state_file_is_never_run(tmp_path):
 def test_a_state_with_one_wrong_bit_gives_way_to_the_one_before(tmp_path, capsys):
     path, weights = tmp_path / "last.pt", normal(1000)
     for step in range(2):
-        utils.save_state(path, {"step": step, "weights": weights})
+        weights.save_state(path, {"step": step, "weights": weights})
     data = bytearray(path.read_bytes())
     data[data.index(weights.numpy().tobytes()) + 2000] ^= 1
     path.write_bytes(data)
     assert not torch.equal(torch.load(path, weights_only=True)["weights"], weights)  # torch itself believes it
-    assert utils.load_state(path)["step"] == 0
+    assert weights.load_state(path)["step"] == 0
     assert "last.pt cannot be read" in capsys.readouterr().err
 
 
 def test_weights_round_trip(tmp_path):
     path, model = tmp_path / "best.safetensors", nn.BatchNorm2d(3)
     model.half()
-    utils.save_weights(path, model, dict(kind="vae", classes=["AD", "é"], model={"a": [1, 2]}))
-    tensors, meta = utils.load_weights(path, "vae")
+    weights.save_weights(path, model, dict(kind="vae", classes=["AD", "é"], model={"a": [1, 2]}))
+    tensors, meta = weights.load_weights(path, "vae")
     assert meta["classes"] == ["AD", "é"] and meta["model"] == {"a": [1, 2]}
     assert tensors.keys() == model.state_dict().keys()
     assert tensors["weight"].dtype == torch.float32 and tensors["num_batches_tracked"].dtype == torch.int64
     other = nn.BatchNorm2d(3)
-    utils.load_into(other, tensors, path)
+    weights.load_into(other, tensors, path)
     with pytest.raises(UserError, match="another architecture"):
-        utils.load_into(nn.BatchNorm2d(4), tensors, path)
+        weights.load_into(nn.BatchNorm2d(4), tensors, path)
 
 
 def test_weights_of_anything_else_are_refused(tmp_path):
@@ -404,32 +408,32 @@ def test_weights_of_anything_else_are_refused(tmp_path):
 
     path, pwned = tmp_path / "best.safetensors", tmp_path / "pwned"
     with pytest.raises(UserError, match="no weights"):
-        utils.load_weights(path, "vae")
+        weights.load_weights(path, "vae")
     with pytest.raises(UserError, match="no weights"):
-        utils.load_weights(tmp_path, "vae")  # a folder
-    utils.save_weights(path, nn.Linear(2, 2), dict(kind="diffusion"))
+        weights.load_weights(tmp_path, "vae")  # a folder
+    weights.save_weights(path, nn.Linear(2, 2), dict(kind="diffusion"))
     with pytest.raises(UserError, match="vae"):
-        utils.load_weights(path, "vae")
-    utils.save_weights(path, nn.Linear(2, 2), dict(kind="vae", format=utils.FORMAT + 1))
+        weights.load_weights(path, "vae")
+    weights.save_weights(path, nn.Linear(2, 2), dict(kind="vae", format=utils.FORMAT + 1))
     with pytest.raises(UserError, match="version"):
-        utils.load_weights(path, "vae")
+        weights.load_weights(path, "vae")
     for metadata in (None, {"format": "pt"}, {"meta": "{torn"}, {"meta": "3"}):  # safetensors of other people
         save_file({"weight": normal(2)}, path, metadata)
         with pytest.raises(UserError, match="best.safetensors"):
-            utils.load_weights(path, "vae")
+            weights.load_weights(path, "vae")
     for content in (b"", b"\xff" * 100, pickle.dumps(Evil(pwned))):
         path.write_bytes(content)
         with pytest.raises(UserError, match="not a safetensors file"):
-            utils.load_weights(path, "vae")
+            weights.load_weights(path, "vae")
     torch.save(Evil(pwned), path)
     with pytest.raises(UserError):
-        utils.load_weights(path, "vae")
+        weights.load_weights(path, "vae")
     assert not pwned.exists()
 
 
 def test_weights_carry_a_checksum_of_everything(tmp_path):
     path, model = tmp_path / "best.safetensors", nn.Linear(40, 40)
-    utils.save_weights(path, model, dict(kind="vae", classes=["AD"]))
+    weights.save_weights(path, model, dict(kind="vae", classes=["AD"]))
     whole = path.read_bytes()
     places = [whole.index(word) + 1 for word in (b"AD", b"weight", model.weight.detach().numpy().tobytes()[:40])]
     for place in [*places, len(whole) - 3]:  # the header's words, a tensor's name, weights, the last of them
@@ -437,16 +441,16 @@ def test_weights_carry_a_checksum_of_everything(tmp_path):
         data[place] ^= 1
         path.write_bytes(data)
         with pytest.raises(UserError, match="does not match its own checksum: copy it again"):
-            utils.load_weights(path, "vae")
+            weights.load_weights(path, "vae")
     older = whole.replace(b'"digest"', b'"number"')
     path.write_bytes(older)
-    assert torch.equal(utils.load_weights(path, "vae")[0]["weight"], model.weight)  # older files have none
+    assert torch.equal(weights.load_weights(path, "vae")[0]["weight"], model.weight)  # older files have none
 
 
 def test_weights_are_not_the_files_memory(tmp_path):
     path = tmp_path / "best.safetensors"
-    utils.save_weights(path, nn.Linear(40, 40), dict(kind="vae"))
-    tensors, _ = utils.load_weights(path, "vae")
+    weights.save_weights(path, nn.Linear(40, 40), dict(kind="vae"))
+    tensors, _ = weights.load_weights(path, "vae")
     before = tensors["weight"].clone()
     with open(path, "r+b") as f:  # written over in place, as some copying does
         f.write(bytes(path.stat().st_size))
@@ -458,21 +462,21 @@ def test_weights_that_are_not_numbers_are_refused(tmp_path, value):
     path, model = tmp_path / "best.safetensors", nn.Linear(4, 4)
     with torch.no_grad():
         model.weight[2, 1] = value
-    utils.save_weights(path, model, dict(kind="vae"))
+    weights.save_weights(path, model, dict(kind="vae"))
     with pytest.raises(UserError, match=r"not finite \(weight\)"):
-        utils.load_weights(path, "vae")
+        weights.load_weights(path, "vae")
 
 
 def test_classes_are_plain_names_of_folders(tmp_path):
     path = tmp_path / "best.safetensors"
     for classes in (["AD", "NC"], ["-AD"], ["NC é 1", "a.b", "..."]):
-        utils.save_weights(path, nn.Linear(2, 2), dict(kind="vae", classes=classes))
-        assert utils.load_weights(path, "vae")[1]["classes"] == classes
+        weights.save_weights(path, nn.Linear(2, 2), dict(kind="vae", classes=classes))
+        assert weights.load_weights(path, "vae")[1]["classes"] == classes
     bad = ["", ".", "..", "a/b", "/tmp", "../up", "a\0b", "a\nb", "\ud800", "x" * 256, 3, None, ["AD"]]
     for classes in (*([name] for name in bad), ["AD", "AD"], "AD", {"AD": 1}, None):
-        utils.save_weights(path, nn.Linear(2, 2), dict(kind="vae", classes=classes))
+        weights.save_weights(path, nn.Linear(2, 2), dict(kind="vae", classes=classes))
         with pytest.raises(UserError, match="classes that cannot be folders"):
-            utils.load_weights(path, "vae")
+            weights.load_weights(path, "vae")
 
 
 HUGE_NETWORK = """
@@ -484,7 +488,7 @@ net = vae.VAE(16, 4, 2, (8, 8), 1)
 before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.time()
 for wrong in (dict(channels=[16384, 16384]), dict(blocks=64), dict(channels=[8] * 40, downsample=2), dict(blocks=10**9),
               dict(channels=[10**9]), dict(image_size=10**9), dict(latent_channels=1024), dict(downsample=1024)):
-    utils.save_weights(path, net, dict(kind="vae", finished=True, model=net.config | wrong))
+    weights.save_weights(path, net, dict(kind="vae", finished=True, model=net.config | wrong))
     try:
         vae.load_vae(path, torch.device("cpu"))
     except utils.UserError as e:
@@ -504,7 +508,7 @@ def test_headers_that_ask_for_huge_networks_cost_nothing(tmp_path):
 
 def test_file_hash(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
-    assert utils.file_hash(tmp_path / "a") == "ba7816bf8f01"  # SHA-256's own test vector
+    assert weights.file_hash(tmp_path / "a") == "ba7816bf8f01"  # SHA-256's own test vector
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -533,8 +537,8 @@ def test_check_same_run(tmp_path):
     cfg = TrainConfig(run="r")
     state = dict(config=asdict(cfg), data="abc")
     path = tmp_path / "last.pt"
-    utils.save_state(path, state)
-    state = utils.load_state(path)  # as resuming sees it: tuples must still equal tuples
+    weights.save_state(path, state)
+    state = weights.load_state(path)  # as resuming sees it: tuples must still equal tuples
     cluster.check_same_run(cfg, "abc", state, tmp_path)
     cluster.check_same_run(replace(cfg, epochs=7, device="cpu", wandb="disabled", dry_run=True), "abc", state, tmp_path)
     with pytest.raises(UserError, match=r"lr 0.0001 -> 0.5.*--fresh"):
@@ -590,7 +594,7 @@ def test_an_optimiser_that_is_not_fused_skips_too(bad):
     optimizer, before = torch.optim.AdamW(model.parameters(), lr=0.1, fused=False), flat(model)
     for factor, moved in ((bad, False), (1.0, True)):
         (model(normal(5, 4)).square().mean() * factor).backward()
-        utils.optimise(model, optimizer, scaler, ema, 1.0)
+        loop.optimise(model, optimizer, scaler, ema, 1.0)
         assert torch.equal(flat(model), before) != moved and flat(model).isfinite().all()
 
 
@@ -599,7 +603,7 @@ def rows_of(log):
 
 
 def test_log_rows_and_curves(tmp_path):
-    log = utils.RunLog(tmp_path, PretrainConfig(wandb="disabled"), "vae")
+    log = loop.RunLog(tmp_path, PretrainConfig(wandb="disabled"), "vae")
     log.plot()  # nothing yet: no picture, no error
     assert names(tmp_path) == ["metrics.jsonl"]
     for step in (1, 2, 3):
@@ -616,20 +620,20 @@ def test_log_rows_and_curves(tmp_path):
 
 def test_log_resumes_where_the_state_was_saved(tmp_path):
     cfg = PretrainConfig(wandb="disabled")
-    log = utils.RunLog(tmp_path, cfg, "vae")
+    log = loop.RunLog(tmp_path, cfg, "vae")
     for step in (1, 2, 3):
         log.log(step, {"epoch": step})
     with open(log.path, "a") as f:
         f.write('{"step": 4, "epo')  # the job died while it wrote
-    log = utils.RunLog(tmp_path, cfg, "vae", step=2)  # and had last saved at step 2
+    log = loop.RunLog(tmp_path, cfg, "vae", step=2)  # and had last saved at step 2
     log.log(3, {"epoch": 30})
     assert [(r["step"], r["epoch"]) for r in rows_of(log)] == [(1, 1), (2, 2), (3, 30)]
     assert utils.read_jsonl(log.path) == log.rows
-    assert rows_of(utils.RunLog(tmp_path, cfg, "vae")) == []  # a run that starts over starts its log over
+    assert rows_of(loop.RunLog(tmp_path, cfg, "vae")) == []  # a run that starts over starts its log over
 
 
 def test_damaged_lines_of_a_log_are_left_out_and_no_others(tmp_path):
-    log = utils.RunLog(tmp_path, PretrainConfig(wandb="disabled"), "vae")
+    log = loop.RunLog(tmp_path, PretrainConfig(wandb="disabled"), "vae")
     for step in (1, 2):
         log.log(step, {"epoch": step, "loss/train": 0.5})
     first, second = log.path.read_bytes().splitlines()
@@ -640,20 +644,20 @@ def test_damaged_lines_of_a_log_are_left_out_and_no_others(tmp_path):
     ):  # fmt: skip
         log.path.write_bytes(b"\n".join([first, line, second, b""]))
         assert [r["step"] for r in utils.read_jsonl(log.path)] == [1, 2], line
-        utils.RunLog(tmp_path, PretrainConfig(wandb="disabled"), "vae", step=2).plot()
+        loop.RunLog(tmp_path, PretrainConfig(wandb="disabled"), "vae", step=2).plot()
     log.path.write_bytes(first.replace(b"epoch", b"epoxy") + b"\n" + second + b"\n")
-    utils.RunLog(tmp_path, PretrainConfig(wandb="disabled"), "vae", step=2).plot()  # a row that is nowhere on the axis
+    loop.RunLog(tmp_path, PretrainConfig(wandb="disabled"), "vae", step=2).plot()  # a row that is nowhere on the axis
 
 
 def test_a_damaged_wandb_id_does_not_stop_a_run(tmp_path, capsys):
     (tmp_path / "wandb_id").write_bytes(b"\xff../x")
-    log = utils.RunLog(tmp_path, PretrainConfig(wandb="offline"), "vae")
+    log = loop.RunLog(tmp_path, PretrainConfig(wandb="offline"), "vae")
     log.log(1, {"epoch": 1})
     assert log.wandb is None and "wandb is off for the rest of this run" in capsys.readouterr().err
 
 
 def test_log_survives_numbers_that_are_not_numbers(tmp_path):
-    log = utils.RunLog(tmp_path, PretrainConfig(wandb="disabled"), "vae")
+    log = loop.RunLog(tmp_path, PretrainConfig(wandb="disabled"), "vae")
     log.log(1, {"epoch": 1, "loss/train": float("nan"), "loss/val": float("inf")})
     log.plot()
     assert math.isnan(utils.read_jsonl(log.path)[0]["loss/train"])
@@ -677,13 +681,14 @@ if fail == "import":
 USE_WANDB = """
 import sys
 from pathlib import Path
+import loop
 import utils
 from config import PretrainConfig
 for fail in ("disabled", "import", "init", "log", "finish"):
     import os
     os.environ["FAIL"] = fail
     folder = Path({folder!r}) / fail
-    log = utils.RunLog(folder, PretrainConfig(wandb="disabled" if fail == "disabled" else "offline"), "vae")
+    log = loop.RunLog(folder, PretrainConfig(wandb="disabled" if fail == "disabled" else "offline"), "vae")
     assert fail != "disabled" or "wandb" not in sys.modules
     for step in (1, 2):
         log.log(step, {{"epoch": step}})
@@ -697,11 +702,11 @@ for fail in ("disabled", "import", "init", "log", "finish"):
 WANDB_FAR_AWAY = """
 import os, sys
 from pathlib import Path
-import utils
+import loop
 from config import PretrainConfig
 os.environ["FAIL"] = sys.argv[1]
-utils.RunLog.PATIENCE = 0.5
-log = utils.RunLog(Path(sys.argv[2]), PretrainConfig(wandb="online"), "vae")
+loop.RunLog.PATIENCE = 0.5
+log = loop.RunLog(Path(sys.argv[2]), PretrainConfig(wandb="online"), "vae")
 log.log(1, {"epoch": 1})
 assert log.wandb is not None
 log.close()
@@ -733,14 +738,14 @@ def test_a_broken_wandb_does_not_stop_a_run(tmp_path):
 SHOW_PICTURES = """
 import sys, types
 from pathlib import Path
-import utils
+import loop
 from config import PretrainConfig
 sent = []
 run = types.SimpleNamespace(log=lambda row, step: sent.extend(row), finish=lambda: None)
 fake = dict(Settings=dict, init=lambda **how: run, Image=str, Video=str)
 sys.modules["wandb"] = types.SimpleNamespace(**fake)
 for mode in ("auto", "offline"):
-    log = utils.RunLog(Path(sys.argv[1]) / mode, PretrainConfig(wandb=mode), "vae")
+    log = loop.RunLog(Path(sys.argv[1]) / mode, PretrainConfig(wandb=mode), "vae")
     log.picture(1, f"{mode}, generated", Path("a.png"))
     log.picture(1, f"{mode}, people", Path("b.gif"), people=True)
 assert sent == ["auto, generated", "offline, generated", "offline, people"], sent
@@ -757,14 +762,14 @@ def test_logged_in_to_wandb(monkeypatch, tmp_path):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_BASE_URL", raising=False)
     monkeypatch.delenv("NETRC", raising=False)
-    assert not utils.logged_in_to_wandb()
+    assert not loop.logged_in_to_wandb()
     (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password secret\n")
     (tmp_path / ".netrc").chmod(0o600)
-    assert utils.logged_in_to_wandb()
+    assert loop.logged_in_to_wandb()
     (tmp_path / ".netrc").write_text("machine")
-    assert not utils.logged_in_to_wandb()  # a damaged file is no login, and no crash
+    assert not loop.logged_in_to_wandb()  # a damaged file is no login, and no crash
     monkeypatch.setenv("WANDB_API_KEY", "x")
-    assert utils.logged_in_to_wandb()
+    assert loop.logged_in_to_wandb()
 
 
 def test_progress_bar_starts_where_the_run_resumes():
@@ -779,7 +784,7 @@ def test_progress_bar_starts_where_the_run_resumes():
 
 def test_training_cost_of_a_linear_layer():
     layer, x = nn.Linear(30, 20, device="meta"), torch.empty(7, 30, device="meta")
-    parameters, gflop, mb = utils.training_cost(layer, x)
+    parameters, gflop, mb = device.training_cost(layer, x)
     assert parameters == 30 * 20 + 20
     assert gflop == pytest.approx(2 * 7 * 30 * 20 / 1e9)
     assert mb == pytest.approx(7 * 30 * 4 / 1e6)  # backward needs the input; the weight is there anyway
@@ -787,7 +792,7 @@ def test_training_cost_of_a_linear_layer():
 
 def test_training_cost_of_two_convolutions():
     net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 5, 3, stride=2, padding=1)).to("meta")
-    parameters, gflop, mb = utils.training_cost(net, torch.empty(2, 3, 16, 16, device="meta"))
+    parameters, gflop, mb = device.training_cost(net, torch.empty(2, 3, 16, 16, device="meta"))
     assert parameters == 3 * 8 * 9 + 8 + 8 * 5 * 9 + 5
     assert gflop == pytest.approx(2 * 2 * 9 * (3 * 8 * 16 * 16 + 8 * 5 * 8 * 8) / 1e9)
     # the input, what goes into the SiLU, and what comes out of it
@@ -798,7 +803,7 @@ def test_frozen_puts_each_modules_own_mode_back():
     net = nn.Sequential(nn.Linear(2, 2), nn.Dropout(), nn.Sequential(nn.Dropout())).train()
     net[1].eval()  # someone froze one part on purpose
     other, modes = nn.Dropout().eval(), [m.training for m in net.modules()]
-    with pytest.raises(ZeroDivisionError), utils.frozen(net, other):
+    with pytest.raises(ZeroDivisionError), device.eval_mode(net, other):
         assert not any(m.training for m in net.modules()) and not torch.is_grad_enabled()
         raise ZeroDivisionError
     assert [m.training for m in net.modules()] == modes and not other.training
@@ -813,7 +818,7 @@ def test_frozen_puts_each_modules_own_mode_back():
 @given(values=st.lists(st.floats(-3, 3, width=32), min_size=1, max_size=30))
 def test_to_uint8_against_numpy(values):
     x = torch.tensor(values).reshape(-1, 1, 1, 1)
-    got = utils.to_uint8(x)
+    got = pictures.to_uint8(x)
     assert got.dtype == np.uint8 and got.shape == (len(values), 1, 1)
     exact = (np.clip(np.array(values), -1, 1) + 1) * 127.5
     assert np.abs(got[:, 0, 0] - exact).max() <= 0.5 + 1e-4  # rounded, not cut off, and never wrapped around
@@ -822,14 +827,14 @@ def test_to_uint8_against_numpy(values):
 def test_to_uint8_is_the_inverse_of_reading():
     grey = np.arange(256, dtype=np.uint8)
     x = torch.from_numpy(grey).float() / 127.5 - 1
-    assert (utils.to_uint8(x.reshape(1, 1, 16, 16).requires_grad_()).flatten() == grey).all()
+    assert (pictures.to_uint8(x.reshape(1, 1, 16, 16).requires_grad_()).flatten() == grey).all()
 
 
 @maths
 @given(n=st.integers(1, 12), columns=st.integers(1, 6), gap=st.integers(0, 3))
 def test_image_grid_layout(n, columns, gap):
     images = np.random.default_rng(n).integers(100, 256, (n, 3, 5), dtype=np.uint8)
-    grid = utils.image_grid(images, columns, gap)
+    grid = pictures.image_grid(images, columns, gap)
     rows = math.ceil(n / columns)
     assert grid.shape == (rows * 3 + (rows - 1) * gap, columns * 5 + (columns - 1) * gap)
     background = np.ones(grid.shape, bool)
@@ -841,13 +846,13 @@ def test_image_grid_layout(n, columns, gap):
 
 
 def test_image_grid_is_about_square_by_itself():
-    assert utils.image_grid(np.zeros((16, 4, 4), np.uint8)).shape == (22, 22)
-    assert utils.image_grid(np.zeros((5, 4, 4), np.uint8)).shape == (10, 16)
+    assert pictures.image_grid(np.zeros((16, 4, 4), np.uint8)).shape == (22, 22)
+    assert pictures.image_grid(np.zeros((5, 4, 4), np.uint8)).shape == (10, 16)
 
 
 def test_png_bytes_are_lossless():
     image = np.random.default_rng(0).integers(0, 256, (9, 7), dtype=np.uint8)
-    again = cv2.imdecode(np.frombuffer(utils.png_bytes(image), np.uint8), cv2.IMREAD_UNCHANGED)
+    again = cv2.imdecode(np.frombuffer(pictures.png_bytes(image), np.uint8), cv2.IMREAD_UNCHANGED)
     assert again.shape == (9, 7) and (again == image).all()
 
 
@@ -864,7 +869,7 @@ def frames_of(path):
 @pytest.mark.parametrize("n", [1, 2, 5])
 def test_save_gif(tmp_path, n):
     frames = np.random.default_rng(0).integers(0, 256, (n, 8, 12), dtype=np.uint8)
-    utils.save_gif(tmp_path / "a.gif", list(frames), seconds=0.1)
+    pictures.save_gif(tmp_path / "a.gif", list(frames), seconds=0.1)
     got, durations, loop = frames_of(tmp_path / "a.gif")
     assert (got == frames).all() and names(tmp_path) == ["a.gif"]
     if n > 1:
@@ -881,11 +886,11 @@ def test_visualise_denoising_process(tmp_path, steps):
     for k in range(steps):
         x_t = (torch.arange(3.0) / 3 + k / (4 * steps)).reshape(3, 1, 1, 1).expand(3, 2, 2, 2)
         seen.append((steps - 2 - k, x_t, -x_t))
-    utils.visualise_denoising_process(seen, decode, tmp_path)
+    pictures.visualise_denoising_process(seen, decode, tmp_path)
     assert names(tmp_path) == ["denoising.gif", "denoising.png"]
     frames, *_ = frames_of(tmp_path / "denoising.gif")
     assert len(frames) == steps and frames.shape[1:] == (18, 18)
-    tile = [utils.to_uint8(decode(x_t)) for _, x_t, _ in seen]
+    tile = [pictures.to_uint8(decode(x_t)) for _, x_t, _ in seen]
     assert (frames[-1][:8, :8] == tile[-1][0]).all() and (frames[0][:8, 10:18] == tile[0][1]).all()
 
     columns = min(10, steps)
@@ -893,5 +898,5 @@ def test_visualise_denoising_process(tmp_path, steps):
     assert strip.shape == (6 * 10 - 2, columns * 10 - 2)
     for i in range(3):  # x_t above, x0 below; the first step on the left, the last on the right
         for step, x in ((0, 0), (-1, 10 * (columns - 1))):
-            assert (strip[20 * i : 20 * i + 8, x : x + 8] == utils.to_uint8(decode(seen[step][1]))[i]).all()
-            assert (strip[20 * i + 10 : 20 * i + 18, x : x + 8] == utils.to_uint8(decode(seen[step][2]))[i]).all()
+            assert (strip[20 * i : 20 * i + 8, x : x + 8] == pictures.to_uint8(decode(seen[step][1]))[i]).all()
+            assert (strip[20 * i + 10 : 20 * i + 18, x : x + 8] == pictures.to_uint8(decode(seen[step][2]))[i]).all()

@@ -14,7 +14,7 @@ from torch import distributions
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 import metrics
-from utils import UserError, save_weights
+from utils import UserError
 from vae import (
     LOGVAR_RANGE,
     VAE,
@@ -27,6 +27,7 @@ from vae import (
     reconstruction_loss,
     vae_loss,
 )
+from weights import save_weights
 
 maths = settings(deadline=None, derandomize=True, max_examples=30)
 

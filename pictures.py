@@ -1,0 +1,138 @@
+"""Pictures: PNG, GIF, grids, strips, curves."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils import evenly_spaced
+from weights import write_atomic
+
+MAX_PIXELS = 2**25  # of a file that is decoded
+
+
+def to_pixels(x: Tensor) -> Tensor:
+    """Images in [-1, 1], [B, 1, H, W] -> uint8 [B, H, W], where they are."""
+    return ((x.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)[:, 0]
+
+
+def to_uint8(x: Tensor) -> np.ndarray:
+    """Images in [-1, 1], [B, 1, H, W] -> uint8 [B, H, W]."""
+    return to_pixels(x).cpu().numpy()
+
+
+def image_grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarray:
+    """uint8 [N, H, W] -> one uint8 picture, row by row, with thin grey lines between."""
+    n, h, w = images.shape
+    columns = columns or int(np.ceil(np.sqrt(n)))
+    rows = -(-n // columns)
+    grid = np.full((rows * (h + gap) - gap, columns * (w + gap) - gap), 64, np.uint8)
+    for i, image in enumerate(images):
+        y, x = divmod(i, columns)
+        grid[y * (h + gap) : y * (h + gap) + h, x * (w + gap) : x * (w + gap) + w] = image
+    return grid
+
+
+def import_cv2() -> ModuleType:
+    """OpenCV, which refuses to decode files whose header claims more than MAX_PIXELS, before it takes memory for them.
+
+    It reads that limit from the environment once, when it is imported, so whatever decodes a file imports it from here.
+    """
+    os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_PIXELS))
+    import cv2
+
+    return cv2
+
+
+def png_bytes(image: np.ndarray) -> bytes:
+    """A grey uint8 [H, W] picture as PNG."""
+    cv2 = import_cv2()
+
+    return cv2.imencode(".png", image)[1].tobytes()
+
+
+def save_gif(path: Path, frames: Sequence[np.ndarray], seconds: float = 0.25) -> None:
+    """uint8 [H, W] frames -> a looping GIF that rests on its last frame."""
+    from PIL import Image
+
+    images, buffer = [Image.fromarray(f) for f in frames], io.BytesIO()
+    durations = [int(1000 * seconds)] * (len(images) - 1) + [2000]
+    images[0].save(buffer, "GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)
+    write_atomic(path, buffer.getvalue())
+
+
+def add_gif_frame(folder: Path, name: str, frame: np.ndarray, epoch: int, last: bool = True) -> None:
+    """FOLDER/<name>.png shows this frame, FOLDER/<name>.gif all frames so far; each is kept in FOLDER/frames.
+
+    The GIF is made anew with the 1st, 2nd, 4th, 8th ... frame and the `last`, or its cost would grow with the square.
+    """
+    cv2 = import_cv2()
+
+    write_atomic(folder / "frames" / f"{epoch:05d}.png", png_bytes(frame))
+    write_atomic(folder / f"{name}.png", png_bytes(frame))
+    paths = sorted((folder / "frames").glob("*.png"))
+    if not last and len(paths).bit_count() != 1:
+        return
+    frames = [cv2.imdecode(np.frombuffer(p.read_bytes() or b"\0", np.uint8), cv2.IMREAD_GRAYSCALE) for p in paths]
+    save_gif(folder / f"{name}.gif", [f for f in frames if f is not None and f.shape == frame.shape])
+
+
+def denoising_strip(x_t: np.ndarray, x0: np.ndarray) -> np.ndarray:
+    """Images at S moments, uint8 [S, N, H, W] -> one picture: each image's x_t above its x0, time to the right."""
+    rows = np.stack([x_t, x0], axis=1)  # [S, 2, N, H, W]
+    return image_grid(rows.transpose(2, 1, 0, 3, 4).reshape(-1, *x_t.shape[2:]), columns=len(x_t))
+
+
+def visualise_denoising_process(
+    steps: Sequence[tuple[int, Tensor, Tensor]], decode: Callable[[Tensor], Tensor], folder: Path
+) -> None:
+    """What the sampler's callback saw, decoded, as FOLDER/denoising.gif (x_t) and FOLDER/denoising.png.
+
+    steps: (t, x_t, x0) each [N, C, h, w]; decode: latents -> images in [-1, 1]. In the PNG each image has two rows,
+    x_t above and the estimate of the clean image below; time runs to the right, at most ten columns.
+    """
+    x_t = np.stack([to_uint8(decode(x)) for _, x, _ in steps])  # [S, N, H, W]
+    columns = evenly_spaced(len(steps), 10)
+    x0 = np.stack([to_uint8(decode(steps[i][2])) for i in columns])  # [10, N, H, W]
+    write_atomic(folder / "denoising.png", png_bytes(denoising_strip(x_t[columns], x0)))
+    save_gif(folder / "denoising.gif", [image_grid(frame) for frame in x_t])
+
+
+def plot_curves(rows: Sequence[Mapping[str, float]], path: Path) -> None:
+    """One panel per group of numbers ("loss/train" and "loss/val" share the panel "loss") over the epochs."""
+    from matplotlib.figure import Figure
+
+    groups: dict[str, list[str]] = {}
+    for name in dict.fromkeys(k for r in rows for k in r if k not in ("step", "epoch")):
+        groups.setdefault(name.split("/")[0], []).append(name)
+    if not groups:
+        return
+    columns = min(4, len(groups))
+    lines = -(-len(groups) // columns)
+    figure = Figure(figsize=(3.6 * columns, 2.6 * lines), layout="constrained")
+    for i, (group, names) in enumerate(groups.items()):
+        ax = figure.add_subplot(lines, columns, i + 1)
+        for name in names:
+            xy = [(r["epoch"], r[name]) for r in rows if name in r and "epoch" in r]
+            x, y = [x for x, _ in xy], [y for _, y in xy]
+            ax.plot(x, y, label=name.partition("/")[2] or name, marker="." if len(xy) < 20 else None)
+        ax.set_title(group, fontsize=10)
+        ax.set_xlabel("epoch", fontsize=8)
+        ax.tick_params(labelsize=8)
+        ax.grid(alpha=0.3)
+        values = [r[n] for r in rows for n in names if n in r]
+        if group.startswith("loss") and min(values) > 0:
+            ax.set_yscale("log")
+        if len(names) > 1:
+            outside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if len(names) > 4 else {}
+            ax.legend(fontsize=7, frameon=False, **outside)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    write_atomic(path, buffer.getvalue())
