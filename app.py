@@ -1,7 +1,7 @@
-"""A page to play with: python app.py, then open http://127.0.0.1:7860.
+"""A page to generate slices on: python app.py, then open http://127.0.0.1:7860.
 
-Draws slices and shows them come about, the nearest training slice beside each, a walk between two seeds, and one seed
-carried from one class to another. Everything stays on this machine.
+It shows images and how they come about, the nearest training slice beside each, a walk between two seeds, and one seed
+guided from one class to another. Everything stays on this machine.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ if __name__ == "__main__":
 
 import inspect
 import os
-import queue
 import shutil
 import signal
 import sys
@@ -25,24 +24,23 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-# Nothing is sent anywhere, and nothing is asked for from anywhere.
-os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-
-import gradio as gr
 import numpy as np
 import torch
-from starlette.middleware import Middleware
 from torch import Tensor
 
 from device import pick_device
 from metrics import CopyDetector
-from modules import randn, sample
+from modules import sample_steps, start_noise
 from pictures import denoising_strip, png_bytes, to_uint8
 from sampling import copy_detector, load_run, plan_sampling
-from utils import UserError, csv_text, evenly_spaced, generator, run_script
+from utils import UserError, csv_text, evenly_spaced, run_script
 from weights import file_hash
+
+if TYPE_CHECKING:
+    import gradio as gr
 
 LIMITS = """
 Synthetic images, for research. **Not for diagnosis**: nothing here says anything about a person, and a class is only
@@ -66,8 +64,16 @@ button[role=tab][aria-selected=true] { color: var(--primary-700) !important }
 MAX_SEED = 10**9
 
 
+def import_gradio() -> ModuleType:
+    """gradio, told before its first import to send nothing anywhere and to ask for nothing from anywhere."""
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    import gradio
+
+    return gradio
+
+
 class Run:
-    """One trained run, ready to draw from; its copy detector is made in the background, where its data is at hand."""
+    """One trained run, ready to generate with. Its copy detector is made in the background, if its data is there."""
 
     def __init__(self, cfg: AppConfig, name: str):
         self.name, self.device, self.cfg = name, pick_device(cfg.device), cfg
@@ -76,66 +82,78 @@ class Run:
         self.checkpoint, self.classes = file_hash(file), self.meta["classes"]
         self.conditional = self.model.num_classes > 1
         self.free = self.model.scheduler.config["grid"] == "full"  # any number of steps, either solver
-        self.steps = len(self.model.scheduler.fast_timesteps)
+        self.default_steps = len(self.model.scheduler.fast_timesteps)
         self.phantom = self.meta.get("config", {}).get("data") == "phantom"
         self.detector: CopyDetector | None = None
         self.training: Tensor | None = None
-        self.why_none = "The run's data is not at hand (--data), so nothing is compared with the training slices."
+        self.data = "phantom" if self.phantom else cfg.data
+        self.why_none = "The run's data is not known (--data), so nothing is compared with the training slices."
+        if self.data:
+            self.why_none = "Still reading the training slices; generate again in a moment to compare with them."
 
     def learn_copies(self) -> None:
-        """Takes minutes on much data, so it runs beside the page."""
-        data = "phantom" if self.phantom else self.cfg.data
-        if not data:
+        """Make the copy detector. That takes minutes with much data, so it runs while the page is in use already."""
+        if not self.data:
             return
-        self.why_none = "Still looking at the training slices; draw again in a moment."
         try:
-            where = PredictConfig(data=data, cache=self.cfg.cache, run=self.name)
-            detector, self.training = copy_detector(where, self.vae, self.meta)
-            self.detector = detector  # last: from now on it is asked
-        except Exception as e:  # the page goes on without
+            detector, self.training = copy_detector(self.data, self.cfg.cache, self.vae, self.meta)
+            self.detector = detector  # set last: whoever sees it also finds `training`
+        except Exception as e:  # the page goes on without it
             self.why_none = f"Nothing is compared with the training slices: {e}"
 
-    def how(self, steps: int, solver: str) -> dict[str, Any]:
+    def how(self, steps: int, solver: Any) -> dict[str, Any]:
         """timesteps, solver and eta for `sample`."""
         base = PredictConfig(run=self.name)
         return plan_sampling(replace(base, num_steps=steps, solver=solver) if self.free else base, self.model)
 
     def noise(self, seed: int, indices: list[int]) -> tuple[Tensor, list[torch.Generator]]:
-        """x_T of these images, as predict.py draws it, and the streams that it came from."""
-        streams = [generator(seed, k) for k in indices]
-        return randn((len(indices), *self.vae.latent_shape), streams), streams
+        """x_T of these images, the same as predict.py's, and the generators that it came from."""
+        return start_noise(seed, indices, self.vae.latent_shape)
+
+    def steps(
+        self, x: Tensor, noise: list[torch.Generator], y: list[int], how: dict, guidance: float = 1.0,
+        from_class: int | None = None,
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:  # fmt: skip
+        """(t, x_t, x0) after every step from this x_T, as `sample_steps` yields them."""
+        denoise = self.model.denoiser(torch.tensor(y, device=self.device), guidance, from_class)
+        return sample_steps(denoise, x.to(self.device), self.model.scheduler, generator=noise, **how)
 
     @torch.no_grad()
-    def draw(
-        self, x: Tensor, streams: list, y: list[int], how: dict, guidance: float = 1.0, away: int | None = None,
-        seen: Callable[[Tensor, Tensor], None] | None = None,
-    ) -> np.ndarray:  # fmt: skip
-        """Images of this noise, uint8 [N, S, S]; `seen` gets x_t and the estimate of x_0 after every step."""
-        denoise = self.model.denoiser(torch.tensor(y, device=self.device), guidance, away)
-        callback = (lambda t, x_t, x0: seen(x_t, x0)) if seen else None
-        z = sample(denoise, x.to(self.device), self.model.scheduler, generator=streams, callback=callback, **how)
-        return to_uint8(self.vae.decode(z))
+    def images(self, latents: Tensor) -> np.ndarray:
+        """Latents [N, C, h, w] -> images, uint8 [N, S, S]."""
+        return to_uint8(self.vae.decode(latents))
+
+    def generate(self, *args: Any, **kwargs: Any) -> np.ndarray:
+        """The images at the end of `steps`, which takes the same arguments."""
+        *_, (_, latents, _) = self.steps(*args, **kwargs)
+        return self.images(latents)
 
     def strip(self, seen: list[tuple[Tensor, Tensor]]) -> np.ndarray:
-        """x_t above, the estimate of the clean image below; time runs to the right."""
+        """One picture of (x_t, x0) at up to ten steps: x_t above, the estimate of the clean image below."""
         keep = evenly_spaced(len(seen), 10)
-        x_t, x0 = (to_uint8(self.vae.decode(torch.cat([seen[i][row] for i in keep])))[:, None] for row in (0, 1))
+        x_t, x0 = (self.images(torch.cat([seen[i][row] for i in keep]))[:, None] for row in (0, 1))
         return denoising_strip(x_t, x0)
 
 
 class Studio:
-    """What the page's buttons do. Every method checks what it is asked for: requests need not come from the page."""
+    """What the page's buttons do. Every method checks its arguments, because a request need not come from the page."""
 
     def __init__(self, cfg: AppConfig):
         self.cfg = cfg
         self.runs = {name: Run(cfg, name) for name in cfg.run}
-        # Downloads, and what gradio keeps of pictures, training slices too: for this user alone, gone with the process.
-        for old in Path(tempfile.gettempdir()).glob("slices-[0-9]*-*"):  # of processes that were killed
+        # Downloads, and the pictures that gradio keeps (training slices among them), lie in a folder that only this
+        # user can read and that goes with the process. Remove the folders of processes that were killed.
+        for old in Path(tempfile.gettempdir()).glob("slices-[0-9]*-*"):
             if old.stat().st_uid == os.getuid() and not is_alive(int(old.name.split("-")[1])):
                 shutil.rmtree(old, ignore_errors=True)
         self.holder = tempfile.TemporaryDirectory(prefix=f"slices-{os.getpid()}-")
         self.folder = Path(self.holder.name)
         os.environ["GRADIO_TEMP_DIR"] = str(self.folder / "pictures")
+
+    def learn_copies(self) -> None:
+        """Make the copy detectors of all runs, one after the other."""
+        for run in self.runs.values():
+            run.learn_copies()
 
     def run(self, name: str) -> Run:
         if name not in self.runs:
@@ -143,7 +161,7 @@ class Studio:
         return self.runs[name]
 
     def number(self, value: Any, what: str, low: float, high: float, kind: type = int) -> Any:
-        """A number that a visitor may ask for; UserError says which one is not."""
+        """Return the value as a number. UserError if it is none, or not between low and high."""
         try:
             number = kind(value)
             if number != float(value) or not low <= number <= high:
@@ -156,7 +174,7 @@ class Studio:
 
     def asked(self, name: str, steps: Any, solver: str, guidance: Any) -> tuple[Run, dict, float]:
         run = self.run(name)
-        steps = self.number(steps, "Steps", 2, self.cfg.max_steps) if run.free else run.steps
+        steps = self.number(steps, "Steps", 2, self.cfg.max_steps) if run.free else run.default_steps
         if solver not in ("dpm++2m", "ddim"):
             raise UserError("Sampler must be dpm++2m or ddim")
         guidance = self.number(guidance, "Guidance", 0, 10, float) if run.conditional else 1.0
@@ -169,10 +187,11 @@ class Studio:
             raise UserError(f"Class must be one of {', '.join(run.classes)}")
         return run.classes.index(class_name)
 
-    def draw(
+    def generate(
         self, name: str, class_name: str, count: Any, seed: Any, steps: Any, solver: str, guidance: Any
     ) -> Iterator[tuple]:
-        """Yields (denoising strip, gallery, words, file to download) as the images come about."""
+        """Generate images, and yield (denoising strip, gallery, words, file to download) as they come about."""
+        gr = import_gradio()
         run, how, guidance = self.asked(name, steps, solver, guidance)
         count = self.number(count, "Images", 1, self.cfg.max_images)
         seed = self.number(seed, "Seed", 0, MAX_SEED)
@@ -180,29 +199,26 @@ class Studio:
         seen: list[tuple[Tensor, Tensor]] = []
         start, total = time.time(), len(how["timesteps"])
 
-        def work(tell: Callable[[Any], None]) -> np.ndarray:
-            x, streams = run.noise(seed, list(range(count)))
-
-            def look(x_t: Tensor, x0: Tensor) -> None:
-                seen.append((x_t[:1].clone(), x0[:1].clone()))
-                tell(len(seen))
-
-            return run.draw(x, streams, y, how, guidance, seen=look)
-
+        # While the steps are taken, show image 0 as it is so far, four times a second at most.
+        x, noise = run.noise(seed, list(range(count)))
         shown = 0.0
-        for done, images in beside(work):
-            if images is None and time.time() - shown > 0.25:
+        for done, (_, latents, x0) in enumerate(run.steps(x, noise, y, how, guidance), 1):
+            seen.append((latents[:1].clone(), x0[:1].clone()))
+            if done < total and time.time() - shown > 0.25:
                 yield run.strip(seen), gr.skip(), f"Step {done} of {total}", gr.skip()
                 shown = time.time()
+        images = run.images(latents)
         seconds = time.time() - start
+
+        # The gallery: each image, and beside it the training slice nearest to it.
         kind, gallery = run.classes[y[0]], []
         rows = [[f"s{seed}i{k:05d}_0.png", kind, seed, k] for k in range(count)]
         words = f"{count} image{'s' * (count > 1)} in {seconds:.1f} s ({total} steps of {how['solver']})."
-        detector = run.detector  # once: it may come about meanwhile
+        detector = run.detector  # read once: it may be set meanwhile
         distance, closest = detector.distances(torch.from_numpy(images)) if detector else ({}, None)
         for k, image in enumerate(images):
             gallery.append((image, f"{kind}, seed {seed}, image {k}"))
-            if closest is not None:
+            if closest is not None and run.training is not None:
                 near = min(d[k].item() for d in distance.values())
                 rows[k].append(f"{near:.4f}")
                 slice_ = run.training[closest[k]].numpy()
@@ -212,14 +228,14 @@ class Studio:
         yield run.strip(seen), gallery, words, file
 
     def archive(self, run: Run, images: np.ndarray, rows: list[list], how: dict, guidance: float) -> str:
-        """A ZIP of the images as PNG, with a manifest and a note; training slices are not in it."""
+        """Write a ZIP of the images as PNG with a manifest and a note, without training slices; returns its path."""
         head = ["file", "class", "seed", "index", *["distance"] * (len(rows[0]) - 4), "run", "checkpoint"]
         table = csv_text(head, ([*r, run.name, run.checkpoint] for r in rows))
         note = (
-            f"Synthetic slices drawn from the run {run.name} (weights {run.checkpoint}), {len(how['timesteps'])} steps "
-            f"of {how['solver']}, guidance {guidance:g}. Not for diagnosis.\n"
-            "distance: to the nearest training slice, 1 being the distance people held out hardly ever fall below; "
-            "less is a copy. Without that column nothing was compared: do not publish the images as they are.\n"
+            f"Synthetic slices of the run {run.name} (weights {run.checkpoint}), {len(how['timesteps'])} steps of "
+            f"{how['solver']}, guidance {guidance:g}. Not for diagnosis.\n"
+            "distance: to the nearest training slice. Slices of people held out hardly ever come closer than 1; less "
+            "is a copy. Without that column nothing was compared: do not publish the images as they are.\n"
         )
         path = self.folder / f"slices-{time.time_ns()}.zip"
         with zipfile.ZipFile(path, "w") as z:
@@ -234,18 +250,18 @@ class Studio:
     def walk(
         self, name: str, class_name: str, seed_a: Any, seed_b: Any, place: Any, steps: Any, solver: str, guidance: Any
     ) -> tuple[np.ndarray, str]:
-        """(image, words): the noise of two seeds, mixed on the sphere where both lie."""
+        """(image, words) of noise between that of two seeds, mixed on the sphere on which both lie."""
         run, how, guidance = self.asked(name, steps, solver, guidance)
         a, b = (self.number(s, "Seed", 0, MAX_SEED) for s in (seed_a, seed_b))
         place = self.number(place, "Place", 0, 1, float)
-        (x_a, streams), (x_b, _) = run.noise(a, [0]), run.noise(b, [0])
-        image = run.draw(slerp(x_a, x_b, place), streams, [self.label(run, class_name)], how, guidance)[0]
+        (x_a, noise), (x_b, _) = run.noise(a, [0]), run.noise(b, [0])
+        image = run.generate(slerp(x_a, x_b, place), noise, [self.label(run, class_name)], how, guidance)[0]
         return image, f"{1 - place:.0%} of seed {a}, {place:.0%} of seed {b}"
 
-    def carry(
+    def between_classes(
         self, name: str, start: str, end: str, seed: Any, place: Any, steps: Any, solver: str
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
-        """(image at the start, image, their difference, words): the same noise, guided from one class to another."""
+        """(image of the first class, image, their difference, words): one noise, guided from one class to another."""
         run, how, _ = self.asked(name, steps, solver, 1.0)
         if not run.conditional:
             raise UserError(f"the run {name} knows one class only: choose one with classes")
@@ -253,15 +269,15 @@ class Studio:
         seed, place = self.number(seed, "Seed", 0, MAX_SEED), self.number(place, "Place", 0, 2, float)
         images = []
         for w in (0.0, place):
-            x, streams = run.noise(seed, [0])
-            # w = 1 asks the class alone, without a look at the other.
-            images.append(run.draw(x, streams, [y1], how, w, away=y0)[0])
+            x, noise = run.noise(seed, [0])
+            images.append(run.generate(x, noise, [y1], how, w, from_class=y0)[0])
         change = images[1].astype(int) - images[0]
         words = f"{place:.0%} of the way from {start} to {end}; largest change {np.abs(change).max()} of 255"
-        return *images, difference_map(change), words
+        return images[0], images[1], difference_map(change), words
 
 
 def is_alive(pid: int) -> bool:
+    """Is there a process of this number, whoever's it is?"""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -271,40 +287,8 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-def beside(work: Callable[[Callable[[Any], None]], Any]) -> Iterator[tuple[Any, Any]]:
-    """(what work tells, None) as it is told, then (None, what work returns); its error is raised here.
-
-    Whoever stops listening ends the work: telling then raises.
-    """
-    told: queue.Queue = queue.Queue()
-    left = threading.Event()
-
-    def tell(what: Any) -> None:
-        if left.is_set():
-            raise InterruptedError
-        told.put((what, None))
-
-    def go() -> None:
-        try:
-            told.put((None, work(tell)))
-        except Exception as e:
-            told.put((None, e))
-
-    threading.Thread(target=go, daemon=True).start()
-    try:
-        while True:
-            what, done = told.get()
-            if isinstance(done, Exception):
-                raise done
-            yield what, done
-            if done is not None:
-                return
-    finally:
-        left.set()
-
-
 def slerp(a: Tensor, b: Tensor, place: float) -> Tensor:
-    """From a to b along the great circle, so that what lies between has the norm that noise has."""
+    """The point at `place` in [0, 1] on the great circle from a to b, so that its norm is that of noise."""
     angle = torch.arccos((a.flatten() @ b.flatten() / (a.norm() * b.norm())).clamp(-1, 1))
     if angle < 1e-4:
         return a
@@ -319,9 +303,10 @@ def difference_map(change: np.ndarray) -> np.ndarray:
 
 
 def answered(f: Callable) -> Callable:
-    """f, whose errors become a sentence on the page; the next request is served as if nothing had been."""
+    """f, but its errors become a sentence on the page, and the next request is served as usual."""
+    gr = import_gradio()
 
-    def sentence(e: Exception) -> gr.Error:
+    def sentence(e: Exception) -> Exception:
         if not isinstance(e, UserError):
             traceback.print_exception(e)
         text = str(e) if isinstance(e, UserError) else "This request failed; the terminal that runs app.py says why."
@@ -343,11 +328,17 @@ def answered(f: Callable) -> Callable:
 
 
 def build(studio: Studio) -> gr.Blocks:
-    """The page."""
+    """The page and what its events call."""
+    gr = import_gradio()
     cfg, first = studio.cfg, next(iter(studio.runs.values()))
     any_classes = any(run.conditional for run in studio.runs.values())
     picture = {"format": "png", "interactive": False, "buttons": ["download"], "elem_classes": "shown"}
     sized = {**picture, "height": 360}
+
+    def run_steps(run: Run) -> tuple[int, int, int]:
+        """(fewest, most, default) steps that the page offers. A student has its own number, which may be 1."""
+        n = run.default_steps
+        return (2, cfg.max_steps, min(n, cfg.max_steps)) if run.free else (1, max(2, n), n)
 
     def about(run: Run) -> str:
         side = run.vae.config["image_size"]
@@ -358,15 +349,15 @@ def build(studio: Studio) -> gr.Blocks:
     with gr.Blocks(title="Synthetic brain MRI slices", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(f"# Synthetic brain MRI slices\n{LIMITS}")
         with gr.Row():
-            name = gr.Radio(list(studio.runs), value=first.name, label="Run", info="Which weights draw")
+            name = gr.Radio(list(studio.runs), value=first.name, label="Run", info="Which weights generate")
             class_name = gr.Radio(
                 first.classes, value=first.classes[0], label="Class", visible=first.conditional,
                 info="A label of the training data, no finding",
             )  # fmt: skip
         facts = gr.Markdown(about(first))
-        with gr.Accordion("How it is drawn", open=False), gr.Row():
+        with gr.Accordion("How it is generated", open=False), gr.Row():
             steps = gr.Slider(
-                1, cfg.max_steps, min(first.steps, cfg.max_steps), step=1, label="Steps", interactive=first.free,
+                *run_steps(first), step=1, label="Steps", interactive=first.free,
                 info="Ten suffice",
             )  # fmt: skip
             solver = gr.Radio(["dpm++2m", "ddim"], value="dpm++2m", label="Sampler", interactive=first.free)
@@ -375,12 +366,12 @@ def build(studio: Studio) -> gr.Blocks:
                 info="1: none; more follows the class more",
             )  # fmt: skip
         how = [steps, solver, guidance]
-        with gr.Tab("Draw"):
+        with gr.Tab("Generate"):
             with gr.Row():
                 count = gr.Slider(1, cfg.max_images, min(4, cfg.max_images), step=1, label="Images")
                 seed = gr.Number(0, label="Seed", info="The same seed gives the same images")
             with gr.Row():
-                go = gr.Button("Draw", variant="primary")
+                go = gr.Button("Generate", variant="primary")
                 stop = gr.Button("Stop")
             words = gr.Markdown("", elem_id="words")
             gallery = gr.Gallery(
@@ -403,16 +394,16 @@ def build(studio: Studio) -> gr.Blocks:
             walked = gr.Image(
                 label="Between the two seeds", height=420, alt_text="A slice between those of the two seeds", **picture
             )  # fmt: skip
-        with gr.Tab("From one class to another", visible=any_classes) as carry_tab:
+        with gr.Tab("From one class to another", visible=any_classes) as class_tab:
             gr.Markdown("One seed, all else held: the same noise, guided from one class to the other.")
             with gr.Row():
                 start = gr.Radio(first.classes, value=first.classes[-1], label="From class")
                 end = gr.Radio(first.classes, value=first.classes[0], label="To class")
-                carried_seed = gr.Number(0, label="Seed of the image")
+                class_seed = gr.Number(0, label="Seed of the image")
             far = gr.Slider(
                 0, 2, 1, step=0.1, label="How far", info="0: the first class; 1: the second; more: beyond it"
             )
-            carried_words = gr.Markdown("", elem_id="carried")
+            class_words = gr.Markdown("", elem_id="carried")
             with gr.Row():
                 before = gr.Image(label="First class", alt_text="Slice of the first class", **sized)
                 after = gr.Image(label="On the way", alt_text="The same noise, on the way", **sized)
@@ -424,8 +415,8 @@ def build(studio: Studio) -> gr.Blocks:
             return [
                 gr.update(value=run.classes[0], **classes),
                 about(run),
-                gr.update(value=min(run.steps, cfg.max_steps), interactive=run.free),
-                gr.update(value=run.how(run.steps, "dpm++2m")["solver"], interactive=run.free),
+                gr.update(**dict(zip(("minimum", "maximum", "value"), run_steps(run))), interactive=run.free),
+                gr.update(value=run.how(run.default_steps, "dpm++2m")["solver"], interactive=run.free),
                 gr.update(value=1, visible=run.conditional),
                 gr.update(value=run.classes[-1], choices=run.classes),
                 gr.update(value=run.classes[0], choices=run.classes),
@@ -433,28 +424,28 @@ def build(studio: Studio) -> gr.Blocks:
                 *[None] * len(outputs),
             ]
 
-        # One request after the other, whoever asks: the machine is one.
-        work = {"api_visibility": "private", "concurrency_id": "drawing", "concurrency_limit": 1}
+        # One request after the other, whoever asks, because they share one machine.
+        work = {"api_visibility": "private", "concurrency_id": "generating", "concurrency_limit": 1}
         live = {**work, "trigger_mode": "always_last", "show_progress": "minimal"}
-        outputs = [words, gallery, strip, walked, walked_words, before, after, change, carried_words]
+        outputs = [words, gallery, strip, walked, walked_words, before, after, change, class_words]
         chosen = [class_name, facts, *how, start, end, file, *outputs]
         name.change(answered(choose), name, chosen, queue=False, api_visibility="private")
-        drawing = go.click(
-            answered(studio.draw), [name, class_name, count, seed, *how], [strip, gallery, words, file],
+        generating = go.click(
+            answered(studio.generate), [name, class_name, count, seed, *how], [strip, gallery, words, file],
             show_progress="minimal", **work,
         )  # fmt: skip
-        stop.click(None, cancels=[drawing], api_visibility="private")
+        stop.click(None, cancels=[generating], api_visibility="private")
         walking = [name, class_name, seed_a, seed_b, place, *how]
         for event in (seed_a.input, seed_b.input, place.input, walk_tab.select):
             event(answered(studio.walk), walking, [walked, walked_words], **live)
-        carrying = [name, start, end, carried_seed, far, steps, solver]
-        for event in (start.input, end.input, carried_seed.input, far.input, carry_tab.select):
-            event(answered(studio.carry), carrying, [before, after, change, carried_words], **live)
+        between = [name, start, end, class_seed, far, steps, solver]
+        for event in (start.input, end.input, class_seed.input, far.input, class_tab.select):
+            event(answered(studio.between_classes), between, [before, after, change, class_words], **live)
     return page.queue(max_size=cfg.queue, api_open=False)
 
 
 class ContentSecurity:
-    """Tells the browser to ask no other machine for anything, whatever a page of a library may contain."""
+    """Adds a header that forbids the browser to ask any other machine for anything, whatever a library wants."""
 
     def __init__(self, app: Callable):
         self.app = app
@@ -469,18 +460,25 @@ class ContentSecurity:
 
 
 def main(cfg: AppConfig) -> None:
-    if cfg.run == AppConfig.run:  # whichever of the weights of this repository are there
+    gr = import_gradio()
+    from starlette.middleware import Middleware
+
+    if cfg.run == AppConfig.run:  # the default: those of the shipped weights that are there
         cfg = replace(cfg, run=tuple(r for r in cfg.run if (Path(cfg.checkpoints) / r).is_dir()))
     if not cfg.run:
         raise UserError(f"there are no pretrained weights in {cfg.checkpoints}: train a run and name it with --run")
-    for number in (signal.SIGTERM, signal.SIGHUP):  # in order, so that nothing stays behind
+    for number in (signal.SIGTERM, signal.SIGHUP):  # leave by sys.exit, so that the private folder is removed
         signal.signal(number, lambda got, _: sys.exit(128 + got))
-    for name in ("NO_PROXY", "no_proxy"):  # gradio asks itself whether it is up
+    for name in ("NO_PROXY", "no_proxy"):  # gradio asks its own address whether it is up
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1,localhost", cfg.host]))
     studio = Studio(cfg)
-    threading.Thread(target=lambda: [run.learn_copies() for run in studio.runs.values()], daemon=True).start()
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none to be fetched
-    theme = gr.themes.Default(primary_hue="blue", **fonts).set(  # grey and orange on white are hard to read
+    threading.Thread(target=studio.learn_copies, daemon=True).start()
+    fonts = {
+        "font": ["system-ui", "sans-serif"],
+        "font_mono": ["ui-monospace", "monospace"],
+    }  # fonts that are on every machine: none is fetched
+    # The default grey and orange are hard to read on white.
+    theme = gr.themes.Default(primary_hue="blue", **fonts).set(
         block_info_text_color="*neutral_600", block_label_text_color="*neutral_700",
         block_title_text_color="*neutral_700",
         button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800",

@@ -87,17 +87,11 @@ class StepsConfig(MachineConfig):
 
 
 @dataclass(frozen=True)
-class LoopConfig(DataConfig, StepsConfig):
-    """What the trainings on slices share."""
+class PretrainConfig(DataConfig, StepsConfig):
+    """Train the VAE that turns slices into latents. Its rules say which people are held out from then on."""
 
     flip: bool = False
     """Augmentation: mirror left and right, half of the time."""
-
-
-@dataclass(frozen=True)
-class PretrainConfig(LoopConfig):
-    """Train the VAE that turns slices into latents."""
-
     image_size: int = 256
     """Side of the square image in pixels; slices are padded to square, then resized."""
     downsample: int = 8
@@ -134,9 +128,11 @@ class PretrainConfig(LoopConfig):
 
 
 @dataclass(frozen=True)
-class TrainConfig(LoopConfig):
-    """Train the Fast-DDPM U-Net on the latents of a run's VAE."""
+class TrainConfig(SourceConfig, StepsConfig):
+    """Train the Fast-DDPM U-Net on the latents of a run's VAE, with the same people held out as there."""
 
+    flip: bool = False
+    """Augmentation: mirror left and right, half of the time."""
     channels: tuple[int, ...] = (128, 256, 512)
     """Width of each resolution level."""
     blocks: int = 2

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from config import CheckConfig, DataConfig, SliceConfig, check_arguments, parse_dataset
 
@@ -400,23 +401,51 @@ def carved_people(splits: dict[str, ADNIDataset]) -> str:
     return hashlib.sha256(os.fsencode("\n".join(sorted(set(val.people))))).hexdigest()[:12]
 
 
-def load_splits_as_trained(data: str, cache: str, meta: dict, image_size: int) -> dict[str, ADNIDataset]:
-    """The splits of the run whose weights carry this meta: its seed and rules, so that the people held out are its own.
+SPLIT_RULES = ("subject_regex", "val_fraction", "skip_bad_files", "seed")
 
-    With another seed some of them would be people the run was trained on, and every floor would be wrong.
+
+def split_rules(meta: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decided which people a run was trained on: SPLIT_RULES, read from the header of its weights.
+
+    Headers of older versions hold them among all settings, under "config". UserError where there are none.
     """
-    config, rules = meta.get("config"), ("subject_regex", "val_fraction", "skip_bad_files", "seed")
+    rules = meta.get("split", meta.get("config"))
     try:
-        rules = check_arguments(DataConfig, {k: config[k] for k in rules} if isinstance(config, dict) else None)
+        return check_arguments(DataConfig, {k: rules[k] for k in SPLIT_RULES} if isinstance(rules, dict) else None)
     except (KeyError, ValueError) as e:
         raise UserError(f"the weights do not say how their data was split: {e}: use those of another run") from None
-    splits, _ = load_splits(DataConfig(data=data, cache=cache, **rules), image_size)
+
+
+def load_splits_by_rules(
+    data: str, cache: str, meta: dict[str, Any], image_size: int
+) -> tuple[dict[str, ADNIDataset], str]:
+    """What `load_splits` returns, with people split by the rules of the run whose weights carry this header.
+
+    UserError if other people are held out than in that run, because `data` is not what it was trained on.
+    """
+    splits, fingerprint = load_splits(DataConfig(data=data, cache=cache, **split_rules(meta)), image_size)
     own = carved_people(splits)
-    if splits["train"].summary() != meta.get("data") or meta.get("held_out", own) != own:
-        raise UserError(
-            f"{data} holds {splits['train'].summary()}, and the run was trained on {repr(meta.get('data'))[:200]} "
-            "or with other people held out: give its own --data"
-        )
+    if meta.get("held_out", own) != own:
+        raise _other_data(data, splits, meta)
+    return splits, fingerprint
+
+
+def _other_data(data: str, splits: dict[str, ADNIDataset], meta: dict[str, Any]) -> UserError:
+    return UserError(
+        f"{data} holds {splits['train'].summary()}, and the run was trained on {repr(meta.get('data'))[:200]} or with "
+        "other people held out: give the run's own --data"
+    )
+
+
+def load_splits_as_trained(data: str, cache: str, meta: dict[str, Any], image_size: int) -> dict[str, ADNIDataset]:
+    """The splits of the run whose weights carry this header, so that the people held out are the run's own.
+
+    Otherwise some of them would be people the run was trained on, and every floor would be wrong. UserError if `data`
+    is not what the run was trained on.
+    """
+    splits, _ = load_splits_by_rules(data, cache, meta, image_size)
+    if splits["train"].summary() != meta.get("data"):
+        raise _other_data(data, splits, meta)
     return splits
 
 

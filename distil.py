@@ -1,8 +1,8 @@
-"""Distil a run into one that draws in 1 to 4 steps: python distil.py --teacher NAME --num-steps 4 --run STUDENT.
+"""Distil a run into one that generates in 1 to 4 steps: python distil.py --teacher NAME --num-steps 4 --run STUDENT.
 
-The same command again resumes. The student learns the teacher's own way from noise to image in fewer, longer strides:
-progressive distillation (Salimans & Ho 2022, arXiv 2202.00512) with whole trajectories of the teacher in the place of
-its halved steps (Luhman & Luhman 2021).
+The same command again resumes. The student learns to go the teacher's way from noise to image in fewer, longer steps:
+progressive distillation (Salimans & Ho 2022, arXiv 2202.00512), with whole trajectories of the teacher instead of
+halved steps (Luhman & Luhman 2021). The bookkeeping of the run is in loop.py.
 """
 
 from __future__ import annotations
@@ -13,27 +13,16 @@ if __name__ == "__main__":
     cfg = parse(DistilConfig)  # before torch is imported, so that --help answers at once
 
 import math
-import time
-from copy import deepcopy
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from cluster import Ranks, StopSignal, check_same_run, leave_early
-from device import (
-    allocate_rows,
-    compile_networks,
-    describe_hardware,
-    eval_mode,
-    gather_batches,
-    pick_amp_dtype,
-    pick_device,
-    shuffled_batches,
-    to_device_if_it_fits,
-)
-from loop import NonFiniteWatch, RunLog, find_micro_batch, make_ema, optimise, skipped_steps_note
+from cluster import Ranks, StopSignal
+from dataset import split_rules
+from device import allocate_rows, eval_mode, gather_batches, pick_amp_dtype, pick_device, shuffled_batches
+from device import to_device_if_it_fits as to_device
+from loop import EMA, Plan, Run, make_optimizer, make_scaler, optimise
 from modules import (
     CosineAnnealingWarmupScheduler,
     NoiseScheduler_Fast_DDPM,
@@ -41,71 +30,95 @@ from modules import (
     UNet,
     make_grid,
     sample,
+    sample_steps,
+    start_noise,
 )
 from pictures import add_gif_frame, image_grid, to_uint8
-from report import refresh_report
 from sampling import load_run
-from utils import UserError, derive_seed, generator, git_commit, progress_bar, run_script
+from utils import UserError, derive_seed, generator, progress_bar, run_script
 from vae import VAE
-from weights import file_hash, load_state, save_state, save_weights, write_atomic
+from weights import file_hash, write_atomic
+
+
+def teacher_grid(teacher_steps: int, num_steps: int) -> list[int]:
+    """The teacher's timesteps, ascending: every (teacher_steps / num_steps)-th from the noisy end is the student's.
+
+    UserError if the counts do not divide, or if the teacher's steps are so many that near the clean image they are
+    finer than timesteps: those are then moved apart (`make_grid`), and no longer are at the student's timesteps.
+    """
+    if teacher_steps % num_steps:
+        raise UserError(f"--teacher-steps {teacher_steps} is no multiple of --num-steps {num_steps}")
+    abar = NoiseScheduler_Fast_DDPM().abar
+
+    def meets_student(steps: int) -> bool:
+        own = make_grid("student", steps, abar)[::-1]
+        return bool((own[:: steps // num_steps] == make_grid("student", num_steps, abar)[::-1]).all())
+
+    if not meets_student(teacher_steps):
+        most = max(steps for steps in range(num_steps, teacher_steps, num_steps) if meets_student(steps))
+        raise UserError(
+            f"--teacher-steps {teacher_steps} are too many for --num-steps {num_steps}: they would not stop at the "
+            f"student's timesteps; take {most}"
+        )
+    return make_grid("student", teacher_steps, abar).tolist()
 
 
 class Trajectories:
-    """What the teacher makes of noise k of a seed, at the timesteps the student will stop at.
+    """What the teacher makes of noise k of a seed, at the timesteps where the student stops.
 
-    Public: `states` float16 [N, num_steps + 1, C, h, w], from x_T to the clean latent, and `labels` int64 [N], a tenth
-    of which say "no class"; on the device if they fit.
+    Public: `states` float16 [N, num_steps + 1, C, h, w], from x_T to the clean latents, and `labels` int64 [N], a tenth
+    of which say "no class"; both on the device if they fit.
     """
 
     def __init__(
         self, teacher: StableDiffusion, shape: tuple[int, ...], n: int, seed: int, cfg: DistilConfig, ranks: Ranks,
         what: str,
     ):  # fmt: skip
-        grid = make_grid("student", cfg.teacher_steps, teacher.scheduler.abar).tolist()
-        every = cfg.teacher_steps // cfg.num_steps
+        grid, every = teacher_grid(cfg.teacher_steps, cfg.num_steps), cfg.teacher_steps // cfg.num_steps
         self.labels = torch.arange(n) % max(1, teacher.num_classes)
-        if teacher.num_classes:  # the student can be guided, too
+        if teacher.num_classes:  # so that the student can be guided, too
             self.labels[torch.arange(n) % 10 == 9] = teacher.num_classes
         self.states = allocate_rows((n, cfg.num_steps + 1, *shape), torch.float16, Path(cfg.cache))
         batch = 64 if ranks.device.type == "cpu" else 256
-        cuts, bar = ranks.cuts(n, batch), progress_bar(n, what=what)
+        bounds, bar = ranks.row_bounds(n, batch), progress_bar(n, what=what)
         with eval_mode(teacher), bar:
-            for index in torch.arange(cuts[ranks.rank], cuts[ranks.rank + 1]).split(batch):
-                if not len(index):  # a rank may be without a share
+            for index in torch.arange(bounds[ranks.rank], bounds[ranks.rank + 1]).split(batch):
+                if not len(index):  # a rank may have no share
                     continue
-                noise = [torch.randn(shape, generator=generator(seed, k)) for k in index.tolist()]
-                x, seen = torch.stack(noise).to(ranks.device), []
-                y = self.labels[index].to(ranks.device) if teacher.num_classes else None
-                keep = lambda t, x_t, x0, seen=seen: seen.append(x_t)  # noqa: E731
-                sample(teacher.denoiser(y), x, teacher.scheduler, grid, callback=keep)
-                self.states[index] = torch.stack([x, *seen[every - 1 :: every]], dim=1).cpu().half()
+                x, _ = start_noise(seed, index.tolist(), shape)
+                denoise = teacher.denoiser(self.labels[index].to(ranks.device))
+                steps = sample_steps(denoise, x.to(ranks.device), teacher.scheduler, grid)
+                stops = [x_t.cpu() for i, (_, x_t, _) in enumerate(steps, 1) if i % every == 0]
+                self.states[index] = torch.stack([x, *stops], dim=1).half()
                 bar.update(len(index) * ranks.size)
-        ranks.complete(self.states, cuts)
-        self.states, self.device = to_device_if_it_fits(self.states, ranks.device), ranks.device
+        ranks.all_gather_rows(self.states, bounds)
+        self.states, self.device = to_device(self.states, ranks.device), ranks.device
         self.labels = self.labels.to(self.states.device)
 
 
 class Student(nn.Module):
-    """The student's loss as one call, so that ranks can share it."""
+    """The student's loss as the forward pass of one module, which is what DDP wraps."""
 
     def __init__(self, model: StableDiffusion):
         super().__init__()
         self.model = model
 
-    def forward(self, states: Tensor, y: Tensor, places: Tensor) -> Tensor:
-        """Squared error in v or eps, a mean per image [B], of the stride that starts at these places of the grid [B].
+    def forward(self, states: Tensor, y: Tensor, entries: Tensor) -> Tensor:
+        """Squared error in v or eps, a mean per image [B], of the step that starts at these entries of the grid [B].
 
-        `states` [B, num_steps + 1, C, h, w] run from noise to image, places from the grid's cleanest timestep up. The
+        `states` [B, num_steps + 1, C, h, w] run from noise to image, entries from the grid's cleanest timestep up. The
         estimate of the clean image that makes one DDIM step land where the teacher did is (x_s - r x_t) / (a_s - r a_t)
         with r = sigma_s / sigma_t (Salimans & Ho 2022, appendix G).
         """
-        model, scheduler, rows = self.model, self.model.scheduler, torch.arange(len(states), device=states.device)
-        t = scheduler.timesteps[places]
+        model, scheduler = self.model, self.model.scheduler
+        # Signal and noise at the timestep t where the step starts and s where it ends; in the end all is signal
+        t = scheduler.timesteps[entries]
         alpha_t, sigma_t = scheduler.alpha_sigma(t)
-        alpha_s, sigma_s = scheduler.alpha_sigma(scheduler.timesteps[(places - 1).clamp(min=0)])
-        clean = (places == 0).view(-1, 1, 1, 1)
+        alpha_s, sigma_s = scheduler.alpha_sigma(scheduler.timesteps[(entries - 1).clamp(min=0)])
+        clean = (entries == 0).view(-1, 1, 1, 1)
         alpha_s, sigma_s = alpha_s.masked_fill(clean, 1.0), sigma_s.masked_fill(clean, 0.0)
-        start = len(scheduler.timesteps) - 1 - places
+        # The teacher's latents there, and the estimate that leads from one to the other
+        rows, start = torch.arange(len(states), device=states.device), len(scheduler.timesteps) - 1 - entries
         x_t, x_s = states[rows, start].float(), states[rows, start + 1].float()
         r = sigma_s / sigma_t
         x0 = (x_s - r * x_t) / (alpha_s - r * alpha_t)
@@ -114,184 +127,129 @@ class Student(nn.Module):
         return (out - target).square().mean((1, 2, 3))
 
 
-def evaluate(student: Student, data: Trajectories, ranks: Ranks) -> dict[str, float]:
+def evaluate(model: StableDiffusion, data: Trajectories, ranks: Ranks) -> dict[str, float]:
     """Loss on trajectories never trained on, and how far the student's own images are from the teacher's."""
-    model, total, order = student.model, torch.zeros(3, dtype=torch.float64), torch.arange(len(data.labels)).split(64)
-    how = {"timesteps": model.scheduler.timesteps.tolist(), "solver": "ddim"}
+    student, steps, total = Student(model), len(model.scheduler.timesteps), torch.zeros(3, dtype=torch.float64)
+    order = torch.arange(len(data.labels)).split(64)
+    order = order[ranks.share(len(order))]
     with eval_mode(model):
-        order = order[ranks.share(len(order))]
         for index, (states, y) in zip(order, gather_batches([data.states, data.labels], order, data.device)):
-            for place in range(len(model.scheduler.timesteps)):
-                places = torch.full((len(index),), place, device=data.device)
-                total[0] += student(states, y, places).sum().item() / len(how["timesteps"])
-            x0 = sample(model.denoiser(y), states[:, 0].float(), model.scheduler, **how)
+            for entry in range(steps):
+                entries = torch.full((len(index),), entry, device=data.device)
+                total[0] += student(states, y, entries).sum().item() / steps
+            x0 = sample(model.denoiser(y), states[:, 0].float(), model.scheduler)
             total[1] += (x0 - states[:, -1].float()).square().mean((1, 2, 3)).sum().item()
             total[2] += len(index)
-    loss, away, n = ranks.sum(total).tolist()
-    return {"loss/val": loss / n, "distance to the teacher (RMS of latents)": math.sqrt(away / n)}
+    loss, square, n = ranks.sum(total).tolist()
+    return {"loss/val": loss / n, "distance to the teacher (RMS of latents)": math.sqrt(square / n)}
 
 
-def show(model: StableDiffusion, vae: VAE, data: Trajectories, folder: Path, epoch: int, last: bool) -> None:
-    """One more frame of FOLDER/samples.gif: the teacher's images above, the student's of the same noise below."""
+def show_samples(model: StableDiffusion, vae: VAE, data: Trajectories, folder: Path, epoch: int, last: bool) -> None:
+    """Add a frame to FOLDER/samples.gif: the teacher's images above, the student's of the same noise below."""
     states, y = next(gather_batches([data.states, data.labels], [torch.arange(8)], data.device))
     with eval_mode(model, vae):
-        z = sample(model.denoiser(y), states[:, 0].float(), model.scheduler, solver="ddim")
+        z = sample(model.denoiser(y), states[:, 0].float(), model.scheduler)
         images = to_uint8(vae.decode(torch.cat([states[:, -1].float(), z])))
     add_gif_frame(folder, "samples", image_grid(images, columns=8), epoch, last)
 
 
+def vae_of_teacher(cfg: DistilConfig) -> tuple[Path, bytes]:
+    """The file that the student's run needs as its VAE, and what it must hold: the teacher's VAE.
+
+    UserError if the student's run is the teacher's, or has another VAE already.
+    """
+    theirs, own = (Path(cfg.checkpoints) / run / "vae" / "best.safetensors" for run in (cfg.teacher, cfg.run))
+    if theirs.resolve() == own.resolve():
+        raise UserError(f"--run {cfg.run} is the teacher: give the student another --run")
+    data = theirs.read_bytes()
+    if own.exists() and own.read_bytes() != data:
+        raise UserError(f"run {cfg.run} has a VAE of its own ({own}): give the student another --run")
+    return own, data
+
+
 def main(cfg: DistilConfig) -> None:
+    # The teacher, and the student that begins with its weights.
     stop, device = StopSignal(), pick_device(cfg.device)
-    home, folder = Path(cfg.checkpoints) / cfg.teacher, Path(cfg.checkpoints) / cfg.run
-    teacher, vae, meta, teacher_file = load_run(home, "best", device)
+    home, plan = Path(cfg.checkpoints) / cfg.teacher, Plan.of(cfg, cfg.trajectories)
+    teacher, vae, header, teacher_file = load_run(home, "best", device)
     if teacher.scheduler.config["grid"] != "full":
-        raise UserError(f"run {cfg.teacher} knows its own few timesteps only: a teacher is trained with --grid full")
-    if cfg.teacher_steps % cfg.num_steps:
-        raise UserError(f"--teacher-steps {cfg.teacher_steps} is no multiple of --num-steps {cfg.num_steps}")
-    if home.resolve() == folder.resolve():
-        raise UserError(f"--run {cfg.run} is the teacher: name the student otherwise")
-    teacher.amp_dtype = amp_dtype = pick_amp_dtype(cfg.precision, device)
-    batch = min(cfg.batch_size, cfg.trajectories)
-    steps_per_epoch = cfg.trajectories // batch
-    total = cfg.epochs * steps_per_epoch
+        raise UserError(f"run {cfg.teacher} knows only its own few timesteps: a teacher is trained with --grid full")
+    teacher_grid(cfg.teacher_steps, cfg.num_steps)
+    vae_file, vae_bytes = vae_of_teacher(cfg)
     scheduler = NoiseScheduler_Fast_DDPM(num_steps=cfg.num_steps, grid="student")
-    model = StableDiffusion(UNet(**teacher.unet.config), scheduler, meta["prediction"])
+    model = StableDiffusion(UNet(**teacher.unet.config), scheduler, header["prediction"])
+    model.load_state_dict(teacher.state_dict())
     if cfg.dry_run:
         print(f"teacher   {teacher_file}, {cfg.teacher_steps} steps; student {cfg.num_steps} steps")
-        print(f"learns    {cfg.trajectories:,} trajectories, {total:,} steps of {batch}\nwrites to {folder}")
-        return
+        print(f"learns    {cfg.trajectories:,} trajectories, {plan.steps:,} steps of {plan.batch}")
+        return print(f"writes to {Path(cfg.checkpoints) / cfg.run}")
 
-    ranks = Ranks(device)
-    vae_file, vae_bytes = folder / "vae" / "best.safetensors", (home / "vae" / "best.safetensors").read_bytes()
-    if vae_file.exists() and vae_file.read_bytes() != vae_bytes:
-        raise UserError(f"run {cfg.run} has a VAE of its own ({vae_file}): name the student otherwise")
-    folder = ranks.open(cfg, "diffusion")
-    ranks.alone(lambda: write_atomic(vae_file, vae_bytes))
-    model = model.to(device, memory_format=torch.channels_last)
-    model.load_state_dict(teacher.state_dict())
-    model.amp_dtype = amp_dtype
-    ema = make_ema(model, cfg.ema_decay)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=device.type != "mps"
-    )
-    schedule = CosineAnnealingWarmupScheduler(optimizer, max(1, round(cfg.warmup * total)), total)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
-    parts = {"model": model, "ema": ema, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
-    step, evaluated, best, fingerprint = 0, 0, float("inf"), file_hash(teacher_file)
-    sums = torch.zeros(3, device=device)  # since the last evaluation: loss, gradient norm, steps taken
-    state = ranks.first(lambda: load_state(folder / "last.pt"))
-    if state:
-        check_same_run(cfg, fingerprint, state, folder)
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        schedule.total_steps, schedule.warmup_steps = total, max(1, round(cfg.warmup * total))  # --epochs may be new
-        step, evaluated, best, sums = state["step"], state["evaluated"], state["best"], state["sums"].to(device)
-        if step >= total and (folder / "final.safetensors").exists():
-            print(f"{folder} is finished: {cfg.epochs} epochs; more with --epochs, again with --fresh")
-            return ranks.close()
-        print(f"resuming {folder} at epoch {step / steps_per_epoch:.2f}")
-    ranks.check_same(fingerprint, step)
+    with Run(cfg, "diffusion", plan, stop, device) as run:
+        # Network, average, optimiser, schedule.
+        ranks, folder, fingerprint = run.ranks, run.folder, file_hash(teacher_file)
+        ranks.run_on_rank0(lambda: write_atomic(vae_file, vae_bytes))
+        model = model.to(device).to(memory_format=torch.channels_last)
+        teacher.amp_dtype = vae.amp_dtype = model.amp_dtype = pick_amp_dtype(cfg.precision, device)
+        student, ema = Student(model), EMA(model, cfg.ema_decay)
+        optimizer = make_optimizer(model.parameters(), cfg, device)
+        schedule = CosineAnnealingWarmupScheduler(optimizer, max(1, round(cfg.warmup * plan.steps)), plan.steps)
+        scaler = make_scaler(model.amp_dtype, device)
 
-    shape = vae.latent_shape
-    train = Trajectories(
-        teacher, shape, cfg.trajectories, derive_seed(cfg.seed, 11), cfg, ranks, "drawing trajectories"
-    )
-    val = Trajectories(teacher, shape, 256, derive_seed(cfg.seed, 12), cfg, ranks, "drawing others to validate on")
-    rules = {k: meta["config"][k] for k in ("subject_regex", "val_fraction", "skip_bad_files", "seed")}  # of the split
-    meta = {k: meta[k] for k in ("kind", "prediction", "classes", "vae", "data", "held_out") if k in meta} | {
-        "model": model.unet.config, "scheduler": model.scheduler.config, "config": {**asdict(cfg), **rules},
-        "commit": git_commit(), "hardware": describe_hardware(device), "teacher": fingerprint,
-    }  # fmt: skip
-    log = RunLog(folder, cfg, "distil", step) if ranks.main else None
-    share, student = ranks.rows(batch), Student(model)
-
-    def trial(n: int) -> None:
-        states, y = train.states[:n].to(device), train.labels[:n].to(device)
-        scaler.scale(student(states, y, torch.zeros(n, dtype=torch.int64, device=device)).mean()).backward()
-        model.zero_grad()
-
-    micro = find_micro_batch(cfg.micro_batch, share.stop - share.start, model, 2 if state else 4, trial)
-    compile_networks(cfg.compile, [model.unet], lambda: trial(micro), device)
-    network, watch = ranks.wrap(student), NonFiniteWatch(device)
-
-    champion = None  # the best weights since the last save, which writes them
-
-    def save() -> None:
-        nonlocal champion
-        if not ranks.main:
+        # Resume, or begin.
+        run.track(1, model=model, ema=ema, optimizer=optimizer, schedule=schedule, scaler=scaler)
+        run.resume(fingerprint, f"weights of the teacher than {teacher_file} now holds")
+        if run.finished:
             return
-        if champion:
-            save_weights(folder / "best.safetensors", *champion)
-            champion = None
-        saved = {name: part.state_dict() for name, part in parts.items()}
-        numbers = {"step": step, "evaluated": evaluated, "best": best, "sums": sums.cpu()}
-        save_state(folder / "last.pt", {**saved, **numbers, "config": asdict(cfg), "data": fingerprint})
 
-    bar, clock, clock_step, saved_at = progress_bar(total * batch, step * batch), time.time(), step, time.time()
-    order = (index[share] for index in shuffled_batches(cfg.trajectories, batch, step, cfg.seed, 13))
-    visits = gather_batches([train.states, train.labels], order, device)
-    stop.begin()
-    while True:
-        epoch, place = divmod(step, steps_per_epoch)
-        if place == 0 and step > evaluated:
-            speed = (step - clock_step) * batch / max(1e-9, time.time() - clock)
-            numbers = {"epoch": epoch, "images per s": speed, **evaluate(Student(ema.module), val, ranks)}
-            loss, norm, taken = sums.tolist()
-            numbers |= {"loss/train": loss / max(1.0, taken), "gradient norm": norm / max(1.0, taken)}
-            numbers |= {"learning rate": schedule.get_last_lr()[0]}
-            if taken < step - evaluated:
-                numbers["skipped steps"] = step - evaluated - taken
-            if numbers["loss/val"] < best:
-                best = numbers["loss/val"]
-                champion = (deepcopy(ema.module), {**meta, "epoch": epoch, "metrics": numbers})
-            if ranks.main:
-                log.log(step, numbers)
-                if epoch % 5 == 0 or step == total:
-                    show(ema.module, vae, val, folder, epoch, step == total)
-                    log.picture(step, "samples", folder / "samples.png")
-                    log.plot()
-                    refresh_report(folder.parent)
-            bar.write(
-                f"epoch {epoch:4d}  train {numbers['loss/train']:.4f}  val {numbers['loss/val']:.4f}  "
-                f"{speed:.0f} images/s{skipped_steps_note(numbers)}"
-            )
-            evaluated, clock, clock_step = step, time.time(), step
-            sums.zero_()
-        leave = step >= total or ranks.any(stop, step)
-        if leave or time.time() - saved_at > 60 * cfg.save_minutes:
-            save()
-            saved_at = time.time()
-        if leave:
-            break
-        states, y = next(visits)
-        g = generator(cfg.seed, 14, step, device=device)  # a step's randomness is its own: resuming needs no state
-        places = torch.randint(cfg.num_steps, (batch,), generator=g, device=device)[share]
-        mean = torch.zeros(1, device=device)
-        for rows, weight, passing in ranks.portions(batch, micro, network):
-            if model.unet.config["dropout"]:
-                torch.manual_seed(derive_seed(cfg.seed, 15, step, share.start + rows.start))
-            with passing:
-                loss = network(states[rows], y[rows], places[rows])
-                scaler.scale(weight * loss.mean()).backward()
-            mean += loss.detach().sum() / batch
-        ranks.sum(mean)
-        norm = optimise(model, optimizer, scaler, ema, cfg.grad_clip)
-        schedule.step()
-        sums += torch.where(norm.isfinite(), torch.cat([mean, norm[None], torch.ones_like(norm)[None]]), 0.0)
-        step += 1
-        bar.update(batch)
-        if bad := watch.hopeless(norm, step):
-            save()
-            ranks.fail(watch.sentence(bad, bad / steps_per_epoch, folder))
-    bar.close()
-    if ranks.main and step >= total:
-        save_weights(folder / "final.safetensors", ema.module, {**meta, "epoch": cfg.epochs, "metrics": log.rows[-1]})
-    stop.end()
-    if ranks.main:
-        log.close()
-    ranks.close()
-    if step < total:
-        leave_early(stop, step / steps_per_epoch)
+        # Let the teacher generate all trajectories once.
+        def generate(n: int, purpose: int, what: str) -> Trajectories:
+            return Trajectories(teacher, vae.latent_shape, n, derive_seed(cfg.seed, purpose), cfg, ranks, what)
+
+        train = generate(cfg.trajectories, 11, "generating trajectories")
+        val = generate(256, 12, "generating others to validate on")
+
+        def trial(n: int) -> None:
+            states, y = train.states[:n].to(device), train.labels[:n].to(device)
+            scaler.scale(student(states, y, torch.zeros(n, dtype=torch.int64, device=device)).mean()).backward()
+            model.zero_grad()
+
+        meta = {k: header[k] for k in ("kind", "prediction", "classes", "vae", "data", "held_out") if k in header} | {
+            "model": model.unet.config, "scheduler": scheduler.config, "split": split_rules(header),
+            "teacher": fingerprint,
+        }  # fmt: skip
+        run.begin(meta, model, [model.unet], trial, log_name="distil")
+        network = ranks.wrap_ddp(student)
+        order = shuffled_batches(cfg.trajectories, plan.batch, run.step, cfg.seed, 13)
+        batches = gather_batches([train.states, train.labels], (index[run.rows] for index in order), device)
+
+        for epoch in run.epochs():
+            for step in run.steps(epoch):
+                states, y = next(batches)
+                # Every step has its own random numbers, by (seed, step), so resuming needs no state of a generator.
+                g = generator(cfg.seed, 14, step, device=device)
+                entries = torch.randint(cfg.num_steps, (plan.batch,), generator=g, device=device)[run.rows]
+                mean = torch.zeros(1, device=device)
+                for rows, weight, context in ranks.micro_batches(plan.batch, run.micro, network):
+                    if model.unet.config["dropout"]:
+                        torch.manual_seed(derive_seed(cfg.seed, 15, step, run.rows.start + rows.start))
+                    with context:
+                        loss = network(states[rows], y[rows], entries[rows])
+                        scaler.scale(weight * loss.mean()).backward()
+                    mean += loss.detach().sum() / plan.batch
+                ranks.sum(mean)
+                norm = optimise(model, optimizer, scaler, ema, cfg.grad_clip)
+                schedule.step()
+                run.took([mean], norm)
+
+            # Once an epoch: evaluate the averaged weights, and now and then show teacher and student.
+            numbers = {"loss/train": run.means()[0], **evaluate(ema.module, val, ranks)}
+            shown = epoch % 5 == 0 or run.is_last(epoch)
+            if shown and ranks.is_main:
+                show_samples(ema.module, vae, val, folder, epoch, run.is_last(epoch))
+            run.end_epoch(numbers, ema.module, pictures=["samples.png"] * shown)
+
+        run.save()
+        run.save_final(ema.module)
     print(f"done: {folder / 'final.safetensors'}; the teacher's images and the student's in {folder / 'samples.png'}")
 
 

@@ -1,7 +1,7 @@
-"""The evidence: python evaluate.py --run NAME --data DIR, or --images FOLDER for any folder of generated slices.
+"""Measure generated images: python evaluate.py --run NAME --data DIR, or --images FOLDER for any folder of slices.
 
-Writes report.json {section: {metric: {value, floor, ci_low, ci_high, n}}}, report.md and pictures. What cannot be
-measured is said in a sentence; the rest still comes, and the exit code is then 2.
+Writes report.json {section: {metric: {value, floor, ci_low, ci_high, n}}}, report.md and pictures. For what cannot be
+measured there is a sentence; the rest is still measured, and the exit code is then 2. The sections are in evidence.py.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +25,12 @@ from dataset import ADNIDataset, load_splits, load_splits_as_trained, read_image
 from device import describe_hardware, pick_device
 from evidence import PICTURES, SECTIONS, Evidence, Images
 from features import inception
-from loop import RunLog
 from metrics import TooFew
 from modules import StableDiffusion
 from pictures import image_grid, png_bytes
 from report import refresh_report
-from sampling import Drawer, load_run
+from runlog import RunLog
+from sampling import ImageSampler, load_run
 from utils import UserError, generator, git_commit, progress_bar, run_script
 from vae import VAE
 from weights import file_hash, write_atomic
@@ -64,43 +65,44 @@ CONTROLS = ("blurred", "noised", "shuffled")
 
 
 def images_of(data: ADNIDataset) -> Images:
-    """A split as the sections of an evaluation take it."""
+    """A split in the form that the sections of an evaluation take."""
     return Images(torch.as_tensor(data.images), data.labels, np.array(data.people))
 
 
-def draw_images(
+def generate_images(
     cfg: EvaluateConfig, model: StableDiffusion, vae: VAE, labels: Tensor, ranks: Ranks
 ) -> tuple[Tensor, Tensor]:
-    """(uint8 [N, S, S], latents [N, C, h, w]), image k from (seed, k) as predict.py draws it; by ranks in shares."""
-    drawer, side, n = Drawer(model, vae, cfg.batch_size, cfg.guidance), vae.config["image_size"], len(labels)
+    """(uint8 [N, S, S], latents [N, C, h, w]): image k from (seed, k), as predict.py makes it; each rank a share."""
+    sampler, side, n = ImageSampler(model, vae, cfg.batch_size, cfg.guidance), vae.config["image_size"], len(labels)
     images, latents = torch.empty(n, side, side, dtype=torch.uint8), torch.empty(n, *vae.latent_shape)
-    cuts, bar = ranks.cuts(n, cfg.batch_size), progress_bar(n, what="drawing")
+    bounds, bar = ranks.row_bounds(n, cfg.batch_size), progress_bar(n, what="generating")
     with bar:
-        for k in torch.arange(cuts[ranks.rank], cuts[ranks.rank + 1]).split(cfg.batch_size):
-            if len(k):  # a rank may be without a share
-                images[k], latents[k] = (part.cpu() for part in drawer(cfg.seed, k.tolist(), labels[k]))
+        for k in torch.arange(bounds[ranks.rank], bounds[ranks.rank + 1]).split(cfg.batch_size):
+            if len(k):  # a rank may have no share
+                images[k], latents[k] = (part.cpu() for part in sampler(cfg.seed, k.tolist(), labels[k]))
             bar.update(len(k) * ranks.size)
-    ranks.complete(images, cuts)
-    ranks.complete(latents, cuts)
+    ranks.all_gather_rows(images, bounds)
+    ranks.all_gather_rows(latents, bounds)
     return images, latents
 
 
 def gather(cfg: EvaluateConfig, ranks: Ranks) -> Evidence:
-    """Load the data split as the run split it, and draw or read the generated images."""
-    device = ranks.device
-    run = cfg.run or (None if cfg.images else "adni")
+    """Load the data, split as the run split it, and generate images with the run or read them from a folder."""
+    device, run = ranks.device, cfg.run
     out = Path(cfg.out or (Path(cfg.checkpoints) / run / "report" if run and not cfg.images else "report"))
-    model = vae = meta = None
-    if run:
-        model, vae, meta, file = load_run(Path(cfg.checkpoints) / run, cfg.weights, device, cfg.precision)
-    if cfg.guidance != 1.0 and not cfg.images and not model.num_classes:
+    loaded = load_run(Path(cfg.checkpoints) / run, cfg.weights, device, cfg.precision) if run else None
+    if loaded and cfg.guidance != 1.0 and not cfg.images and not loaded[0].num_classes:
         raise UserError(f"run {run} is unconditional and has no class to be guided to: leave out --guidance")
 
-    problems, latents = [], None
-    if cfg.images:  # their size decides
+    # A folder's images decide the size at which everything is measured; they are read first.
+    problems: list[str] = []
+    if cfg.images:
         pixels, names, problems = read_images(Path(cfg.images))
-    side = pixels.shape[-1] if cfg.images else vae.config["image_size"]
-    splits = load_splits_as_trained(cfg.data, cfg.cache, meta, side) if meta else load_splits(cfg, side)[0]
+        side = pixels.shape[-1]
+    else:
+        assert loaded is not None  # main names a run where no folder is named
+        side = loaded[1].config["image_size"]
+    splits = load_splits_as_trained(cfg.data, cfg.cache, loaded[2], side) if loaded else load_splits(cfg, side)[0]
     if cfg.held_out == "test" and "test" not in splits:
         raise UserError(f"{cfg.data} has no test/ folder: take --held-out val")
     held_out = splits["val"] if cfg.held_out == "val" else splits.get("test", splits["val"])
@@ -108,25 +110,29 @@ def gather(cfg: EvaluateConfig, ranks: Ranks) -> Evidence:
         if len(set(data.people)) < 2:
             raise UserError(f"{cfg.data} has one person to {name}: floors and intervals need at least two")
     train, classes = images_of(splits["train"]), splits["train"].classes
-    if cfg.images:
-        labels = [classes.index(name) if name in classes else -1 for name in names]
-        labels = torch.zeros(len(names), dtype=torch.int64) if len(classes) == 1 else torch.tensor(labels)
-        generated = Images(pixels, labels, np.arange(len(names)).astype(str))
-        source = f"the folder {Path(cfg.images).name}"
+
+    # The generated images and their labels, -1 where the class is unknown.
+    latents = None
+    if cfg.images or loaded is None:
+        index = [classes.index(name) if name in classes else -1 for name in names]
+        labels = torch.zeros(len(names), dtype=torch.int64) if len(classes) == 1 else torch.tensor(index)
+        source = f"the folder {Path(cfg.images or '').name}"
     else:
-        g = generator(cfg.seed, 8)
-        labels = train.labels[torch.randint(len(train), (cfg.num_images,), generator=g)]  # in the data's shares
-        pixels, latents = draw_images(cfg, model, vae, labels, ranks)
-        unknown = len(classes) > 1 and not model.num_classes
-        labels = torch.full_like(labels, -1) if unknown else labels
-        generated = Images(pixels, labels, np.arange(len(labels)).astype(str))
+        model, vae, meta, file = loaded
+        chosen = torch.randint(len(train), (cfg.num_images,), generator=generator(cfg.seed, 8))
+        labels = train.labels[chosen]  # so that classes have the shares that they have in the data
+        pixels, latents = generate_images(cfg, model, vae, labels, ranks)
+        if len(classes) > 1 and not model.num_classes:
+            labels = torch.full_like(labels, -1)
         source = (
             f"run {run}, {cfg.weights} weights ({file_hash(file)}, epoch {meta.get('epoch')}, code "
             f"{meta.get('commit')}), default sampling, guidance {cfg.guidance:g}, seed {cfg.seed}"
         )
+    generated = Images(pixels, labels, np.arange(len(labels)).astype(str))
     return Evidence(
-        train, images_of(held_out), generated, classes, cfg, device, out, vae, latents, source, problems=problems
-    )
+        train, images_of(held_out), generated, classes, cfg, device, out, loaded[1] if loaded else None, latents,
+        source, problems=problems,
+    )  # fmt: skip
 
 
 def rows_of(report: dict) -> dict[str, list[list[str]]]:
@@ -178,20 +184,26 @@ def markdown(e: Evidence, facts: dict) -> str:
 
 def main(cfg: EvaluateConfig) -> None:
     start = time.time()
+    if cfg.run is None and not cfg.images:
+        cfg = replace(cfg, run="adni")
     if cfg.inception_weights:
         inception(cfg.inception_weights, pick_device(cfg.device))  # a wrong file is refused before any work
     ranks = Ranks(pick_device(cfg.device))
     e = gather(cfg, ranks)
     ranks.close()
-    if not ranks.main:  # the drawing was shared; rank 0 measures
+    if not ranks.is_main:  # the ranks generated together; rank 0 measures
         return
-    for name in PICTURES:  # of an earlier report that had more
+
+    # Measure, section by section.
+    for name in PICTURES:  # an earlier report may have had more
         (e.out / name).unlink(missing_ok=True)
     for section in SECTIONS:
         try:
             section(e)
         except TooFew as problem:
             e.problems.append(str(problem))
+
+    # Write the report and its pictures, and log them.
     write_atomic(e.out / "generated.png", png_bytes(image_grid(e.generated.sample(36, cfg.seed).pixels.numpy())))
     side = e.train.pixels.shape[-1]
     facts = {
@@ -203,7 +215,7 @@ def main(cfg: EvaluateConfig) -> None:
     }  # fmt: skip
     write_atomic(e.out / "report.json", json.dumps(e.report, indent=1).encode())
     write_atomic(e.out / "report.md", markdown(e, facts).encode(errors="backslashreplace"))
-    log = RunLog(e.out, cfg, "evaluate")
+    log = RunLog(e.out, replace(cfg, run=cfg.run or Path(cfg.images or "").name), "evaluate")
     log.log(0, {f"{s}/{m}": r["value"] for s, rows in e.report.items() for m, r in rows.items()})
     for name in PICTURES:
         if (e.out / name).exists():

@@ -1,95 +1,437 @@
-"""What the three trainings share: averaged weights, the optimiser step, the log."""
+"""What the three trainings share, so that their scripts show the method alone: the bookkeeping of a run.
+
+Here are the plan of a training (`Plan`), a run that can be stopped and resumed at any step (`Run`), the averaged
+weights (`EMA`), the optimiser step with its watch for gradients that are not finite, and the micro-batch.
+Nothing in this file sees a batch, a forward pass or a loss: those are in pre_train.py, train.py and distil.py.
+"""
 
 from __future__ import annotations
 
-import json
-import netrc
 import os
-import sys
-import threading
-import uuid
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from device import fetch_async
-from pictures import plot_curves
-from utils import UserError, read_jsonl
-from weights import write_atomic
+from cluster import Ranks, RunLock, StopSignal, leave_early
+from device import compile_networks, describe_hardware, fetch_async
+from report import refresh_report
+from runlog import NullLog, RunLog
+from utils import UserError, git_commit, progress_bar
+from weights import load_state, save_state, save_weights
 
 if TYPE_CHECKING:
-    from config import MachineConfig
+    from config import StepsConfig
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
-def make_ema(model: nn.Module, decay: float) -> torch.optim.swa_utils.AveragedModel:
-    """Exponential moving average of the weights; young averages forget faster: min(decay, (1 + n) / (10 + n))."""
-    from torch.optim.swa_utils import AveragedModel
+class Resumable(Protocol):
+    """What can be saved and put back: a network, its average, the optimiser, the schedule, the scaler."""
 
-    def update(averaged: list[Tensor], current: list[Tensor], n: Tensor) -> None:
-        n = n.item()  # it lives on the CPU
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
+    def state_dict(self) -> dict[str, Any]: ...
 
-    ema = AveragedModel(model, multi_avg_fn=update)
-    ema.eval().requires_grad_(False)
-    return ema
+    def load_state_dict(self, state_dict: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a training is."""
+
+    batch: int  # images in a step, over all ranks
+    steps_per_epoch: int
+    steps: int  # in all
+
+    @classmethod
+    def of(cls, cfg: StepsConfig, n: int) -> Plan:
+        """The plan for n images: an epoch has n // batch steps, and what is left over waits for the next shuffle."""
+        batch = min(cfg.batch_size, n)
+        return cls(batch, n // batch, cfg.epochs * (n // batch))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run
+
+
+# Settings that may differ between the command that started a run and the one that continues it. With any other
+# difference the resumed run would be a mixture of two.
+FREE_TO_CHANGE = {
+    "epochs", "device", "wandb", "cache", "checkpoints", "save_minutes", "fresh", "dry_run", "gif_every",
+    "sample_every", "data", "micro_batch", "adversarial", "compile",
+}  # fmt: skip
+
+
+def check_same_run(cfg: StepsConfig, fingerprint: str, source: str, state: Mapping[str, Any], folder: Path) -> None:
+    """UserError if this command would continue a run that was started with other settings or from other data.
+
+    `source` says in words what `fingerprint` was computed from. A setting that the run does not know, because the flag
+    is newer than the run, counts as that flag's default: new flags must do nothing by default (CONTRIBUTING.md).
+    """
+    old, new = {**asdict(type(cfg)()), **state["config"]}, asdict(cfg)
+    changed = [name for name in new if name not in FREE_TO_CHANGE and old[name] != new[name]]
+    if changed:
+        was = ", ".join(f"{name} {old[name]} -> {new[name]}" for name in changed)
+        raise UserError(f"{folder} was started with other settings ({was}): use those, another --run, or --fresh")
+    if state["data"] != fingerprint:
+        raise UserError(f"{folder} was started on other {source}: use another --run or --fresh")
+
+
+def open_run(cfg: StepsConfig, stage: str) -> Path:
+    """Return the folder CHECKPOINTS/RUN/<stage>, made, writable and free of half-written files.
+
+    With --fresh, an older folder is moved to CHECKPOINTS/RUN/old-DATE/<stage> first.
+    """
+    folder = Path(cfg.checkpoints) / cfg.run / stage
+    if cfg.fresh and folder.exists():
+        old = folder.parent / f"old-{time.strftime('%Y%m%d-%H%M%S')}" / stage
+        old.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(folder, old)
+        print(f"the old {stage} run is now in {old}")
+    folder.mkdir(parents=True, exist_ok=True)
+    for torn in folder.rglob(".*.tmp"):  # left by a job that was killed while it wrote
+        torn.unlink()
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder} cannot be written: choose another --checkpoints folder")
+    return folder
+
+
+class Run:
+    """One stage ("vae" or "diffusion") of a run: its lock, folder, log and checkpoints, and the step it has reached.
+
+    It counts, saves, logs and closes. The script goes through these calls in this order:
+
+        with Run(cfg, "diffusion", plan, stop, device) as run:           # locks and opens the folder
+            run.track(3, model=model, ema=ema, optimizer=optimizer, ...)  # all that resuming needs
+            state = run.resume(fingerprint, "slices than DIR now holds")  # what was saved last, or None
+            if run.finished: return
+            run.begin(meta, model, [unet], trial)                        # log, micro-batch, compilation, progress bar
+            for epoch in run.epochs():                                   # from the first one not yet evaluated
+                for step in run.steps(epoch):                            # saves on time, leaves after a signal
+                    ...                                                  # forward, backward, optimise
+                    run.took([loss], norm)                               # counts the step
+                run.end_epoch(numbers, ema.module)                       # log, best weights, curves, report
+            run.save_final(ema.module)
+
+    Public: `ranks`, `folder`, `step` (steps done), `rows` (this rank's rows of a batch), `micro` (images at a time).
+    """
+
+    def __init__(self, cfg: StepsConfig, stage: str, plan: Plan, stop: StopSignal, device: torch.device):
+        self.cfg, self.plan, self.stop, self.device = cfg, plan, stop, device
+        self.ranks = Ranks(device)
+        self.folder = Path(cfg.checkpoints) / cfg.run / stage
+        self.ranks.run_on_rank0(self._open)
+        self.rows = self.ranks.batch_rows(plan.batch)
+        self.log: NullLog = NullLog()
+        self.watch = NonFiniteWatch(device)
+        self.bar: Any = None
+        self.parts: dict[str, Resumable] = {}
+        self.extra: dict[str, Any] = {}  # of this script alone, saved with the state
+        self.meta: dict[str, Any] = {}
+        self.step, self.evaluated, self.best = 0, 0, float("inf")  # evaluated: the step of the last evaluation
+        self.resumed = self.finished = False
+        # The best weights since the last save. They wait in memory, because an epoch can be a matter of seconds.
+        self.best_so_far: tuple[nn.Module, dict[str, Any]] | None = None
+
+    def _open(self) -> None:
+        self.lock = RunLock(self.folder)
+        open_run(self.cfg, self.folder.name)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, where: TracebackType | None) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if kind is None:
+            self._close()
+
+    def _close(self) -> None:
+        self.stop.end()
+        self.log.close()
+        self.ranks.close()
+
+    # What resuming needs
+
+    def track(self, sums: int, **parts: Resumable) -> None:
+        """Name all that must come back when the run is resumed, and how many numbers `took` adds up."""
+        self.parts = parts
+        # Since the last evaluation, over the steps taken: the script's numbers, the gradient norm, the number of steps.
+        self.sums = torch.zeros(sums + 2, device=self.device)
+
+    def resume(self, fingerprint: str, source: str) -> dict[str, Any] | None:
+        """Put the saved state back into the tracked parts and return it, or None where nothing was saved.
+
+        Sets `finished` and says so where nothing is left to do. UserError if the run was started with other settings or
+        on other data (`check_same_run`), or if the ranks do not see the same files.
+        """
+        self.fingerprint = fingerprint
+        state = self.ranks.rank0_first(lambda: load_state(self.folder / "last.pt"))
+        if state:
+            check_same_run(self.cfg, fingerprint, source, state, self.folder)
+            saved = {name for name, value in state.items() if isinstance(value, dict)} - {"config"}
+            for name in sorted(saved ^ {*self.parts}):
+                how = "with" if name in saved else "without"
+                raise UserError(f"{self.folder} was started {how} a {name}: go on so, or start over with --fresh")
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            self.step, self.evaluated, self.best = state["step"], state["evaluated"], state["best"]
+            self.sums = state["sums"].to(self.device)
+            self.resumed = True
+            self.finished = self.step >= self.plan.steps and (self.folder / "final.safetensors").exists()
+            if self.finished:
+                print(f"{self.folder} is finished: {self.cfg.epochs} epochs; more with --epochs, again with --fresh")
+            else:
+                print(f"resuming {self.folder} at epoch {self.step / self.plan.steps_per_epoch:.2f}")
+        self.ranks.check_same(fingerprint, self.step)
+        return state
+
+    def begin(
+        self, meta: Mapping[str, Any], model: nn.Module, networks: Sequence[nn.Module], trial: Callable[[int], object],
+        log_name: str = "",
+    ) -> None:  # fmt: skip
+        """Open the log, find the micro-batch, compile `networks`, and start the clock and the progress bar.
+
+        `meta` goes into the header of the weights. `trial(n)` is a forward and backward pass of n images. From here on
+        there is something to save, and so Ctrl-C saves before it leaves.
+        """
+        hardware = describe_hardware(self.device)
+        self.meta = {**meta, "config": asdict(self.cfg), "commit": git_commit(), "hardware": hardware}
+        if self.ranks.is_main:
+            self.log = RunLog(self.folder, self.cfg, log_name or self.folder.name, self.step)
+        # Beside a step there must be room for the gradient buckets of DDP and the best weights, and, in a run that is
+        # new, for the two moments of AdamW, which are made in its first step.
+        copies = 2 if self.resumed else 4
+        share = self.rows.stop - self.rows.start
+        self.micro = find_micro_batch(self.cfg.micro_batch, share, model, copies, trial)
+        compile_networks(self.cfg.compile, networks, lambda: trial(self.micro), self.device)
+        batch = self.plan.batch
+        self.bar = progress_bar(self.plan.steps * batch, self.step * batch)
+        self.saved_at = self.clock = time.time()
+        self.clock_step = self.step
+        self.stop.begin()
+
+    # The loop
+
+    def epochs(self) -> Iterator[int]:
+        """Epochs that are not evaluated yet, counted from 1. After a kill the first one may have no step left to do."""
+        yield from range(self.evaluated // self.plan.steps_per_epoch + 1, self.cfg.epochs + 1)
+
+    def steps(self, epoch: int) -> Iterator[int]:
+        """The steps that are left of an epoch; the body of the loop calls `took` once for each.
+
+        Between two steps the run is saved every --save-minutes. After a signal it is saved and the process exits: with
+        130 after Ctrl-C, else with 75.
+        """
+        while self.step < epoch * self.plan.steps_per_epoch:
+            leaving = self.ranks.any_rank(self.stop, self.step)
+            if leaving or time.time() - self.saved_at > 60 * self.cfg.save_minutes:
+                self.save()
+            if leaving:
+                self.bar.close()
+                self._close()
+                leave_early(self.stop, self.step / self.plan.steps_per_epoch)
+            yield self.step
+
+    def took(self, numbers: Sequence[Tensor], norm: Tensor) -> None:
+        """Count a step whose gradients had this norm, and add its numbers, tensors of any shape, to `sums`.
+
+        Where the norm is not finite the optimiser skipped the step, and it adds nothing. After 20 such steps in a row
+        the run is saved and ends with a UserError.
+        """
+        added = torch.cat([*(n.flatten() for n in numbers), norm.view(1), torch.ones_like(norm).view(1)])
+        self.sums += torch.where(norm.isfinite(), added, 0.0)
+        self.step += 1
+        self.bar.update(self.plan.batch)
+        if stuck := self.watch.stuck_at(norm, self.step):
+            self.save()
+            self.ranks.fail(self.watch.sentence(stuck, stuck / self.plan.steps_per_epoch, self.folder))
+
+    def means(self) -> list[float]:
+        """Means of the numbers given to `took`, over the steps since the last evaluation that were not skipped."""
+        *sums, _, taken = self.sums.tolist()
+        return [value / max(1.0, taken) for value in sums]
+
+    def is_last(self, epoch: int) -> bool:
+        """Is this the last epoch of the training?"""
+        return epoch == self.cfg.epochs
+
+    def end_epoch(
+        self, numbers: dict[str, float], module: nn.Module, better: bool = False, pictures: Iterable[str] = (),
+        people: bool = False,
+    ) -> None:  # fmt: skip
+        """Log the numbers of an epoch and keep `module` if it is the best so far, by "loss/val" or because `better`.
+
+        `numbers` must hold "loss/train" and "loss/val"; it is completed with the epoch, the speed, the gradient norm,
+        the learning rate and skipped steps. `pictures` are files of the folder that were written in this epoch; they go
+        to wandb, those that show `people` only where somebody asked for it, and the curves and the report are redrawn.
+        """
+        speed = (self.step - self.clock_step) * self.plan.batch / max(1e-9, time.time() - self.clock)
+        *_, norm, taken = self.sums.tolist()
+        optimizer: Any = self.parts["optimizer"]
+        numbers |= {
+            "epoch": self.step // self.plan.steps_per_epoch, "images per s": speed,
+            "gradient norm": norm / max(1.0, taken), "learning rate": optimizer.param_groups[0]["lr"],
+        }  # fmt: skip
+        if skipped := self.step - self.evaluated - taken:
+            numbers["skipped steps"] = skipped
+        if self.device.type == "cuda":
+            numbers["GPU memory (GB)"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+
+        if better or numbers["loss/val"] < self.best:
+            self.best = min(self.best, numbers["loss/val"])
+            self.best_so_far = deepcopy(module), {**self.meta, "epoch": numbers["epoch"], "metrics": dict(numbers)}
+
+        self.log.log(self.step, numbers)
+        for name in pictures:
+            self.log.picture(self.step, Path(name).stem, self.folder / name, people)
+        if pictures:
+            self.log.plot()
+        if pictures and self.ranks.is_main:
+            refresh_report(self.folder.parent)
+        self.bar.write(epoch_line(numbers))
+        self.evaluated = self.clock_step = self.step
+        self.clock = time.time()
+        self.sums.zero_()
+
+    # What is written
+
+    def save(self) -> None:
+        """Write last.pt, and before it best.safetensors if there are better weights than those on disk (rank 0)."""
+        self.saved_at = time.time()
+        if not self.ranks.is_main:
+            return
+        if self.best_so_far:
+            save_weights(self.folder / "best.safetensors", *self.best_so_far)
+            self.best_so_far = None
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        counts = {"step": self.step, "evaluated": self.evaluated, "best": self.best, "sums": self.sums.cpu()}
+        facts = {"config": asdict(self.cfg), "data": self.fingerprint}
+        save_state(self.folder / "last.pt", {**parts, **counts, **facts, **self.extra})
+
+    def save_final(self, module: nn.Module, **more: Any) -> None:
+        """Write final.safetensors, whose header also says `more` (rank 0)."""
+        if self.ranks.is_main:
+            facts = {**self.meta, **more, "epoch": self.cfg.epochs, "metrics": self.log.rows[-1]}
+            save_weights(self.folder / "final.safetensors", module, facts)
+
+
+def epoch_line(numbers: Mapping[str, float]) -> str:
+    """What the terminal shows of an epoch."""
+    line = f"epoch {numbers['epoch']:4.0f}  train {numbers['loss/train']:.4f}  val {numbers['loss/val']:.4f}"
+    if "PSNR/val" in numbers:
+        line += f"  PSNR {numbers['PSNR/val']:.2f} dB  SSIM {numbers['SSIM/val']:.4f}"
+    line += f"  {numbers['images per s']:.0f} images/s"
+    skipped = numbers.get("skipped steps", 0)
+    return line + f"  {skipped:.0f} steps skipped: gradients not finite" * bool(skipped)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimisation
+
+
+class EMA(nn.Module, Generic[Network]):
+    """`module`: a copy of the model whose weights are an exponential moving average of the model's.
+
+    A young average forgets faster: the decay is min(decay, (1 + n) / (10 + n)) after n steps, and 0 at the first.
+    """
+
+    module: Network
+    n_averaged: Tensor
+
+    def __init__(self, model: Network, decay: float):
+        super().__init__()
+        self.module = deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+        self.eval()
+        self.register_buffer("n_averaged", torch.tensor(0))  # stays on the host, where reading it costs no wait
+
+    @torch.no_grad()
+    def update(self, model: Network, taken: Tensor) -> None:
+        """Take in the model's weights, unless the step was skipped (`taken`, a scalar bool on the device, is false)."""
+        averaged: list[Tensor] = [*self.module.parameters()]
+        current: list[Tensor] = [*model.parameters()]
+        n = int(self.n_averaged)
+        weight = 1 - min(self.decay, (1 + n) / (10 + n)) if n else 1.0
+        if taken.device.type == "cpu":
+            if not taken:
+                return
+            torch._foreach_lerp_(averaged, current, weight)
+        else:  # nobody waits to see whether the step was taken, so n counts it either way: it matters to the first few
+            change = [*torch._foreach_sub(current, averaged)]
+            torch._foreach_mul_(change, weight * taken.float())
+            torch._foreach_add_(averaged, change)
+        self.n_averaged += 1
+
+
+def make_optimizer(params: Iterable[Any], cfg: StepsConfig, device: torch.device) -> torch.optim.AdamW:
+    """AdamW. It is fused, and so skips steps that are not finite by itself, but not on MPS, where fused it does not."""
+    return torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=device.type != "mps")
+
+
+def make_scaler(amp_dtype: torch.dtype | None, device: torch.device) -> torch.amp.GradScaler:
+    """Scales the loss for float16, whose small gradients would become 0; does nothing in other precisions."""
+    return torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
 
 
 def optimise(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    ema: torch.optim.swa_utils.AveragedModel,
+    ema: EMA,
     clip: float,
-    rival: nn.Module | None = None,
+    discriminator: nn.Module | None = None,
 ) -> Tensor:
-    """Unscale, clip, step, average: with the gradients that are there. Returns their norm before clipping.
+    """One optimiser step with the gradients that are there: unscale, clip, step, average, set gradients to None.
 
-    A `rival` (discriminator) of the same optimiser is clipped by itself, and both step or neither.
-
-    Where it is not finite, no step is taken, in any precision. A fused optimiser skips it by itself, without a wait for
-    the GPU; MPS's does not, and so is not used there.
+    Returns the norm of the gradients before clipping, a scalar on the device. Where it is not finite, no step is taken
+    in any precision, and nobody waits for the GPU to find out. A `discriminator` of the same optimiser is clipped by
+    itself, and both networks step or neither does.
     """
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf")).detach()
-    if rival is not None:
-        theirs = nn.utils.clip_grad_norm_(rival.parameters(), clip or float("inf"))
-        norm = torch.where(theirs.isfinite(), norm, theirs)
+    if discriminator is not None:
+        norm_d = nn.utils.clip_grad_norm_(discriminator.parameters(), clip or float("inf"))
+        norm = torch.where(norm_d.isfinite(), norm, norm_d)
     if scaler.is_enabled():
         scaler.step(optimizer)
         scaler.update()
     elif optimizer.defaults["fused"]:
-        getattr(optimizer, "inner", optimizer).found_inf = 1 - norm.isfinite().float()
+        fused: Any = getattr(optimizer, "inner", optimizer)
+        fused.found_inf = 1 - norm.isfinite().float()
         optimizer.step()
     elif norm.isfinite():
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    ema.update_parameters(model)
+    ema.update(model, norm.isfinite())
     return norm
 
 
 class NonFiniteWatch:
-    """Counts steps in a row whose gradients are not finite; says so after `patience`, without waiting for a GPU."""
+    """Notices when `patience` steps in a row had gradients that are not finite, without waiting for the GPU."""
 
     def __init__(self, device: torch.device, patience: int = 20):
-        self.patience, self.reading = patience, None
+        self.patience = patience
+        self.reading: Callable[[], Any] | None = None
         self.count, self.since = torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device)
 
-    def hopeless(self, norm: Tensor, step: int) -> int:
-        """0, or the step that was one too many, up to 20 steps later."""
+    def stuck_at(self, norm: Tensor, step: int) -> int:
+        """Return the step at which `patience` such steps in a row were reached, else 0. May lag 20 steps."""
         self.count = torch.where(norm.isfinite(), 0, self.count + 1)
         self.since = torch.where((self.count == self.patience) & (self.since == 0), step, self.since)
         seen = 0
-        if step % 10 == 0:  # what was read ten steps ago has arrived
+        if step % 10 == 0:  # the copy that was started ten steps ago has arrived
             seen = int(self.reading()) if self.reading else 0
             self.reading = fetch_async(self.since.clone())
         return seen
 
     def sentence(self, step: int, epoch: float, folder: Path) -> str:
-        """What to tell a person then."""
+        """The sentence that ends such a run."""
         return (
             f"the gradients of {self.patience} steps in a row were not finite, up to step {step} (epoch {epoch:.2f}); "
             f"none of them was taken and {folder} keeps the weights before them: start over with --fresh and a smaller "
@@ -97,19 +439,14 @@ class NonFiniteWatch:
         )
 
 
-def skipped_steps_note(numbers: Mapping[str, float]) -> str:
-    """The end of an epoch's line: how many steps were not taken, if any."""
-    n = numbers.get("skipped steps", 0)
-    return f"  {n:.0f} steps skipped: gradients not finite" if n else ""
-
-
 def find_micro_batch(
-    choice: int | str | None, share: int, model: nn.Module, copies: int, trial: Callable[[int], object]
+    choice: int | Literal["auto"] | None, share: int, model: nn.Module, copies: int, trial: Callable[[int], object]
 ) -> int:
-    """Images that go through the network at a time: `choice`, all `share` of them for None, what fits for "auto".
+    """How many of this rank's `share` of a batch go through the network at a time.
 
-    `trial(n)` is a step's forward and backward pass of n images; beside it so many copies of the weights find room:
-    DDP's buckets and the best weights, and AdamW's moments where they are not there yet.
+    `choice` is --micro-batch: a number, None for all of them, or "auto" for the most that fit the GPU's memory. Then
+    `trial(n)`, a forward and backward pass of n images, is tried with half as many until it fits, while `copies` copies
+    of the weights lie beside it, for what a step needs later. UserError if not even one image fits.
     """
     if choice != "auto":
         return min(choice or share, share)
@@ -123,103 +460,9 @@ def find_micro_batch(
                 print(f"--micro-batch auto: {n} images at a time")
             return n
         except torch.OutOfMemoryError:
-            room = None
+            room = []
         if n == 1:
             raise UserError("not even one image fits the GPU's memory: take smaller --channels, or a larger GPU")
         model.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
         n = -(-n // 2)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The log of a run
-
-
-class RunLog:
-    """Numbers to FOLDER/metrics.jsonl, curves to FOLDER/curves.png, both and pictures to wandb if it works.
-
-    `step` is where the run resumes: rows after it were written by a job that died before it saved, and are dropped.
-    wandb can fail at any call: then one line says so and the run goes on without it.
-    """
-
-    PATIENCE = 60.0  # seconds
-
-    def __init__(self, folder: Path, cfg: MachineConfig, stage: str, step: int = 0):
-        self.folder, self.path, self.wandb = folder, folder / "metrics.jsonl", None
-        self.sends_people = cfg.wandb in ("online", "offline")  # somebody asked for it
-        self.rows = [r for r in read_jsonl(self.path) if r["step"] <= step] if step else []
-        write_atomic(self.path, "".join(json.dumps(r) + "\n" for r in self.rows).encode())
-        if cfg.wandb != "disabled":
-            self._guard(lambda: self._start_wandb(cfg, stage))
-
-    def _start_wandb(self, cfg: MachineConfig, stage: str) -> None:
-        import wandb
-
-        mode = cfg.wandb
-        if mode == "auto":
-            mode = "online" if logged_in_to_wandb() else "offline"
-        id_file = self.folder / "wandb_id"
-        if not id_file.exists():
-            write_atomic(id_file, uuid.uuid4().hex[:8].encode())
-        facts = dict(
-            project="Stable-Diffusion-ADNI", name=f"{cfg.run}-{stage}", group=cfg.run, id=id_file.read_text(),
-            resume="allow", dir=str(self.folder), config=asdict(cfg),
-            settings=wandb.Settings(silent=True, init_timeout=60),
-        )  # fmt: skip
-        try:
-            self.wandb = wandb.init(mode=mode, **facts)
-        except Exception as e:
-            if mode == "offline":
-                raise
-            reason = next(iter(str(e).splitlines()), "")
-            print(f"wandb cannot be reached and logs offline: wandb sync later ({reason})", file=sys.stderr)
-            self.wandb = wandb.init(mode="offline", **facts)
-
-    def _guard(self, call: Callable[[], Any]) -> None:
-        try:
-            call()
-        except Exception as e:
-            self.wandb = None
-            reason = next(iter(str(e).splitlines()), "")
-            print(f"wandb is off for the rest of this run ({type(e).__name__}: {reason})", file=sys.stderr)
-
-    def log(self, step: int, row: Mapping[str, float]) -> None:
-        """Append numbers at a step."""
-        row = {"step": step, **{k: round(float(v), 8) for k, v in row.items()}}
-        self.rows.append(row)
-        with open(self.path, "a") as f:
-            f.write(json.dumps(row) + "\n")
-        if self.wandb is not None:
-            self._guard(lambda: self.wandb.log(row, step=step))
-
-    def picture(self, step: int, name: str, path: Path, people: bool = False) -> None:
-        """Show a picture file in wandb; one with slices of `people` in it only if wandb was asked for by name."""
-        if self.wandb is not None and (self.sends_people or not people):
-            import wandb
-
-            kind = wandb.Video if path.suffix == ".gif" else wandb.Image
-            self._guard(lambda: self.wandb.log({name: kind(str(path))}, step=step))
-
-    def plot(self) -> None:
-        """Redraw FOLDER/curves.png."""
-        plot_curves(self.rows, self.folder / "curves.png")
-
-    def close(self) -> None:
-        """End the wandb run; a server that does not answer is waited for a minute."""
-        if self.wandb is not None:
-            ending = threading.Thread(target=self._guard, args=(self.wandb.finish,), daemon=True)
-            ending.start()
-            ending.join(self.PATIENCE)
-            if ending.is_alive():
-                print("wandb does not come to an end and is left behind: wandb sync later", file=sys.stderr)
-
-
-def logged_in_to_wandb() -> bool:
-    """Is there a key in the environment or in ~/.netrc, where `wandb login` puts it? Opens no connection."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").partition("//")[2].strip("/")
-    try:
-        return netrc.netrc().authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False

@@ -1,9 +1,12 @@
-"""The U-Net and its blocks, Fast-DDPM's noise schedule and samplers, the learning-rate schedule, Lookahead."""
+"""The networks of the diffusion and what trains them: U-Net, Fast-DDPM, samplers, learning-rate schedule, Lookahead.
+
+The VAE is in vae.py, and the way from a trained run to images is in sampling.py.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +27,14 @@ from weights import build_network, load_into, load_weights
 
 
 def group_norm(channels: int, least: int = 1) -> nn.GroupNorm:
-    """GroupNorm with as many groups as there can be: up to 32, each of at least that many channels."""
+    """GroupNorm with the most groups that divide the channels: up to 32, each of at least `least` channels."""
     fits = (g for g in range(1, 33) if channels % g == 0 and (g == 1 or channels // g >= least))
     return nn.GroupNorm(max(fits), channels, eps=1e-6)
 
 
 def zero_init(layer: nn.Module) -> nn.Module:
-    """Start a residual branch at zero, so that a deep network starts as the identity (Ho et al. 2020)."""
+    """Set all parameters of the layer to zero and return it: a residual branch that ends in it starts as the identity
+    (Ho et al. 2020)."""
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer
@@ -44,7 +48,10 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 class ResidualBlock(nn.Module):
-    """norm-SiLU-conv twice around a skip; the embedding enters by scale and shift (Dhariwal & Nichol 2021)."""
+    """Twice norm, SiLU and convolution, around a skip: [B, cin, H, W] -> [B, cout, H, W].
+
+    The embedding [B, emb_dim] enters by scale and shift (Dhariwal & Nichol 2021). `emb_dim` 0 is a block without one.
+    """
 
     def __init__(self, cin: int, cout: int, emb_dim: int = 0, dropout: float = 0.0, norm_group: int = 1):
         super().__init__()
@@ -63,7 +70,7 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Multi-head self-attention over the H·W positions, around a skip."""
+    """Multi-head self-attention over the H·W positions, around a skip: [B, C, H, W] -> the same shape."""
 
     def __init__(self, channels: int, norm_group: int = 1, head_dim: int = 64):
         super().__init__()
@@ -87,7 +94,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Upsample(nn.Module):
-    """Nearest neighbour by 2, then a convolution."""
+    """Double the resolution by nearest neighbour, then a convolution: [B, cin, H, W] -> [B, cout, 2H, 2W]."""
 
     def __init__(self, cin: int, cout: int):
         super().__init__()
@@ -100,9 +107,10 @@ class Upsample(nn.Module):
 class UNet(nn.Module):
     """Denoising U-Net on latents.
 
-    x float [B, C, H, W] (unit variance), t int64 [B] in 0..999, y int64 [B] in 0..num_classes (num_classes itself is
-    "no class"; None when the network has no classes) -> [B, C, H, W]. `config` rebuilds the network. `patch` latent
-    pixels along each side are taken together (space to depth), which costs the square of it less.
+    x float [B, C, H, W] of unit variance, t int64 [B] in 0..999, y int64 [B] in 0..num_classes -> [B, C, H, W].
+    The label num_classes means "no class"; y is None when the network has no classes. `config` rebuilds the network.
+    `patch` latent pixels along each side are folded into channels (space to depth); 2 makes it four times cheaper.
+    ValueError on widths or resolutions that do not divide.
     """
 
     def __init__(
@@ -118,7 +126,7 @@ class UNet(nn.Module):
         patch: int = 1,
     ):
         super().__init__()
-        self.config = dict(
+        self.config: dict[str, Any] = dict(
             in_channels=in_channels, resolution=resolution, channels=list(channels), blocks=blocks,
             attention=list(attention), num_classes=num_classes, dropout=dropout, norm_group=norm_group, patch=patch,
         )  # fmt: skip
@@ -132,7 +140,8 @@ class UNet(nn.Module):
         self.patch = patch
         emb = 4 * channels[0]
         self.time = nn.Sequential(nn.Linear(channels[0], emb), nn.SiLU(), nn.Linear(emb, emb))
-        # N(0, 1), as always; drawn here, because on the meta device nn.Embedding's own costs torch 4 s of imports.
+        # N(0, 1), the default. It is sampled here because on the meta device nn.Embedding's own initialisation makes
+        # torch import packages for 4 s.
         self.label = None
         if num_classes:
             self.label = nn.Embedding(num_classes + 1, emb, _weight=torch.randn(num_classes + 1, emb))
@@ -141,6 +150,7 @@ class UNet(nn.Module):
             attn = AttentionBlock(cout, norm_group) if side in attention else nn.Identity()
             return nn.ModuleList([ResidualBlock(cin, cout, emb, dropout, norm_group), attn])
 
+        # Down: each level but the first halves the resolution; every output is kept as a skip for the way up.
         self.stem = nn.Conv2d(in_channels * patch**2, channels[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         skips, width, side = [channels[0]], channels[0], resolution
@@ -153,6 +163,7 @@ class UNet(nn.Module):
                 self.down.append(block(width, c, side))
                 skips.append(c)
                 width = c
+        # The lowest resolution, and up again: each block takes one skip.
         self.mid = nn.ModuleList([block(width, width, side), ResidualBlock(width, width, emb, dropout, norm_group)])
         for level, c in reversed(list(enumerate(channels))):
             for _ in range(blocks + 1):
@@ -165,18 +176,18 @@ class UNet(nn.Module):
         self.out = zero_init(nn.Conv2d(width, in_channels * patch**2, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        emb = self.time(timestep_embedding(t, self.time[0].in_features))  # [B, E]
+        emb = self.time(timestep_embedding(t, self.config["channels"][0]))  # [B, E]
         if self.label is not None:
             emb = emb + self.label(y)
         emb = F.silu(emb)
         h = self.stem(F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x)  # [B, c0, H/patch, W/patch]
         skips = [h]
-        for layer in self.down:  # a pair is (residual, attention); anything else halves the resolution
+        for layer in self.down:  # a ModuleList is (residual, attention); anything else halves the resolution
             h = layer[1](layer[0](h, emb)) if isinstance(layer, nn.ModuleList) else layer(h)
             skips.append(h)
-        (residual, attention), last = self.mid
-        h = last(attention(residual(h, emb)), emb)  # [B, c_last, H/2^levels, W/2^levels]
-        for layer in self.up:  # the mirror image: a pair takes its skip, anything else doubles the resolution
+        middle: Any = self.mid  # [[residual, attention], residual]
+        h = middle[1](middle[0][1](middle[0][0](h, emb)), emb)  # [B, c_last, H/2^levels, W/2^levels]
+        for layer in self.up:  # a ModuleList takes its skip; anything else doubles the resolution
             if isinstance(layer, nn.ModuleList):
                 h = layer[1](layer[0](torch.cat([h, skips.pop()], dim=1), emb))
             else:
@@ -190,11 +201,14 @@ class UNet(nn.Module):
 
 
 def make_grid(grid: str, num_steps: int, alphas_cumprod: np.ndarray) -> np.ndarray:
-    """The subset of timesteps that is trained and sampled on: ascending int64 [S], both ends in.
+    """The subset of timesteps that is trained and sampled on: ascending int64 [S].
 
-    logsnr: nearest to equal steps in log-SNR. nonuniform: as published for Fast-DDPM (arXiv 2405.14802, section 3.2).
-    uniform: evenly spaced. full: all of them, whatever num_steps says. student: what a distilled network takes, equal
-    steps in log-SNR without the clean end, from 1 up. Raises ValueError on an unknown name or count.
+    logsnr: the timesteps nearest to equal steps in log-SNR, both ends included.
+    nonuniform: as published for Fast-DDPM (arXiv 2405.14802, section 3.2).
+    uniform: evenly spaced, both ends included.
+    full: all timesteps, whatever num_steps says.
+    student: what a distilled network takes: equal steps in log-SNR without the clean end, so one step is possible.
+    ValueError on an unknown name or an impossible count.
     """
     last = len(alphas_cumprod) - 1
     if grid == "full":
@@ -216,13 +230,18 @@ def make_grid(grid: str, num_steps: int, alphas_cumprod: np.ndarray) -> np.ndarr
         ts = np.abs(logsnr[None] - np.linspace(logsnr[0], logsnr[-1], num_steps)[:, None]).argmin(1)
     else:
         raise ValueError(f"there is no grid '{grid}': take logsnr, nonuniform, uniform or full")
-    for i in range(1, num_steps):  # dense grids: equal log-SNR steps fall between timesteps near t = 0
+    # Near t = 0 a step of log-SNR can be smaller than a timestep, and neighbours then round to the same one: move the
+    # later one up, so that no timestep comes twice.
+    for i in range(1, num_steps):
         ts[i] = max(ts[i], ts[i - 1] + 1)
     return np.minimum(ts, last - np.arange(num_steps)[::-1])
 
 
 def randn(shape: Sequence[int], generators: Sequence[torch.Generator] | torch.Generator | None) -> Tensor:
-    """Standard normal float32 [B, ...]: from one generator, or row i from generators[i] (then free of the batch)."""
+    """Standard normal noise, float32 of this shape [B, ...].
+
+    With one generator a row, row i comes from generators[i] alone and so does not depend on the batch.
+    """
     if isinstance(generators, Sequence):
         return torch.stack([torch.randn(tuple(shape[1:]), generator=g) for g in generators])
     device = generators.device if generators is not None else None
@@ -232,9 +251,12 @@ def randn(shape: Sequence[int], generators: Sequence[torch.Generator] | torch.Ge
 class NoiseScheduler_Fast_DDPM(nn.Module):
     """The 1000-step linear-beta schedule, trained and sampled on the same few timesteps (Fast-DDPM, arXiv 2405.14802).
 
-    `timesteps` int64 [S] ascending; `alphas_cumprod` float32 [T], computed in float64. A previous timestep of -1 is
-    the clean image (alpha_bar = 1). Latents are never clamped.
+    `timesteps` int64 [S] ascending; `alphas_cumprod` float32 [T], and `abar`, the same in float64 NumPy. A previous
+    timestep of -1 stands for the clean image (alpha_bar = 1). Latents are never clamped.
     """
+
+    alphas_cumprod: Tensor
+    timesteps: Tensor
 
     def __init__(
         self,
@@ -245,7 +267,7 @@ class NoiseScheduler_Fast_DDPM(nn.Module):
         grid: str = "logsnr",
     ):
         super().__init__()
-        self.config = {
+        self.config: dict[str, Any] = {
             "num_train_timesteps": num_train_timesteps, "beta_start": beta_start, "beta_end": beta_end,
             "num_steps": num_steps, "grid": grid,
         }  # fmt: skip
@@ -257,10 +279,15 @@ class NoiseScheduler_Fast_DDPM(nn.Module):
 
     @property
     def fast_timesteps(self) -> list[int]:
-        """What is sampled on by default: the grid itself, and ten steps equal in log-SNR where it is the full one."""
+        """The timesteps sampled on by default: the grid's own, or `logsnr` with ten steps for the full grid."""
         if self.config["grid"] == "full":
             return make_grid("logsnr", 10, self.abar).tolist()
         return self.timesteps.tolist()
+
+    @property
+    def default_solver(self) -> str:
+        """The solver that sampling uses by default. A student learnt to take steps of DDIM, and no others."""
+        return "ddim" if self.config["grid"] == "student" else "dpm++2m"
 
     def alpha_sigma(self, t: Tensor, ndim: int = 4) -> tuple[Tensor, Tensor]:
         """sqrt(abar) and sqrt(1 - abar) at t [B], each float32 [B, 1, ...]."""
@@ -268,7 +295,7 @@ class NoiseScheduler_Fast_DDPM(nn.Module):
         return abar.sqrt(), (1 - abar).sqrt()
 
     def sample_timesteps(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
-        """Antithetic timesteps of the grid: int64 [B]; place i of the grid comes with place S-1-i, as in Fast-DDPM."""
+        """Random timesteps of the grid, int64 [B], in antithetic pairs (Fast-DDPM): entry i comes with entry S-1-i."""
         n, device = len(self.timesteps), self.timesteps.device
         draw_on = generator.device if generator is not None else device
         i = torch.randint(0, n, ((batch + 1) // 2,), generator=generator, device=draw_on).to(device)
@@ -288,7 +315,10 @@ class NoiseScheduler_Fast_DDPM(nn.Module):
         eta: float = 0.0,
         generator: Sequence[torch.Generator] | torch.Generator | None = None,
     ) -> Tensor:
-        """One DDIM update from t to t_prev (Song et al. 2021, eq. 12): eta 0 is deterministic, 1 is ancestral DDPM."""
+        """One DDIM update of x [B, C, H, W] from t to t_prev (Song et al. 2021, eq. 12).
+
+        eta 0 is deterministic, 1 is ancestral DDPM; the noise of eta > 0 comes from `generator`.
+        """
         abar_t, abar_p = self.abar[t], self.abar[t_prev] if t_prev >= 0 else 1.0
         x0 = (x - math.sqrt(1 - abar_t) * eps) / math.sqrt(abar_t)
         noise_sd = eta * math.sqrt((1 - abar_p) / (1 - abar_t) * (1 - abar_t / abar_p))  # eq. 16
@@ -300,25 +330,27 @@ Denoiser = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
 @torch.no_grad()
-def sample(
+def sample_steps(
     denoise: Denoiser,
     x: Tensor,
     scheduler: NoiseScheduler_Fast_DDPM,
     timesteps: Sequence[int] | None = None,
-    solver: str = "dpm++2m",
+    solver: str | None = None,
     eta: float = 0.0,
     generator: Sequence[torch.Generator] | torch.Generator | None = None,
-    callback: Callable[[int, Tensor, Tensor], None] | None = None,
-) -> Tensor:
-    """From x_T ~ N(0, 1) [B, C, H, W] to x_0, one network call a step, down the grid to the clean image.
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """From noise x_T ~ N(0, 1) [B, C, H, W] down the grid to the clean image, one network call a step.
 
-    denoise(x_t, t) returns the estimates (eps, x0). Without `timesteps`, the scheduler's fast ones are taken.
-    `callback(t_prev, x, x0)` sees every intermediate. solver "ddim" is `scheduler.step`; "dpm++2m" is
-    DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2).
+    After every step it yields (t, x_t, x0): the timestep that was reached, -1 at the end, the latents there, and the
+    estimate of the clean latents that led there. `denoise(x_t, t)` returns the estimates (eps, x0). `timesteps` and
+    `solver` default to the scheduler's own. Solver "ddim" is `scheduler.step`; "dpm++2m" is DPM-Solver++(2M) (Lu et al.
+    2022, arXiv 2211.01095, algorithm 2) and deterministic.
     """
+    solver = solver or scheduler.default_solver
     ts = [int(t) for t in (scheduler.fast_timesteps if timesteps is None else timesteps)][::-1]  # descending
     abar = scheduler.abar
-    x0_last, h_last = None, None
+    x0_last: Tensor | None = None
+    h_last = 0.0
     for t, t_prev in zip(ts, [*ts[1:], -1]):
         eps, x0 = denoise(x, t)
         if solver == "ddim":
@@ -334,13 +366,28 @@ def sample(
             d = x0 if x0_last is None else (1 + slope) * x0 - slope * x0_last
             x = math.sqrt((1 - abar[t_prev]) / (1 - abar[t])) * x - math.sqrt(abar[t_prev]) * math.expm1(-h) * d
             x0_last, h_last = x0, h
-        if callback is not None:
-            callback(t_prev, x, x0)
-    return x
+        yield t_prev, x, x0
+
+
+def sample(denoise: Denoiser, x: Tensor, scheduler: NoiseScheduler_Fast_DDPM, **how: Any) -> Tensor:
+    """The clean latents [B, C, H, W] at the end of `sample_steps`, which takes the same arguments."""
+    for _, x_t, _ in sample_steps(denoise, x, scheduler, **how):  # noqa: B007 - the last one is what is wanted
+        pass
+    return x_t
+
+
+def start_noise(seed: int, indices: Sequence[int], shape: Sequence[int]) -> tuple[Tensor, list[torch.Generator]]:
+    """Noise x_T [B, *shape] of images number `indices` of `seed`, on the CPU, and the generator that each came from.
+
+    Image k depends on (seed, k) alone, whatever the batch. Its generator gives x_T first, then what eta puts back.
+    """
+    generators = [generator(seed, k) for k in indices]
+    return randn((len(indices), *shape), generators), generators
 
 
 class StableDiffusion(nn.Module):
-    """U-Net + schedule: training loss and denoiser. The arithmetic is float32; the network alone runs in amp_dtype."""
+    """U-Net and noise schedule: the training loss and the denoiser. Only the network runs in `amp_dtype`, the rest is
+    float32."""
 
     def __init__(
         self, unet: UNet, scheduler: NoiseScheduler_Fast_DDPM, prediction: str = "v", loss_weight: str = "uniform"
@@ -358,7 +405,10 @@ class StableDiffusion(nn.Module):
             return self.unet(x.contiguous(memory_format=torch.channels_last), t, y).float()
 
     def forward(self, z: Tensor, t: Tensor, noise: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Squared error of the prediction, a mean per image: float32 [B]; and the estimate of z, [B, C, H, W]."""
+        """Return the squared error of the prediction, averaged per image, float32 [B], and the estimate of z.
+
+        z are clean latents, t int64 [B], noise like z, y as the U-Net takes it.
+        """
         alpha, sigma = self.scheduler.alpha_sigma(t)
         x_t = self.scheduler.add_noise(z, noise, t)
         out = self.network(x_t, t, y)
@@ -367,7 +417,7 @@ class StableDiffusion(nn.Module):
         return (out - target).square().mean(dim=(1, 2, 3)), x0.detach()
 
     def weight(self, t: Tensor) -> Tensor:
-        """Weight of the loss at t [B], float32 [B]: 1, or Min-SNR with gamma 5 (Hang et al. 2023, section 3.4)."""
+        """Weight of the loss at t, float32 [B]: 1, or Min-SNR with gamma 5 (Hang et al. 2023, section 3.4)."""
         if self.loss_weight == "uniform":
             return torch.ones(t.shape, device=t.device)
         abar = self.scheduler.alphas_cumprod[t]
@@ -375,19 +425,20 @@ class StableDiffusion(nn.Module):
         return snr.clamp(max=5) / (snr + 1 if self.prediction == "v" else snr)
 
     def hide_labels(self, y: Tensor, hide: Tensor) -> Tensor:
-        """Labels with the "no class" label where `hide` (Ho & Salimans 2022)."""
+        """Replace labels by "no class" where `hide`, which is what guidance needs (Ho & Salimans 2022)."""
         return torch.where(hide, self.num_classes, y)
 
-    def denoiser(self, y: Tensor | None = None, guidance: float = 1.0, away: int | None = None) -> Denoiser:
-        """denoise(x_t, t) -> (eps, x0), float32, for `sample`; y int64 [B] (None: no class).
+    def denoiser(self, y: Tensor | None = None, guidance: float = 1.0, from_class: int | None = None) -> Denoiser:
+        """Return denoise(x_t, t) -> (eps, x0), float32, for `sample`; y int64 [B], None for no class.
 
-        guidance w: out = out_none + w (out_class - out_none), both halves in one batch; 1 asks the class alone. `away`
-        puts another class in the place of none: w from 0 to 1 then leads from that class to this one.
+        Guidance w (Ho & Salimans 2022): out = out_none + w (out_class - out_none), both in one batch; w = 1 needs the
+        class alone. `from_class` takes the place of "no class": w from 0 to 1 then leads from that class to y.
         """
-        y = None if not self.num_classes else y  # an unconditional network has no labels to be guided by
+        y = None if not self.num_classes else y  # an unconditional network has no labels to guide by
 
         def denoise(x: Tensor, t: int) -> tuple[Tensor, Tensor]:
-            none = torch.full((len(x),), self.num_classes if away is None else away, device=x.device)
+            other = self.num_classes if from_class is None else from_class
+            none = torch.full((len(x),), other, device=x.device)
             ts = torch.full((len(x),), t, device=x.device)
             if y is not None and guidance != 1.0:
                 both = self.network(x.repeat(2, 1, 1, 1), ts.repeat(2), torch.cat([y, none]))
@@ -411,29 +462,29 @@ class StableDiffusion(nn.Module):
         guidance: float = 1.0,
         **how: Any,
     ) -> Tensor:
-        """Latents [B, *shape] number `indices` of `seed`: each depends on (seed, index) alone, not on its batch.
-
-        `how` goes to `sample`: timesteps, solver, eta, callback.
-        """
+        """Latents [B, *shape] number `indices` of `seed`, as `start_noise` counts them. `how` goes to `sample`."""
         device = self.scheduler.timesteps.device
-        noise = [generator(seed, k) for k in indices]  # one stream per image, x_T first, then what eta puts back
-        x = randn((len(noise), *shape), noise).to(device)
+        x, generators = start_noise(seed, indices, shape)
         y = None if y is None else y.to(device)
-        return sample(self.denoiser(y, guidance), x, self.scheduler, generator=noise, **how)
+        return sample(self.denoiser(y, guidance), x.to(device), self.scheduler, generator=generators, **how)
 
 
 def load_diffusion(path: Path, device: torch.device) -> tuple[StableDiffusion, dict]:
-    """The diffusion of a .safetensors file, ready to sample, and the file's meta."""
+    """The diffusion model of a .safetensors file, ready to sample from, and what the header says.
+
+    UserError on a file that is damaged, of another kind, or describes a network that this version cannot build.
+    """
     tensors, meta = load_weights(path, "diffusion")
     try:
         scheduler = NoiseScheduler_Fast_DDPM(**check_arguments(NoiseScheduler_Fast_DDPM, meta.get("scheduler")))
-        model = StableDiffusion(build_network(UNet, meta.get("model"), tensors), scheduler, meta.get("prediction"))
+        unet = build_network(UNet, meta.get("model"), tensors)
+        model = StableDiffusion(unet, scheduler, str(meta.get("prediction")))
         if not meta.get("classes") or model.num_classes not in (0, len(meta["classes"])):
             raise ValueError(f"{model.num_classes} classes have {len(meta.get('classes', []))} names")
     except ValueError as e:
         raise UserError(f"{path} describes a U-Net that this version cannot build: {str(e)[:200]}") from None
     load_into(model, tensors, path)
-    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), meta
+    return model.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False), meta
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -441,21 +492,28 @@ def load_diffusion(path: Path, device: torch.device) -> tuple[StableDiffusion, d
 
 
 class CosineAnnealingWarmupScheduler(LRScheduler):
-    """Per step: linear from base/warmup to base over `warmup_steps`, then half a cosine to min_lr at `total_steps`."""
+    """Call once a step: linear from base/warmup to base over `warmup_steps`, then half a cosine to min_lr at the end.
+
+    After `load_state_dict` the schedule keeps the length that it was made with: a run may be continued with another
+    number of epochs.
+    """
 
     def __init__(self, optimizer: Optimizer, warmup_steps: int, total_steps: int, min_lr: float = 0.0):
         self.warmup_steps, self.total_steps, self.min_lr = warmup_steps, total_steps, min_lr
         super().__init__(optimizer)
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         if self.last_epoch < self.warmup_steps:
             return [base * (self.last_epoch + 1) / self.warmup_steps for base in self.base_lrs]
         done = min(1.0, (self.last_epoch - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
         return [self.min_lr + (base - self.min_lr) * 0.5 * (1 + math.cos(math.pi * done)) for base in self.base_lrs]
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict({**state_dict, "warmup_steps": self.warmup_steps, "total_steps": self.total_steps})
+
 
 class Lookahead(Optimizer):
-    """Every k steps of the inner optimiser, slow weights move alpha of the way and the fast ones restart there.
+    """After every k steps of the inner optimiser, move slow weights a share alpha of the way and restart from there.
 
     Zhang et al. 2019, arXiv 1907.08610, algorithm 1.
     """
@@ -463,11 +521,11 @@ class Lookahead(Optimizer):
     def __init__(self, inner: Optimizer, k: int = 5, alpha: float = 0.5):
         super().__init__(inner.param_groups, inner.defaults)
         self.inner, self.k, self.alpha, self.count = inner, k, alpha, 0
-        self.param_groups = inner.param_groups  # one list: the LR schedule writes here, the inner optimiser reads it
+        self.param_groups = inner.param_groups  # the same list: the LR schedule writes it, the inner optimiser reads it
         self.slow = [p.detach().clone() for group in self.param_groups for p in group["params"]]
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         loss = self.inner.step(closure)
         self.count += 1
         if self.count % self.k == 0:
@@ -481,6 +539,6 @@ class Lookahead(Optimizer):
 
     def load_state_dict(self, state: dict) -> None:
         self.inner.load_state_dict(state["inner"])
-        self.param_groups = self.inner.param_groups  # loading replaces the list
+        self.param_groups = self.inner.param_groups  # loading made a new list
         torch._foreach_copy_(self.slow, state["slow"])
         self.count = state["count"]

@@ -1,8 +1,8 @@
-"""Draw new MRIs: python predict.py --run NAME --num-images 16 --class-name AD --seed 7 --out out/.
+"""Generate new MRIs: python predict.py --run NAME --num-images 16 --class-name AD --seed 7 --out out/.
 
-Writes train/CLASS/<name>.png, laid out to be trained on, manifest.csv, README.md (the datasheet), grid.png and
+Writes train/CLASS/<name>.png, a layout that can be trained on, manifest.csv, README.md (the datasheet), grid.png and
 denoising.gif. The same command again completes what is missing. Many processes can share one folder (ranks of torchrun
-or srun, jobs with --shard); together they leave what one would.
+or srun, jobs with --shard); together they write what one would. The way from noise to pixels is in sampling.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -28,10 +28,10 @@ from torch import Tensor
 
 from cluster import StopSignal
 from device import describe_hardware, fetch_async, pick_device
-from loop import RunLog
 from metrics import CopyDetector, is_copy
 from pictures import image_grid, import_cv2, png_bytes, visualise_denoising_process
-from sampling import Drawer, copy_detector, load_run, plan_sampling
+from runlog import RunLog
+from sampling import ImageSampler, copy_detector, load_run, plan_sampling
 from utils import UserError, csv_text, git_commit, job_ranks, progress_bar, run_script
 from weights import file_hash, write_atomic
 
@@ -39,22 +39,25 @@ if TYPE_CHECKING:
     import filelock
 
 T = TypeVar("T")
-ATTEMPTS = 20  # draws of an image, before a model that gives nothing but copies is called that
+ATTEMPTS = 20  # at an image, before a model that generates nothing but copies is given up
 
 
 def lock(out: Path) -> filelock.BaseFileLock:
-    """What the processes that share OUT take turns by."""
+    """The lock that processes sharing OUT take before they change its tables."""
     import filelock
 
     return filelock.FileLock(out / ".lock")
 
 
 def claim_folder(out: Path, command: dict) -> None:
-    """Make OUT this command's own: new, empty, or begun by the same command. Anything else is refused."""
+    """Make the folder OUT and record the command in OUT/command.json.
+
+    UserError if OUT holds anything but the images of this same command.
+    """
     record = out / "command.json"
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: name a folder")
-    there = {p.name for p in out.iterdir()} if out.exists() else set()  # one look: others may be at work here
+    there = {p.name for p in out.iterdir()} if out.exists() else set()  # read once: other processes may be writing
     if there and not there & {record.name, ".lock"}:
         raise UserError(f"{out} is not empty: choose another --out, or empty it")
     out.mkdir(parents=True, exist_ok=True)
@@ -66,11 +69,13 @@ def claim_folder(out: Path, command: dict) -> None:
         except (ValueError, RecursionError):
             raise UserError(f"{record} is damaged, and so nothing is added to {out}: choose another --out") from None
         if theirs != command:
-            raise UserError(f"{out} holds the images of another command ({record}): choose another --out")
+            changed = [k for k in command if k not in theirs or theirs[k] != command[k]]
+            was = ", ".join(f"{k} {theirs.get(k)} -> {command[k]}" for k in changed)[:300]
+            raise UserError(f"{out} holds the images of another command ({was}): choose another --out")
 
 
 def read_manifest(out: Path, valid: Callable[[int, list], bool]) -> dict[int, list]:
-    """Rows of OUT/manifest.csv by image: what has none, or none that is valid, is drawn again and is the same."""
+    """Valid rows of OUT/manifest.csv by image number. An image without one is generated again."""
     if not (out / "manifest.csv").exists():
         return {}
     rows = {}
@@ -88,7 +93,7 @@ def read_manifest(out: Path, valid: Callable[[int, list], bool]) -> dict[int, li
 def add_to_manifest(
     out: Path, fresh: dict[int, list], spaces: list[str], valid: Callable[[int, list], bool]
 ) -> dict[int, list]:
-    """Put these rows into OUT/manifest.csv, among those of others who write to it; returns all."""
+    """Merge these rows into OUT/manifest.csv, to which other processes may be adding too; returns all rows."""
     with lock(out):
         rows = read_manifest(out, valid) | fresh
         head = ["file", "class", "seed", "index", "checkpoint", *(f"{name}_distance" for name in spaces)]
@@ -97,17 +102,17 @@ def add_to_manifest(
 
 
 def write_image(path: Path, image: np.ndarray) -> None:
-    """A grey uint8 [S, S] image as PNG."""
+    """Write a grey uint8 [S, S] image as PNG."""
     write_atomic(path, png_bytes(image))
 
 
 def read_image(path: Path, side: int) -> np.ndarray:
-    """What `write_image` wrote, uint8 [side, side]."""
+    """Read what `write_image` wrote: uint8 [side, side]. UserError if it is damaged."""
     cv2 = import_cv2()
 
     image = cv2.imdecode(np.frombuffer(path.read_bytes() or b"\0", np.uint8), cv2.IMREAD_GRAYSCALE)
     if image is None or image.shape != (side, side):
-        raise UserError(f"{path} is damaged: delete it, and the same command draws it again")
+        raise UserError(f"{path} is damaged: delete it, and the same command generates it again")
     return image
 
 
@@ -116,9 +121,13 @@ def replace_copies(
     indices: list[int],
     ks: list[int],
     detector: CopyDetector,
-    draw: Callable[[list[int], list[int]], Callable[[], np.ndarray]],
+    generate: Callable[[list[int], list[int]], Callable[[], np.ndarray]],
 ) -> dict[str, Tensor]:
-    """Draw again, in place, whatever is a copy of a training slice; the distances of what stays."""
+    """Generate again, in place, every image that is a copy of a training slice; returns the distances of what stays.
+
+    `images` uint8 [B, S, S] are numbers `ks`, made from noise number `indices`, which is changed too. UserError if an
+    image is a copy in each of 20 attempts.
+    """
     distance, _ = detector.distances(torch.from_numpy(images))
     for attempt in range(1, ATTEMPTS + 1):
         again = is_copy(distance).nonzero()[:, 0].tolist()
@@ -126,12 +135,12 @@ def replace_copies(
             break
         if attempt == ATTEMPTS:
             raise UserError(
-                f"image {ks[again[0]]} is a copy of a training slice in each of {ATTEMPTS} draws: the run has learnt "
-                "its data by heart and nothing of it should be published"
+                f"image {ks[again[0]]} is a copy of a training slice in each of {ATTEMPTS} attempts: the run has "
+                "memorised its data, and nothing that it generates should be published"
             )
         for j in again:
             indices[j] = attempt * 10**9 + ks[j]
-        images[again] = draw(indices, ks)()[again]
+        images[again] = generate(indices, ks)()[again]
         fresh, _ = detector.distances(torch.from_numpy(images[again]))
         for name, d in fresh.items():
             distance[name][again] = d
@@ -139,7 +148,7 @@ def replace_copies(
 
 
 def one_ahead(items: Iterable[T]) -> Iterator[T]:
-    """The same items, each after the next one was made: a GPU then works on that one meanwhile."""
+    """Yield each item after the next one was started, so that a GPU works on that one meanwhile."""
     last: list[T] = []
     for item in items:
         yield from last
@@ -148,12 +157,12 @@ def one_ahead(items: Iterable[T]) -> Iterator[T]:
 
 
 def datasheet(cfg: PredictConfig, meta: dict, how: dict, rows: list[list], checkpoint: str) -> str:
-    """README.md of the folder: what it holds, where it comes from, and what was done against copies."""
+    """README.md of the folder OUT: what it holds, how it was made, and what was done against copies."""
     counts = {c: sum(r[1] == c for r in rows) for c in sorted({r[1] for r in rows})}
     net, again = meta["model"], sum(r[3] >= 10**9 for r in rows)
     copies = "No image was compared with the training slices (--reject-copies does): do not publish them as they are."
     if cfg.reject_copies:
-        copies = f"""Every image was compared with every training slice; {again:,} were copies and were drawn again.
+        copies = f"""Every image was compared with every training slice; {again:,} were copies and were generated again.
 `pixel_distance` and `latent_distance` in manifest.csv are the distances to the nearest training slice, between aligned
 thumbnails and between latents, in units of the 1st percentile of the same distance of people held out: below 1 is a
 copy, and no image here is below 1."""
@@ -166,10 +175,10 @@ copy, and no image here is below 1."""
 | model | run `{cfg.run}`, weights `{cfg.weights}` ({checkpoint}), trained by code {meta.get("commit", "unknown")} |
 | network | U-Net {net["channels"]} on latents {net["in_channels"]}x{net["resolution"]}x{net["resolution"]} |
 | trained on | {meta["data"]} |
-| classes | {", ".join(meta["classes"])}; {"drawn by class" if net["num_classes"] else "the network knows no classes"} |
+| classes | {", ".join(meta["classes"])}; {"by class" if net["num_classes"] else "the network knows no classes"} |
 | sampling | {len(how["timesteps"])} steps of {how["solver"]}, eta {how["eta"]:g}, guidance {cfg.guidance:g} |
 | seed | {cfg.seed} |
-| drawn by | code {git_commit()} |
+| generated by | code {git_commit()} |
 
 ## Copies
 
@@ -179,7 +188,7 @@ copy, and no image here is below 1."""
 
 `train/CLASS/s<seed>i<index>_0.png`: every image counts as a person of its own, and the folder can be given to `--data`.
 `manifest.csv`: file, class, seed, index (the noise of an image depends on seed and index alone), checkpoint, distances.
-An index of attempt x 1,000,000,000 + k is image k drawn again.
+An index of attempt x 1,000,000,000 + k is image k generated again.
 """
 
 
@@ -201,16 +210,20 @@ def main(cfg: PredictConfig) -> None:
     if cfg.guidance != 1.0 and not model.num_classes:
         raise UserError(f"run {cfg.run} is unconditional and has no class to be guided to: leave out --guidance")
     how = plan_sampling(cfg, model)
+
+    # What decides about the pixels goes on record, and other commands cannot add to the folder. Precision is recorded
+    # as it was resolved, because `auto` depends on the device.
     out = Path(cfg.out)
     free = ("out", "compile", "device", "wandb", "checkpoints", "data", "cache", "shard", "shards")
     batch = min(cfg.batch_size or (64 if device.type == "cuda" else 16), cfg.num_images)
     command = {k: v for k, v in asdict(cfg).items() if k not in free}
-    command |= {"class_name": list(cfg.class_name), "batch_size": batch}
+    precision = str(model.amp_dtype or torch.float32).removeprefix("torch.")
+    command |= {"class_name": list(cfg.class_name), "batch_size": batch, "precision": precision}
     checkpoint = file_hash(unet_file)
-    detector = copy_detector(cfg, vae, meta)[0] if cfg.reject_copies else None
+    detector = copy_detector(cfg.data, cfg.cache, vae, meta)[0] if cfg.reject_copies else None
     claim_folder(out, {**command, **how, "checkpoint": checkpoint})
 
-    # Image k: its class in turn, its noise by (seed, k); drawn again, by (seed, attempt * 10^9 + k), whoever draws it.
+    # Image k: its class in turn, its noise by (seed, k), and by (seed, attempt * 10^9 + k) when it is generated again.
     turn = [classes.index(name) for name in cfg.class_name] or list(range(len(classes)))
     labels = [turn[k % len(turn)] for k in range(cfg.num_images)]
     kind = [classes[y] if model.num_classes or len(classes) == 1 else "any" for y in labels]
@@ -218,13 +231,13 @@ def main(cfg: PredictConfig) -> None:
     spaces = list(detector.spaces) if detector else []
 
     def valid(k: int, row: list) -> bool:
-        """Is this what a row of the manifest says about image k of this command?"""
+        """Is this a row that this command would write about image k?"""
         if k >= cfg.num_images or len(row) != 5 + len(spaces):
             return False
         return [*row[:3], row[4]] == [names[k], kind[k], str(cfg.seed), checkpoint]
 
     def lacking() -> set[int]:
-        """Images that are not there yet."""
+        """Numbers of the images that are not there yet."""
         return {k for k in range(cfg.num_images) if k not in rows or not (out / names[k]).exists()}
 
     rows = read_manifest(out, valid)
@@ -232,25 +245,28 @@ def main(cfg: PredictConfig) -> None:
         print(f"{out} is complete: {cfg.num_images} images")
         return
 
-    # An image has its place in its batch whoever draws it: the rounding of a network can hang on that.
+    # This process's share is whole batches. An image has the same place in the same batch whichever process generates
+    # it, because the rounding of a network can depend on that.
     mine = range(cfg.shard * size + rank, -(-cfg.num_images // batch), cfg.shards * size)
     blocks = [list(range(b * batch, min((b + 1) * batch, cfg.num_images))) for b in mine]
     blocks = [ks for ks in blocks if left.intersection(ks)]
     missing = left & {k for ks in blocks for k in ks}
     choice = "off" if cfg.compile == "auto" and len(missing) < 2000 else cfg.compile
-    drawer = Drawer(model, vae, batch, cfg.guidance, choice, **how)
+    sampler = ImageSampler(model, vae, batch, cfg.guidance, choice, **how)
 
-    def draw(indices: list[int], ks: list[int]) -> Callable[[], np.ndarray]:
-        """Start images of these indices, of the classes of images ks; the call waits for them, uint8 [B, S, S]."""
-        return fetch_async(drawer(cfg.seed, indices, torch.tensor([labels[k] for k in ks]))[0])
+    def generate(indices: list[int], ks: list[int]) -> Callable[[], np.ndarray]:
+        """Start to generate images from noise `indices`, of the classes of images ks; the call waits for them."""
+        return fetch_async(sampler(cfg.seed, indices, torch.tensor([labels[k] for k in ks]))[0])
 
     start, saved_at, bar = time.time(), time.time(), progress_bar(len(missing))
     stop.begin()
-    writing, written = [], {}  # files of the batch before, and the rows that enter the manifest once they are there
+    # Files of a batch are written while the next one is generated; its rows enter the manifest once they are there.
+    writing: list[Future[None]] = []
+    written: dict[int, list] = {}
     with ThreadPoolExecutor(8) as pool, bar:
-        for ks, drawn in one_ahead((ks, draw(ks, ks)) for ks in blocks):
-            images, indices = drawn(), list(ks)
-            distance = replace_copies(images, indices, ks, detector, draw) if detector else {}
+        for ks, started in one_ahead((ks, generate(ks, ks)) for ks in blocks):
+            images, indices = started(), list(ks)
+            distance = replace_copies(images, indices, ks, detector, generate) if detector else {}
             for job in writing:
                 job.result()
             rows |= written
@@ -269,7 +285,7 @@ def main(cfg: PredictConfig) -> None:
             job.result()
     rows = add_to_manifest(out, rows | written, spaces, valid)
     seconds, left = time.time() - start, lacking()
-    stop.end()  # what is drawn is saved; a signal that is repeated must not change the exit code
+    stop.end()  # all images are saved; a signal that is repeated must not change the exit code
     if stop and left:
         print(f"stopped by {stop.name} with {cfg.num_images - len(left)} images in {out}: the same command goes on")
         sys.exit(130 if stop.name == "SIGINT" else 75)
@@ -279,15 +295,14 @@ def main(cfg: PredictConfig) -> None:
     )
     if left:
         return
-    with lock(out):  # whoever comes last finds the folder full
-        if not (out / "denoising.gif").exists():  # of the first images, whichever of their draws was kept
-            first, steps = range(min(4, cfg.num_images)), []
-            model.generate(
-                vae.latent_shape, cfg.seed, [rows[k][3] for k in first], torch.tensor([labels[k] for k in first]),
-                cfg.guidance, callback=lambda *step: steps.append(step), **how,
-            )  # fmt: skip
-            visualise_denoising_process(steps, vae.decode, out)
-        for torn in out.rglob(".*.tmp"):  # of processes that were killed while they wrote
+
+    # The process that finds the folder full, which is the last one, writes the pictures and the datasheet.
+    with lock(out):
+        if not (out / "denoising.gif").exists():
+            first = range(min(4, cfg.num_images))
+            steps = sampler.steps(cfg.seed, [rows[k][3] for k in first], torch.tensor([labels[k] for k in first]))
+            visualise_denoising_process(list(steps), vae.decode, out)
+        for torn in out.rglob(".*.tmp"):  # left by processes that were killed while they wrote
             torn.unlink(missing_ok=True)
         shown = [read_image(out / names[k], vae.config["image_size"]) for k in range(min(cfg.num_images, 64))]
         write_atomic(out / "grid.png", png_bytes(image_grid(np.stack(shown))))

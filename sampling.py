@@ -1,8 +1,11 @@
-"""From a trained run to images: what predict.py, evaluate.py, distil.py and app.py draw with."""
+"""From a trained run to images: the one way from (seed, k) to noise, latents and pixels.
+
+predict.py, evaluate.py, tsne.py, app.py and distil.py generate with what is here; the samplers are in modules.py.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,40 +15,52 @@ from torch import Tensor
 
 from config import PredictConfig
 from dataset import load_splits_as_trained
-from device import Replay, compile_networks, pick_amp_dtype  # fmt: skip
+from device import Replay, compile_networks, pick_amp_dtype
 from metrics import CopyDetector, TooFew
-from modules import StableDiffusion, load_diffusion, make_grid, randn, sample
-from pictures import to_pixels  # fmt: skip
-from utils import UserError, generator, progress_bar  # fmt: skip
+from modules import StableDiffusion, load_diffusion, make_grid, sample, sample_steps, start_noise
+from pictures import to_pixels
+from utils import UserError, generator, progress_bar
 from vae import VAE, load_vae
-from weights import file_hash  # fmt: skip
+from weights import file_hash
 
 
 def load_run(
     folder: Path, weights: str, device: torch.device, precision: str = "auto"
-) -> tuple[StableDiffusion, VAE, dict, Path]:
-    """(diffusion, VAE, meta of the diffusion, its file) of a run, `weights` "best" or "final"; they must be a pair.
+) -> tuple[StableDiffusion, VAE, dict[str, Any], Path]:
+    """(diffusion, VAE, header of the diffusion's file, that file) of a run; `weights` is "best" or "final".
 
-    `auto` is half precision on a GPU alone: on a CPU float32 keeps image k the same for every batch size.
+    UserError if the two do not belong together. Precision "auto" is half precision on a GPU and float32 on a CPU, where
+    image k then is the same for every batch size.
     """
     unet_file, vae_file = folder / "diffusion" / f"{weights}.safetensors", folder / "vae" / "best.safetensors"
     model, meta = load_diffusion(unet_file, device)
     vae, _ = load_vae(vae_file, device)
-    net = model.unet.config
-    same = meta.get("vae") in (vae.latent_hash(), file_hash(vae_file))  # the file's hash: of weights of older versions
-    if not same or (net["in_channels"], *2 * [net["resolution"]]) != vae.latent_shape:
+    if not belongs_to(model, meta, vae, vae_file):
         raise UserError(f"{unet_file} was trained on the latents of another VAE than {vae_file}: run train.py --fresh")
-    if device.type == "cpu" and precision == "auto":
-        precision = "fp32"
-    model.amp_dtype = vae.amp_dtype = pick_amp_dtype(precision, device)
+    model.amp_dtype = vae.amp_dtype = sampling_dtype(precision, device)
     return model, vae, meta, unet_file
 
 
-def plan_sampling(cfg: PredictConfig, model: StableDiffusion) -> dict:
-    """timesteps, solver and eta for `sample`; UserError where the weights never saw those timesteps."""
-    own = model.scheduler.config
+def belongs_to(model: StableDiffusion, meta: dict[str, Any], vae: VAE, vae_file: Path) -> bool:
+    """Was this diffusion trained on the latents of this VAE? Headers of older versions name the VAE by its file."""
+    net = model.unet.config
+    same_shape = (net["in_channels"], net["resolution"], net["resolution"]) == vae.latent_shape
+    return same_shape and meta.get("vae") in (vae.latent_hash(), file_hash(vae_file))
+
+
+def sampling_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """Autocast's dtype for generating images. "auto" on a CPU is float32 (None), as `load_run` says."""
+    return pick_amp_dtype("fp32" if precision == "auto" and device.type == "cpu" else precision, device)
+
+
+def plan_sampling(cfg: PredictConfig, model: StableDiffusion) -> dict[str, Any]:
+    """timesteps, solver and eta for `sample`. UserError where the weights were not trained on those timesteps."""
+    own, scheduler = model.scheduler.config, model.scheduler
+    grid: str
+    solver: str
+    full, student = own["grid"] == "full", own["grid"] == "student"
     if cfg.sampling == "normal":
-        if own["grid"] != "full":
+        if not full:
             raise UserError(
                 f"normal sampling takes all 1000 timesteps, and run {cfg.run} was trained on {own['num_steps']} "
                 f"({own['grid']}): take --sampling fast, or train with --grid full"
@@ -54,13 +69,13 @@ def plan_sampling(cfg: PredictConfig, model: StableDiffusion) -> dict:
             raise UserError("--sampling normal takes all 1000 timesteps: leave out --grid and --num-steps")
         grid, solver, eta = "full", cfg.solver or "ddim", 1.0 if cfg.eta is None else cfg.eta
     else:
-        # Weights of the full grid know every timestep; their ten-step default is the grid that keeps the spread.
-        grid = cfg.grid or ("logsnr" if own["grid"] == "full" else own["grid"])
-        solver, eta = cfg.solver or ("ddim" if grid == "student" else "dpm++2m"), cfg.eta or 0.0
-    if own["grid"] == "student" and (solver, eta) != ("ddim", 0.0):
+        # Weights of the full grid know every timestep. Their default is the grid that keeps the spread of the images.
+        grid = cfg.grid or ("logsnr" if full else own["grid"])
+        solver, eta = cfg.solver or scheduler.default_solver, cfg.eta or 0.0
+    if student and (solver, eta) != ("ddim", 0.0):
         raise UserError(f"run {cfg.run} was distilled and takes its own steps only: leave out --solver and --eta")
-    num_steps = cfg.num_steps or (10 if own["grid"] == "full" else own["num_steps"])
-    if own["grid"] != "full" and (grid, num_steps) != (own["grid"], own["num_steps"]):
+    num_steps = cfg.num_steps or (10 if full else own["num_steps"])
+    if not full and (grid, num_steps) != (own["grid"], own["num_steps"]):
         raise UserError(
             f"run {cfg.run} was trained on {own['num_steps']} {own['grid']} timesteps and can be sampled on no others: "
             "leave out --grid and --num-steps, or train with --grid full"
@@ -68,61 +83,81 @@ def plan_sampling(cfg: PredictConfig, model: StableDiffusion) -> dict:
     if solver != "ddim" and cfg.eta:
         raise UserError(f"--eta {cfg.eta} belongs to --solver ddim: {solver} is deterministic")
     try:
-        timesteps = make_grid(grid, num_steps, model.scheduler.abar)
+        timesteps = make_grid(grid, num_steps, scheduler.abar)
     except ValueError as e:
         raise UserError(f"--num-steps {num_steps}: {e}") from None
     return {"timesteps": timesteps.tolist(), "solver": solver, "eta": eta}
 
 
-class Drawer:
-    """Images of a model by (seed, index), in batches of a fixed size: noise, sampler, decoder; on a GPU a CUDA graph.
+class ImageSampler:
+    """Generates images by (seed, index) in batches of a fixed size: noise, sampler, decoder; on a GPU as a CUDA graph.
 
-    `how` goes to `sample`: timesteps, solver, eta. What eta puts back is drawn on the CPU, so only eta = 0 is recorded.
+    `how` goes to `sample`: timesteps, solver, eta; without it the weights' own defaults count. The noise of eta > 0 is
+    sampled on the CPU, so only eta = 0 is recorded as a graph.
     """
 
     def __init__(
         self, model: StableDiffusion, vae: VAE, batch: int, guidance: float = 1.0, compile: str = "off", **how: Any
     ):
         self.model, self.vae, self.batch, self.guidance, self.how = model, vae, batch, guidance, how
-        self.device, self.replay = vae.latent_mean.device, None
+        self.device = vae.latent_mean.device
+        self.replay: Replay | None = None
         x = torch.zeros(batch, *vae.latent_shape, device=self.device)
         y = torch.zeros(batch, dtype=torch.int64, device=self.device)
         noise = [generator(0)] * batch
-        compile_networks(compile, [model.unet, vae.decoder], lambda: self.draw(x, y, noise), self.device)
+        compile_networks(compile, [model.unet, vae.decoder], lambda: self._images(x, y, noise), self.device)
         if self.device.type == "cuda" and not how.get("eta"):
             try:
-                self.replay = Replay(self.draw, x, y)
+                self.replay = Replay(self._images, x, y)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as e:
                 print(f"no CUDA graph can be recorded here, going on without ({str(e).splitlines()[0]})")
 
     @torch.no_grad()
-    def draw(self, x: Tensor, y: Tensor, noise: Sequence[torch.Generator] | None = None) -> tuple[Tensor, Tensor]:
-        """x_T and labels on the device -> (uint8 [B, S, S], latents [B, C, h, w])."""
-        denoise = self.model.denoiser(y, self.guidance)
-        z = sample(denoise, x, self.model.scheduler, generator=noise, **self.how)
+    def _images(self, x: Tensor, y: Tensor, noise: Sequence[torch.Generator] | None = None) -> tuple[Tensor, Tensor]:
+        """x_T [B, C, h, w] and labels [B] on the device -> (uint8 [B, S, S], latents [B, C, h, w])."""
+        z = sample(self.model.denoiser(y, self.guidance), x, self.model.scheduler, generator=noise, **self.how)
         return to_pixels(self.vae.decode(z)), z
 
+    def _start(self, seed: int, indices: Sequence[int], y: Tensor) -> tuple[Tensor, Tensor, list[torch.Generator]]:
+        """Noise and labels of a whole batch: a smaller one would be rounded differently by the networks."""
+        missing = self.batch - len(indices)
+        x, noise = start_noise(seed, [*indices, *[0] * missing], self.vae.latent_shape)
+        return x, F.pad(y, (0, missing)), noise
+
     def __call__(self, seed: int, indices: Sequence[int], y: Tensor) -> tuple[Tensor, Tensor]:
-        """What `draw` gives for up to `batch` indices and their classes; a GPU may still be at work on it."""
-        n = len(indices)
-        # Always a whole batch: other shapes are rounded otherwise. One stream per image, x_T first, then eta's noise.
-        noise = [generator(seed, k) for k in [*indices, *[0] * (self.batch - n)]]
-        x, y = randn((self.batch, *self.vae.latent_shape), noise), F.pad(y, (0, self.batch - n))
+        """(uint8 [B, S, S], latents [B, C, h, w]) for up to `batch` indices and their labels y, int64 [B] on the CPU.
+
+        Returns before a GPU is done with them.
+        """
+        n, (x, y, noise) = len(indices), self._start(seed, indices, y)
         if self.replay is None:
-            return tuple(part[:n] for part in self.draw(x.to(self.device), y.to(self.device), noise))
-        return tuple(part[:n].clone() for part in self.replay(x.pin_memory(), y.pin_memory()))
+            pixels, z = self._images(x.to(self.device), y.to(self.device), noise)
+            return pixels[:n], z[:n]
+        pixels, z = self.replay(x.pin_memory(), y.pin_memory())
+        return pixels[:n].clone(), z[:n].clone()
+
+    def steps(self, seed: int, indices: Sequence[int], y: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The same, step by step: (t, x_t, x0) as `sample_steps` yields them, latents [B, C, h, w]."""
+        n, (x, y, noise) = len(indices), self._start(seed, indices, y)
+        denoise = self.model.denoiser(y.to(self.device), self.guidance)
+        for t, x_t, x0 in sample_steps(denoise, x.to(self.device), self.model.scheduler, generator=noise, **self.how):
+            yield t, x_t[:n], x0[:n]
 
 
-def copy_detector(cfg: PredictConfig, vae: VAE, meta: dict) -> tuple[CopyDetector, Tensor]:
-    """What knows the run's training slices and how close people held out come to them; and the slices, [N, S, S]."""
-    splits = load_splits_as_trained(cfg.data, cfg.cache, meta, vae.config["image_size"])
+def copy_detector(data: str, cache: str, vae: VAE, meta: dict[str, Any]) -> tuple[CopyDetector, Tensor]:
+    """The detector of copies of a run's training slices, and those slices, uint8 [N, S, S].
+
+    It has learnt how close the slices of people held out come to the training slices. UserError if there are too few
+    people for that, or if `data` is not what the run was trained on.
+    """
+    splits = load_splits_as_trained(data, cache, meta, vae.config["image_size"])
     held_out = splits.get("test", splits["val"])
-    bar = progress_bar(len(splits["train"]) + len(held_out), what="learning what copies are")
+    bar = progress_bar(len(splits["train"]) + len(held_out), what="measuring distances between people")
     try:
         with bar:
             train = splits["train"].images
             return CopyDetector(train, held_out.images, vae.embed, on_batch=bar.update), train
     except TooFew as e:
-        raise UserError(f"copies (--reject-copies) cannot be told from others on {cfg.data}: {e}") from None
+        raise UserError(f"copies (--reject-copies) cannot be told from other images on {data}: {e}") from None

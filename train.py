@@ -1,6 +1,6 @@
 """Train the Fast-DDPM U-Net on the latents of a run's VAE: python train.py [demo|small|adni] --data DIR --run NAME.
 
-The same command again resumes.
+The same command again resumes. The network and the samplers are in modules.py, the bookkeeping of the run in loop.py.
 """
 
 from __future__ import annotations
@@ -10,23 +10,18 @@ from config import TrainConfig, parse
 if __name__ == "__main__":
     cfg = parse(TrainConfig)  # before torch is imported, so that --help answers at once
 
-import time
 from collections.abc import Iterable, Iterator, Sequence
-from copy import deepcopy
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cluster import Ranks, StopSignal, check_same_run, leave_early
-from dataset import ADNIDataset, carved_people, load_splits
+from cluster import Ranks, StopSignal
+from dataset import ADNIDataset, carved_people, load_splits_by_rules, split_rules
 from device import (
     allocate_rows,
-    compile_networks,
     describe_cost,
-    describe_hardware,
     eval_mode,
     gather_batches,
     pick_amp_dtype,
@@ -35,7 +30,7 @@ from device import (
     to_device_if_it_fits,
     training_cost,
 )
-from loop import NonFiniteWatch, RunLog, find_micro_batch, make_ema, optimise, skipped_steps_note
+from loop import EMA, Plan, Run, make_optimizer, make_scaler, optimise
 from metrics import psnr, ssim, unit, unpaired
 from modules import (
     CosineAnnealingWarmupScheduler,
@@ -43,100 +38,111 @@ from modules import (
     NoiseScheduler_Fast_DDPM,
     StableDiffusion,
     UNet,
+    sample_steps,
+    start_noise,
 )
 from pictures import add_gif_frame, image_grid, to_uint8, visualise_denoising_process
-from report import refresh_report
-from utils import UserError, derive_seed, generator, git_commit, progress_bar, run_script
+from utils import UserError, derive_seed, evenly_spaced, generator, progress_bar, run_script
 from vae import VAE, load_vae
-from weights import load_state, save_state, save_weights
 
 
 class Latents:
-    """All slices of a split as posterior mean and std, float16, redrawn at every visit; mirrored ones beside them.
+    """All slices of a split as mean and std of their posteriors, float16, so that every visit samples them anew.
 
-    Public: `moments` [N, 1 or 2 (mirrored), 2 (mean, std), C, h, w] and `labels` int64 [N], on the device if they fit.
+    Public: `moments` [N, 1 or 2 (the mirrored slice), 2 (mean, std), C, h, w] and `labels` int64 [N], both on the
+    device if they fit.
     """
 
     def __init__(self, vae: VAE, data: ADNIDataset, batch: int, ranks: Ranks, cfg: TrainConfig, what: str):
-        # Half precision rounds a latent of size 1 by 5e-4, far below the posterior's own std. With all of them at hand
-        # a step of training touches no image and no VAE.
+        # Half precision rounds a latent of size 1 by 5e-4, far less than the posterior's std. With all of them in
+        # memory, a training step needs neither images nor VAE.
         shape = (len(data), 1 + cfg.flip, 2, *vae.latent_shape)
         self.moments = allocate_rows(shape, torch.float16, Path(cfg.cache))
-        cuts, bar = ranks.cuts(len(data), batch), progress_bar(len(data), what=what)
-        starts = range(cuts[ranks.rank], cuts[ranks.rank + 1], batch)
+        bounds, bar = ranks.row_bounds(len(data), batch), progress_bar(len(data), what=what)
+        starts = range(bounds[ranks.rank], bounds[ranks.rank + 1], batch)
         with eval_mode(vae), bar:
             for i, x in zip(starts, data.batches(batch, ranks.device, ranks.share)):
                 for m in range(1 + cfg.flip):
                     self.moments[i : i + len(x), m] = torch.stack(vae.encode(x.flip(3) if m else x), dim=1).cpu()
                 bar.update(len(x) * ranks.size)
-        ranks.complete(self.moments, cuts)
+        ranks.all_gather_rows(self.moments, bounds)
         self.moments, self.device = to_device_if_it_fits(self.moments, ranks.device), ranks.device
         self.labels = data.labels.to(self.moments.device)
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def gather_batches(self, order: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-        """(moments, labels) [B, ...] on the device for every index of `order`."""
+    def batches(self, order: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+        """(moments, labels) [B, ...] on the device, for every int64 index [B] of `order`."""
         return gather_batches([self.moments, self.labels], order, self.device)
 
 
-def draw(moments: Tensor, which: Tensor, noise: Tensor) -> Tensor:
-    """A posterior sample of each slice [B, C, h, w] with this noise; `which` [B] in [0, 1): its upper half mirrors."""
-    b, mirrored = moments.shape[:2]
-    which = (which * mirrored).long()
+def sample_posterior(moments: Tensor, mirror: Tensor, noise: Tensor) -> Tensor:
+    """Latents [B, C, h, w] from rows of `Latents.moments` and standard normal noise [B, C, h, w].
+
+    `mirror` [B] is uniform in [0, 1): where there are mirrored slices, its upper half takes those.
+    """
+    b, variants = moments.shape[:2]
+    which = (mirror * variants).long()
     mean, std = moments[torch.arange(b, device=moments.device), which].float().unbind(1)
     return mean + std * noise
 
 
-def draw_step(
+def step_randomness(
     model: StableDiffusion, batch: int, shape: Sequence[int], cfg: TrainConfig, g: torch.Generator
 ) -> list[Tensor]:
-    """All randomness of a step, a row per image: which mirror image, posterior noise, hidden labels, place in the grid
-    of timesteps, noise. Latents have this shape (C, h, w)."""
+    """All random numbers of a step, one row per image; latents have this shape (C, h, w).
+
+    Returns: uniform [B] for mirroring, posterior noise [B, C, h, w], which labels to hide (bool [B]), entries of the
+    grid of timesteps (int64 [B]), diffusion noise [B, C, h, w].
+    """
     u = torch.rand(2, batch, generator=g, device=g.device)
     noise = torch.randn(2, batch, *shape, generator=g, device=g.device)
-    places = torch.searchsorted(model.scheduler.timesteps, model.scheduler.sample_timesteps(batch, g))
-    return [u[0], noise[0], u[1] < cfg.class_dropout, places, noise[1]]
+    entries = torch.searchsorted(model.scheduler.timesteps, model.scheduler.sample_timesteps(batch, g))
+    return [u[0], noise[0], u[1] < cfg.class_dropout, entries, noise[1]]
 
 
 def loss_by_timestep(
-    model: nn.Module, timesteps: Tensor, z: Tensor, y: Tensor, places: Tensor, noise: Tensor, bins: int
+    network: nn.Module, timesteps: Tensor, z: Tensor, y: Tensor, entries: Tensor, noise: Tensor, bins: int
 ) -> tuple[Tensor, Tensor]:
-    """Loss per image [B], and [2, bins]: its sum and the number of images, by place in the grid of timesteps.
+    """Loss per image [B]; and [2, bins]: the sum of the losses and the number of images, by timestep.
 
-    `model` is a StableDiffusion, or what `Ranks.wrap` made of one.
+    `network` is a StableDiffusion, perhaps wrapped for DDP. `entries` int64 [B] are places in the grid of timesteps.
     """
-    loss, _ = model(z, timesteps[places], noise, y)
-    hit = torch.stack([loss.detach(), torch.ones_like(loss)])
-    where = (places * bins // len(timesteps)).expand(2, -1)
-    return loss, torch.zeros(2, bins, device=z.device).scatter_add_(1, where, hit)
+    loss, _ = network(z, timesteps[entries], noise, y)
+    counted = torch.stack([loss.detach(), torch.ones_like(loss)])
+    bin_of = (entries * bins // len(timesteps)).expand(2, -1)
+    return loss, torch.zeros(2, bins, device=z.device).scatter_add_(1, bin_of, counted)
 
 
 def training_loss(
-    network: nn.Module, model: StableDiffusion, moments: Tensor, y: Tensor, draws: Sequence[Tensor], bins: int
+    network: nn.Module, model: StableDiffusion, moments: Tensor, y: Tensor, randomness: Sequence[Tensor], bins: int
 ) -> tuple[Tensor, Tensor]:
-    """What `loss_by_timestep` gives for a visit to these slices, by rows of `draw_step`; the first of it weighted."""
-    which, posterior, hidden, places, noise = draws
-    z, y, timesteps = draw(moments, which, posterior), model.hide_labels(y, hidden), model.scheduler.timesteps
-    loss, counted = loss_by_timestep(network, timesteps, z, y, places, noise, bins)
-    return loss * model.weight(timesteps[places]), counted
+    """Weighted loss per image [B], and unweighted sums by timestep [2, bins], with rows of `step_randomness`."""
+    mirror, posterior_noise, hide, entries, noise = randomness
+    z, timesteps = sample_posterior(moments, mirror, posterior_noise), model.scheduler.timesteps
+    y = model.hide_labels(y, hide)
+    loss, by_timestep = loss_by_timestep(network, timesteps, z, y, entries, noise, bins)
+    return loss * model.weight(timesteps[entries]), by_timestep
 
 
-def losses(model: StableDiffusion, val: Latents, trained: Tensor, cfg: TrainConfig, ranks: Ranks) -> dict[str, float]:
-    """Loss in training (its sums [2, bins] by timestep) and on people never trained on, whole and by timestep.
+def evaluation_losses(
+    model: StableDiffusion, val: Latents, trained: Tensor, cfg: TrainConfig, ranks: Ranks
+) -> dict[str, float]:
+    """Unweighted loss in training, from its sums by timestep [2, bins], and of people held out, whole and by timestep.
 
-    Validation takes the same noise and timesteps at every call.
+    Validation uses the same noise and timesteps at every call.
     """
     timesteps, bins, shape = model.scheduler.timesteps, trained.shape[1], val.moments.shape[3:]
     sums, order = torch.zeros(2, bins, device=val.device), torch.arange(len(val)).split(64)
     order = order[ranks.share(len(order))]
     with eval_mode(model):
-        for index, (moments, y) in zip(order, val.visit(order)):
+        for index, (moments, y) in zip(order, val.batches(order)):
             g = generator(cfg.seed, 5, int(index[0]), device=val.device)
-            which, posterior, _, _, noise = draw_step(model, len(index), shape, cfg, g)
-            places = (index.to(val.device) * 7919 + 13) % len(timesteps)  # a prime stride: another place every slice
-            sums += loss_by_timestep(model, timesteps, draw(moments, which, posterior), y, places, noise, bins)[1]
+            mirror, posterior_noise, _, _, noise = step_randomness(model, len(index), shape, cfg, g)
+            z = sample_posterior(moments, mirror, posterior_noise)
+            entries = (index.to(val.device) * 7919 + 13) % len(timesteps)  # a prime stride spreads slices over the grid
+            sums += loss_by_timestep(model, timesteps, z, y, entries, noise, bins)[1]
     numbers = {}
     for name, (total, count) in (("train", trained), ("val", ranks.sum(sums))):
         numbers[f"loss/{name}"] = (total.sum() / count.sum()).item()
@@ -148,23 +154,23 @@ def losses(model: StableDiffusion, val: Latents, trained: Tensor, cfg: TrainConf
 def denoising_quality(
     model: StableDiffusion, vae: VAE, latents: Latents, val: ADNIDataset, cfg: TrainConfig, ranks: Ranks
 ) -> dict[str, float]:
-    """PSNR and SSIM of the one-step estimate of x0 against its own image, at up to ten timesteps, on 16 slices."""
-    index = torch.linspace(0, len(val) - 1, min(16, len(val))).long()
-    x, (moments, y) = unit(val.batch(index, latents.device)), next(latents.visit([index]))
+    """PSNR and SSIM of the one-step estimate of 16 validation slices against the slices, at up to ten timesteps."""
+    index = torch.tensor(evenly_spaced(len(val), 16))
+    x, (moments, y) = unit(val.batch(index, latents.device)), next(latents.batches([index]))
     timesteps = model.scheduler.timesteps
-    places = np.unique(np.linspace(0, len(timesteps) - 1, min(10, len(timesteps))).round().astype(int))
-    quality = torch.zeros(len(places), 2, device=latents.device)
+    entries = evenly_spaced(len(timesteps), 10)
+    quality = torch.zeros(len(entries), 2, device=latents.device)
     with eval_mode(model, vae):
-        for i in range(ranks.rank, len(places), ranks.size):
+        for i in range(ranks.rank, len(entries), ranks.size):
             g = generator(cfg.seed, 6, device=latents.device)
-            which, posterior, _, _, noise = draw_step(model, len(index), moments.shape[3:], cfg, g)
-            _, x0 = model(draw(moments, which, posterior), timesteps[places[i]].expand(len(index)), noise, y)
-            x0 = unit(vae.decode(x0))
+            mirror, posterior_noise, _, _, noise = step_randomness(model, len(index), moments.shape[3:], cfg, g)
+            z, t = sample_posterior(moments, mirror, posterior_noise), timesteps[entries[i]].expand(len(index))
+            x0 = unit(vae.decode(model(z, t, noise, y)[1]))
             quality[i] = torch.stack([psnr(x0, x).mean(), ssim(x0, x).mean()])
     numbers = {}
-    for place, values in zip(places, ranks.sum(quality).tolist()):
+    for entry, values in zip(entries, ranks.sum(quality).tolist()):
         for name, value in zip(("PSNR", "SSIM"), values):
-            numbers[f"denoising {name}/t={timesteps[place]}"] = value
+            numbers[f"denoising {name}/t={timesteps[entry]}"] = value
     return numbers
 
 
@@ -172,236 +178,153 @@ def show_samples(
     model: StableDiffusion, vae: VAE, train: ADNIDataset, val: ADNIDataset, cfg: TrainConfig, folder: Path, epoch: int,
     last: bool, ranks: Ranks,
 ) -> dict[str, float]:  # fmt: skip
-    """16 samples of the fixed seed to FOLDER/samples.png and the growing samples.gif, classes in turn.
+    """Generate 16 images of the run's seed: FOLDER/samples.png, the growing samples.gif, denoising.png and .gif.
 
-    Returns their PSNR and SSIM against unrelated validation slices, beside those of training slices: without pairs
-    these numbers say only how alike strangers are. Each rank draws its share; the strip of denoising shows rank 0's.
+    Classes take turns. Returns PSNR and SSIM of the images against unrelated validation slices, and of training slices
+    against the same: images that do not belong together, so these numbers say only how alike strangers are. Each rank
+    generates its share; the denoising pictures show images of rank 0.
     """
     device, n = model.scheduler.timesteps.device, 16
-    y = torch.arange(n) % model.num_classes if model.num_classes else None
-    x, mine = torch.zeros(n, 1, *2 * [vae.config["image_size"]], device=device), range(n)[ranks.share(n)]
-    steps: list[tuple[int, Tensor, Tensor]] = []
+    images = torch.zeros(n, 1, vae.config["image_size"], vae.config["image_size"], device=device)
+    mine = range(n)[ranks.share(n)]
     with eval_mode(model, vae):
         if mine:
-            z = model.generate(
-                vae.latent_shape, cfg.seed, mine, None if y is None else y[mine.start : mine.stop],
-                callback=lambda t, x_t, x0: steps.append((t, x_t[:4], x0[:4])),
-            )  # fmt: skip
-            x[mine.start : mine.stop] = vae.decode(z)
-        ranks.sum(x)
-        if ranks.main:
-            visualise_denoising_process(steps, vae.decode, folder)
-            add_gif_frame(folder, "samples", image_grid(to_uint8(x)), epoch, last)
+            x, _ = start_noise(cfg.seed, mine, vae.latent_shape)
+            y = torch.tensor(mine, device=device) % max(1, model.num_classes)
+            steps = list(sample_steps(model.denoiser(y), x.to(device), model.scheduler))
+            images[mine.start : mine.stop] = vae.decode(steps[-1][1])
+        ranks.sum(images)
+        if ranks.is_main:
+            visualise_denoising_process([(t, x_t[:4], x0[:4]) for t, x_t, x0 in steps], vae.decode, folder)
+            add_gif_frame(folder, "samples", image_grid(to_uint8(images)), epoch, last)
     g = generator(cfg.seed, 7)
     strangers, real = (unit(d.batch(torch.randint(len(d), (n,), generator=g), device)) for d in (val, train))
-    (p, s), (p_real, s_real) = unpaired(unit(x), strangers), unpaired(real, strangers)
+    (p, s), (p_real, s_real) = unpaired(unit(images), strangers), unpaired(real, strangers)
     return {
         "unpaired PSNR/generated": p, "unpaired PSNR/real": p_real,
         "unpaired SSIM/generated": s, "unpaired SSIM/real": s_real,
     }  # fmt: skip
 
 
+def build_model(cfg: TrainConfig, vae: VAE, classes: Sequence[str]) -> StableDiffusion:
+    """The U-Net for the latents of this VAE and its noise schedule, initialised by the seed. UserError on bad sizes."""
+    channels, side, _ = vae.latent_shape
+    num_classes = 0 if cfg.unconditional or len(classes) == 1 else len(classes)
+    torch.manual_seed(cfg.seed)
+    try:
+        unet = UNet(
+            channels, side, cfg.channels, cfg.blocks, cfg.attention, num_classes, cfg.dropout, cfg.norm_group, cfg.patch
+        )
+        scheduler = NoiseScheduler_Fast_DDPM(num_steps=cfg.num_steps, grid=cfg.grid)
+    except ValueError as e:
+        raise UserError(f"{e}: change --channels, --grid or --num-steps") from None
+    return StableDiffusion(unet, scheduler, cfg.prediction, cfg.loss_weight)
+
+
 def print_plan(
-    cfg: TrainConfig, vae: VAE, unet: UNet, splits: dict[str, ADNIDataset], batch: int, steps: int,
-    device: torch.device, amp_dtype: torch.dtype | None,
-) -> None:  # fmt: skip
-    """What a run would do."""
+    cfg: TrainConfig, vae: VAE, unet: UNet, splits: dict[str, ADNIDataset], plan: Plan, device: torch.device
+) -> None:
+    """Say what a run would do: data, network, cost, and where it writes."""
     train, labels = splits["train"], torch.empty(1, dtype=torch.int64, device="meta")
     z = torch.empty(1, *vae.latent_shape, device="meta")
-    cost = training_cost(unet.to("meta"), z, labels, labels if unet.label is not None else None)
+    cost = training_cost(unet.to("meta"), z, labels, *([labels] if unet.label is not None else []))
     print(f"train on  {train.summary()}\nvalidate  {splits['val'].summary()}\nlatent    {vae.latent_shape}")
     print(f"classes   {', '.join(train.classes)}; {'un' * (unet.label is None)}conditional")
-    print(describe_cost("U-Net", *cost, batch, cfg.epochs, steps, device, amp_dtype))
+    dtype = pick_amp_dtype(cfg.precision, device)
+    print(describe_cost("U-Net", *cost, plan.batch, cfg.epochs, plan.steps, device, dtype))
     print(f"writes to {Path(cfg.checkpoints) / cfg.run / 'diffusion'}")
 
 
 def main(cfg: TrainConfig) -> None:
+    # The VAE decides what the latents are and which people are held out.
     stop, device = StopSignal(), pick_device(cfg.device)
     vae_file = Path(cfg.checkpoints) / cfg.run / "vae" / "best.safetensors"
     if not vae_file.exists():
-        raise UserError(
-            f"run {cfg.run} has no VAE ({vae_file} is not there): train it first with python pre_train.py, same --run"
-        )
+        raise UserError(f"run {cfg.run} has no VAE ({vae_file}): train it first with python pre_train.py, same --run")
     vae, vae_meta = load_vae(vae_file, device)
-    splits, fingerprint = load_splits(cfg, vae.config["image_size"])
-    train, val = splits["train"], splits["val"]
-    if vae_meta.get("held_out", carved_people(splits)) != carved_people(splits):
-        raise UserError(
-            f"{vae_file} was trained with other people held out: take the --data, --seed, --val-fraction and "
-            "--subject-regex of its training, or train it again with pre_train.py --fresh"
-        )
-    num_classes = 0 if cfg.unconditional or len(train.classes) == 1 else len(train.classes)
-
-    def build() -> StableDiffusion:
-        try:
-            channels, side, _ = vae.latent_shape
-            unet = UNet(
-                channels, side, cfg.channels, cfg.blocks, cfg.attention, num_classes, cfg.dropout, cfg.norm_group,
-                cfg.patch,
-            )  # fmt: skip
-            return StableDiffusion(
-                unet, NoiseScheduler_Fast_DDPM(num_steps=cfg.num_steps, grid=cfg.grid), cfg.prediction, cfg.loss_weight
-            )
-        except ValueError as e:
-            raise UserError(f"{e}: change --channels, --grid or --num-steps") from None
-
-    amp_dtype = pick_amp_dtype(cfg.precision, device)
-    batch = min(cfg.batch_size, len(train))
-    steps_per_epoch = len(train) // batch
-    total = cfg.epochs * steps_per_epoch
+    splits, fingerprint = load_splits_by_rules(cfg.data, cfg.cache, vae_meta, vae.config["image_size"])
+    train, val, plan = splits["train"], splits["val"], Plan.of(cfg, len(splits["train"]))
+    model = build_model(cfg, vae, train.classes)
     if cfg.dry_run:
-        return print_plan(cfg, vae, build().unet, splits, batch, total, device, amp_dtype)
+        return print_plan(cfg, vae, model.unet, splits, plan, device)
 
-    ranks = Ranks(device)
-    folder = ranks.open(cfg, "diffusion")
-    torch.manual_seed(cfg.seed)
-    model = build().to(device, memory_format=torch.channels_last)
-    model.amp_dtype = amp_dtype
-    vae.amp_dtype = amp_dtype if device.type == "cuda" else None
-    bins = min(10, len(model.scheduler.timesteps))
-    ema = make_ema(model, cfg.ema_decay)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=device.type != "mps"
-    )
-    if cfg.lookahead:
-        optimizer = Lookahead(optimizer)
-    schedule = CosineAnnealingWarmupScheduler(optimizer, max(1, round(cfg.warmup * total)), total)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
-    parts = {"model": model, "ema": ema, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
-    step, evaluated, best = 0, 0, float("inf")
-    # Since the last evaluation, over the steps taken: the loss and the images by place in the grid, the gradient norm,
-    # and the number of steps.
-    sums = torch.zeros(2 * bins + 2, device=device)
-    state = ranks.first(lambda: load_state(folder / "last.pt"))
-    if state:
-        check_same_run(cfg, fingerprint, state, folder)
-        if state["vae"] != vae.latent_hash():
+    with Run(cfg, "diffusion", plan, stop, device) as run:
+        # Network, average, optimiser, schedule.
+        ranks, folder, timesteps = run.ranks, run.folder, model.scheduler.timesteps
+        model = model.to(device).to(memory_format=torch.channels_last)
+        model.amp_dtype = pick_amp_dtype(cfg.precision, device)
+        vae.amp_dtype = model.amp_dtype if device.type == "cuda" else None
+        ema = EMA(model, cfg.ema_decay)
+        optimizer: torch.optim.Optimizer = make_optimizer(model.parameters(), cfg, device)
+        if cfg.lookahead:
+            optimizer = Lookahead(optimizer)
+        schedule = CosineAnnealingWarmupScheduler(optimizer, max(1, round(cfg.warmup * plan.steps)), plan.steps)
+        scaler = make_scaler(model.amp_dtype, device)
+        bins = min(10, len(timesteps))
+
+        # Resume, or begin.
+        run.track(2 * bins, model=model, ema=ema, optimizer=optimizer, schedule=schedule, scaler=scaler)
+        run.extra = {"vae": vae.latent_hash()}
+        state = run.resume(fingerprint, f"slices than {cfg.data} now holds")
+        if state and state["vae"] != vae.latent_hash():
             raise UserError(f"{folder} was started on the latents of another VAE than {vae_file}: use --fresh")
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        schedule.total_steps, schedule.warmup_steps = total, max(1, round(cfg.warmup * total))  # --epochs may be new
-        step, evaluated, best, sums = state["step"], state["evaluated"], state["best"], state["sums"].to(device)
-        if step >= total and (folder / "final.safetensors").exists():
-            print(f"{folder} is finished: {cfg.epochs} epochs; more with --epochs, again with --fresh")
-            return ranks.close()
-        print(f"resuming {folder} at epoch {step / steps_per_epoch:.2f}")
-    ranks.check_same(fingerprint, step)
-
-    latents = Latents(vae, train, cfg.batch_size, ranks, cfg, "encoding training slices")
-    val_latents = Latents(vae, val, cfg.batch_size, ranks, replace(cfg, flip=False), "encoding validation slices")
-    meta = {
-        "kind": "diffusion", "model": model.unet.config, "scheduler": model.scheduler.config,
-        "prediction": cfg.prediction, "classes": train.classes, "vae": vae.latent_hash(), "config": asdict(cfg),
-        "commit": git_commit(), "data": train.summary(), "held_out": carved_people(splits),
-        "hardware": describe_hardware(device),
-    }  # fmt: skip
-    log = RunLog(folder, cfg, "diffusion", step) if ranks.main else None
-
-    share = ranks.rows(batch)
-
-    def trial(n: int) -> None:
-        moments, y = next(latents.visit([torch.zeros(n, dtype=torch.int64)]))
-        draws = draw_step(model, n, vae.latent_shape, cfg, generator(0, device=device))
-        scaler.scale(training_loss(model, model, moments, y, draws, bins)[0].mean()).backward()
-        model.zero_grad()
-
-    micro = find_micro_batch(cfg.micro_batch, share.stop - share.start, model, 2 if state else 4, trial)
-    compile_networks(cfg.compile, [model.unet], lambda: trial(micro), device)
-    network, watch = ranks.wrap(model), NonFiniteWatch(device)
-
-    champion = None  # the best weights since the last save, which writes them: epochs can be seconds long
-
-    def save() -> None:
-        nonlocal champion
-        if not ranks.main:
+        if run.finished:
             return
-        if champion:
-            save_weights(folder / "best.safetensors", *champion)
-            champion = None
-        saved = {name: part.state_dict() for name, part in parts.items()}
-        numbers = {"step": step, "evaluated": evaluated, "best": best, "sums": sums.cpu(), "vae": meta["vae"]}
-        save_state(folder / "last.pt", {**saved, **numbers, "config": asdict(cfg), "data": fingerprint})
 
-    bar, clock, clock_step, saved_at = progress_bar(total * batch, step * batch), time.time(), step, time.time()
-    visits = latents.visit(index[share] for index in shuffled_batches(len(train), batch, step, cfg.seed, 3))
-    stop.begin()
-    while True:
-        epoch, place = divmod(step, steps_per_epoch)
-        if place == 0 and step > evaluated:
-            speed = (step - clock_step) * batch / max(1e-9, time.time() - clock)
-            numbers = {"epoch": epoch, "images per s": speed}
-            numbers |= losses(ema.module, val_latents, sums[:-2].view(2, bins), cfg, ranks)
-            norm, taken = sums[-2:].tolist()
-            numbers |= {"gradient norm": norm / max(1.0, taken), "learning rate": schedule.get_last_lr()[0]}
-            if taken < step - evaluated:
-                numbers["skipped steps"] = step - evaluated - taken
-            if device.type == "cuda":
-                numbers["GPU memory (GB)"] = torch.cuda.max_memory_allocated(device) / 1e9
-            if epoch % cfg.sample_every == 0 or step == total:
+        # Encode all slices once. Validation slices are never mirrored.
+        latents = Latents(vae, train, cfg.batch_size, ranks, cfg, "encoding training slices")
+        val_latents = Latents(vae, val, cfg.batch_size, ranks, replace(cfg, flip=False), "encoding validation slices")
+
+        def trial(n: int) -> None:
+            moments, y = next(latents.batches([torch.zeros(n, dtype=torch.int64)]))
+            randomness = step_randomness(model, n, vae.latent_shape, cfg, generator(0, device=device))
+            scaler.scale(training_loss(model, model, moments, y, randomness, bins)[0].mean()).backward()
+            model.zero_grad()
+
+        meta = {
+            "kind": "diffusion", "model": model.unet.config, "scheduler": model.scheduler.config,
+            "prediction": cfg.prediction, "classes": train.classes, "vae": vae.latent_hash(), "data": train.summary(),
+            "held_out": carved_people(splits), "split": split_rules(vae_meta),
+        }  # fmt: skip
+        run.begin(meta, model, [model.unet], trial)
+        network = ranks.wrap_ddp(model)
+        order = shuffled_batches(len(train), plan.batch, run.step, cfg.seed, 3)
+        batches = latents.batches(index[run.rows] for index in order)
+
+        for epoch in run.epochs():
+            for step in run.steps(epoch):
+                moments, y = next(batches)
+                # Every step has its own random numbers, by (seed, step), so resuming needs no state of a generator.
+                g = generator(cfg.seed, 4, step, device=device)
+                randomness = [r[run.rows] for r in step_randomness(model, plan.batch, vae.latent_shape, cfg, g)]
+                by_timestep = torch.zeros(2, bins, device=device)
+                for rows, weight, context in ranks.micro_batches(plan.batch, run.micro, network):
+                    if cfg.dropout:
+                        torch.manual_seed(derive_seed(cfg.seed, 9, step, run.rows.start + rows.start))
+                    with context:
+                        part = [r[rows] for r in randomness]
+                        loss, counted = training_loss(network, model, moments[rows], y[rows], part, bins)
+                        scaler.scale(weight * loss.mean()).backward()
+                    by_timestep += counted
+                ranks.sum(by_timestep)
+                norm = optimise(model, optimizer, scaler, ema, cfg.grad_clip)
+                schedule.step()
+                run.took([by_timestep], norm)
+
+            # Once an epoch: evaluate the averaged weights, and now and then generate with them.
+            numbers = evaluation_losses(ema.module, val_latents, run.sums[:-2].view(2, bins), cfg, ranks)
+            pictures: tuple[str, ...] = ()
+            if epoch % cfg.sample_every == 0 or run.is_last(epoch):
                 numbers |= denoising_quality(ema.module, vae, val_latents, val, cfg, ranks)
-                numbers |= show_samples(ema.module, vae, train, val, cfg, folder, epoch, step == total, ranks)
-            if numbers["loss/val"] < best:
-                best = numbers["loss/val"]
-                champion = (deepcopy(ema.module), {**meta, "epoch": epoch, "metrics": numbers})
-            if ranks.main:
-                log.log(step, numbers)
-                if "unpaired PSNR/generated" in numbers:
-                    log.picture(step, "samples", folder / "samples.png")
-                    log.picture(step, "denoising", folder / "denoising.gif")
-                    log.plot()
-                    refresh_report(folder.parent)
-            a, b = numbers["loss/train"], numbers["loss/val"]
-            bar.write(
-                f"epoch {epoch:4d}  train {a:.4f}  val {b:.4f}  {speed:.0f} images/s{skipped_steps_note(numbers)}"
-            )
-            evaluated, clock, clock_step = step, time.time(), step
-            sums.zero_()
-        leave = step >= total or ranks.any(stop, step)
-        if leave or time.time() - saved_at > 60 * cfg.save_minutes:
-            save()
-            saved_at = time.time()
-        if leave:
-            break
-        moments, y = next(visits)
-        g = generator(cfg.seed, 4, step, device=device)  # a step's randomness is its own: resuming needs no state
-        draws = [d[share] for d in draw_step(model, batch, vae.latent_shape, cfg, g)]
+                numbers |= show_samples(ema.module, vae, train, val, cfg, folder, epoch, run.is_last(epoch), ranks)
+                pictures = ("samples.png", "denoising.gif")
+            run.end_epoch(numbers, ema.module, pictures=pictures)
 
-        by_place = torch.zeros(2, bins, device=device)
-        for rows, weight, passing in ranks.portions(batch, micro, network):
-            if cfg.dropout:
-                torch.manual_seed(derive_seed(cfg.seed, 9, step, share.start + rows.start))
-            with passing:
-                loss, counted = training_loss(network, model, moments[rows], y[rows], [d[rows] for d in draws], bins)
-                scaler.scale(weight * loss.mean()).backward()
-            by_place += counted
-        ranks.sum(by_place)
-        norm = optimise(model, optimizer, scaler, ema, cfg.grad_clip)
-        schedule.step()
-        sums += torch.where(
-            norm.isfinite(), torch.cat([by_place.flatten(), norm[None], torch.ones_like(norm)[None]]), 0.0
-        )
-        step += 1
-        bar.update(batch)
-        if bad := watch.hopeless(norm, step):
-            save()
-            ranks.fail(watch.sentence(bad, bad / steps_per_epoch, folder))
-    bar.close()
-    if step < total:
-        stop.end()
-        if ranks.main:
-            log.close()
-        ranks.close()
-        leave_early(stop, step / steps_per_epoch)
-    if ranks.main:
-        final = {**meta, "epoch": cfg.epochs, "metrics": log.rows[-1]}
-        save_weights(folder / "final.safetensors", ema.module, final)
-    stop.end()
-    if ranks.main:
-        log.close()
+        run.save()
+        run.save_final(ema.module)
     print(
-        f"done: {folder / 'final.safetensors'}; samples in {folder / 'samples.png'}, curves in {folder / 'curves.png'}"
+        f"done: {folder / 'final.safetensors'}; images in {folder / 'samples.png'}, curves in {folder / 'curves.png'}"
     )
-    ranks.close()
 
 
 if __name__ == "__main__":

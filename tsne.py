@@ -1,7 +1,7 @@
-"""Map the latents: python tsne.py --run NAME --data DIR writes CHECKPOINTS/NAME/tsne/tsne.png and tsne.json.
+"""Map the latents by t-SNE: python tsne.py --run NAME --data DIR writes CHECKPOINTS/NAME/tsne/tsne.png and tsne.json.
 
-Real latents (posterior means) by class, generated ones laid over them; and how well the nearest neighbours among other
-people tell the classes apart.
+The map shows real latents (posterior means) by class, and generated ones over them. tsne.json says how well the nearest
+neighbours among other people tell the classes apart.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ if __name__ == "__main__":
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from dataset import load_splits_as_trained, read_images
 from device import eval_mode, pick_device
-from loop import RunLog
 from metrics import TooFew, auc_between_people, interval, resample_people
 from modules import load_diffusion
 from report import refresh_report
+from runlog import RunLog
+from sampling import belongs_to
 from utils import UserError, progress_bar, run_script
 from vae import load_vae
 from weights import write_atomic
@@ -32,20 +34,20 @@ from weights import write_atomic
 def draw_map(
     real: np.ndarray, labels: np.ndarray, generated: np.ndarray | None, of: list[str], classes: list[str], title: str
 ) -> bytes:
-    """PNG: real latents as dots and generated ones as crosses, one colour per class. Points are [N, 2]."""
+    """Plot real latents as dots and generated ones as crosses, one colour per class: a PNG. Points are [N, 2]."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 6), layout="constrained")
     ax = figure.add_subplot()
-    colours = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]  # told apart by the colour-blind
+    colours = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]  # distinct for the colour-blind
     for i, name in enumerate(classes):
         xy = real[labels == i]
-        ax.scatter(*xy.T, s=9, alpha=0.55, lw=0, color=colours[i % 6], label=f"real {name} ({len(xy):,})")
+        ax.scatter(xy[:, 0], xy[:, 1], s=9, alpha=0.55, lw=0, color=colours[i % 6], label=f"real {name} ({len(xy):,})")
     if generated is not None:
         for name in sorted(set(of)):
             xy = generated[np.array(of) == name]
             colour = colours[classes.index(name) % 6] if name in classes and len(classes) > 1 else "black"
-            ax.scatter(*xy.T, s=60, marker="X", color=colour, edgecolors="white", linewidths=0.9,
+            ax.scatter(xy[:, 0], xy[:, 1], s=60, marker="X", color=colour, edgecolors="white", linewidths=0.9,
                        label=f"generated {name} ({len(xy):,})")  # fmt: skip
     ax.set_title(title, fontsize=10)
     ax.set_xticks([]), ax.set_yticks([])
@@ -60,8 +62,11 @@ def main(cfg: TsneConfig) -> None:
 
     device = pick_device(cfg.device)
     run = Path(cfg.checkpoints) / cfg.run
-    vae, meta = load_vae(run / "vae" / "best.safetensors", device)
+    vae_file = run / "vae" / "best.safetensors"
+    vae, meta = load_vae(vae_file, device)
     data = load_splits_as_trained(cfg.data, cfg.cache, meta, vae.config["image_size"])["train"]
+
+    # Encode slices of the training people, at most --max-slices.
     rng = np.random.default_rng(cfg.seed)
     chosen = np.sort(rng.permutation(len(data))[: cfg.max_slices])
     if len(chosen) <= 3 * cfg.perplexity:
@@ -73,9 +78,11 @@ def main(cfg: TsneConfig) -> None:
             parts.append(vae.encode(data.batch(index, device))[0].flatten(1).cpu())
             bar.update(len(index))
     latents, labels = torch.cat(parts).numpy(), data.labels[chosen].numpy()
-    people = np.array(data.people)[chosen]
+    people = [data.people[i] for i in chosen]
 
-    generated, of = None, []
+    # Generated latents: those of a folder of images, or 128 of the run's U-Net, classes in turn.
+    generated = None
+    of: list[str] = []
     unet_file = run / "diffusion" / "best.safetensors"
     if cfg.generated:
         pixels, of, problems = read_images(Path(cfg.generated))
@@ -83,20 +90,25 @@ def main(cfg: TsneConfig) -> None:
         generated = torch.cat([vae.embed(part[:, None].float() / 255) for part in pixels.split(32)]).numpy()
     elif unet_file.exists():
         model, meta = load_diffusion(unet_file, device)
-        turn = torch.arange(128) % max(1, model.num_classes)
-        of = [meta["classes"][y] if model.num_classes or len(meta["classes"]) == 1 else "any" for y in turn.tolist()]
-        z = [model.generate(vae.latent_shape, cfg.seed, k.tolist(), turn[k]) for k in torch.arange(128).split(32)]
-        generated = torch.cat(z).flatten(1).cpu().numpy()
+        if belongs_to(model, meta, vae, vae_file):
+            turn = torch.arange(128) % max(1, model.num_classes)
+            by_class = model.num_classes or len(meta["classes"]) == 1
+            of = [meta["classes"][y] if by_class else "any" for y in turn.tolist()]
+            z = [model.generate(vae.latent_shape, cfg.seed, k.tolist(), turn[k]) for k in torch.arange(128).split(32)]
+            generated = torch.cat(z).flatten(1).cpu().numpy()
+        else:
+            print(f"{unet_file} was trained on the latents of another VAE and is left out: run train.py --fresh")
 
     from sklearn.decomposition import PCA
 
-    # t-SNE on the principal components of the real latents; generated ones are placed into that map, which they
-    # do not change (openTSNE's transform), so that the picture of the real data is the same whatever was generated.
+    # t-SNE on the principal components of the real latents. Generated ones are placed into the finished map (openTSNE's
+    # transform) and do not change it, so the real data look the same whatever was generated.
     pca = PCA(min(50, *latents.shape), random_state=cfg.seed).fit(latents)
     real_map = TSNE(perplexity=cfg.perplexity, random_state=cfg.seed, n_jobs=-1).fit(pca.transform(latents))
     generated_map = None if generated is None else np.asarray(real_map.transform(pca.transform(generated)))
 
-    result = {"slices": len(latents), "generated": 0 if generated is None else len(generated)}
+    # How well the classes separate, by the neighbours of each slice among other people.
+    result: dict[str, Any] = {"slices": len(latents), "generated": 0 if generated is None else len(generated)}
     title = f"t-SNE of {len(latents):,} latents"
     if len(data.classes) > 1:
         points = torch.from_numpy(pca.transform(latents)).double()
@@ -110,6 +122,8 @@ def main(cfg: TsneConfig) -> None:
             f"\n{' / '.join(data.classes)} by the nearest neighbours among other people:\n"
             f"AUC {auc:.2f} [{low:.2f}, {high:.2f}] (chance 0.5)"
         )
+
+    # Write the map and the numbers, and log them.
     out = Path(cfg.out) if cfg.out else run / "tsne"
     write_atomic(out / "tsne.png", draw_map(np.asarray(real_map), labels, generated_map, of, data.classes, title))
     write_atomic(out / "tsne.json", json.dumps(result, indent=1).encode())

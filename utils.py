@@ -63,12 +63,12 @@ def job_ranks() -> tuple[int, int, int]:
 # Seeds
 
 
-def derive_seed(*numbers: int) -> int:
+def derive_seed(*numbers: object) -> int:
     """A 63-bit seed from (seed, purpose, index ...): different numbers give independent streams."""
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "big") >> 1
 
 
-def generator(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
+def generator(*numbers: object, device: torch.device | str = "cpu") -> torch.Generator:
     """A torch generator seeded by `derive_seed(*numbers)`."""
     return torch.Generator(device).manual_seed(derive_seed(*numbers))
 

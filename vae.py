@@ -1,4 +1,7 @@
-"""The VAE, its losses, and the latent contract: what the diffusion sees has mean 0 and deviation 1 per channel."""
+"""The VAE, its losses, and the latent contract: the diffusion sees latents of mean 0 and deviation 1 in each channel.
+
+The blocks that both networks are made of are in modules.py; the training is in pre_train.py.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,12 +32,17 @@ LOGVAR_RANGE = (-30.0, 20.0)  # exp(20 / 2) is still finite in float16
 class VAE(nn.Module):
     """Convolutional variational autoencoder (Kingma & Welling 2014; layout after Rombach et al. 2022).
 
-    Images are float [B, 1, S, S] in [-1, 1]; latents [B, C, S/downsample, S/downsample]. `encode` and `decode` speak of
-    normalised latents, (latent_rotation @ posterior sample - latent_mean) / latent_std; nobody scales latents by hand.
-    The rotation takes the channels to their principal axes: a diffusion's errors are alike in all channels, and where
-    channels nearly agree (correlations of 0.8 are usual) such errors drown what they differ by.
-    The last step of `downsample` that the levels do not cover is a space-to-depth stem, and its inverse at the end.
+    Images are float [B, 1, S, S] in [-1, 1]; latents [B, C, S/downsample, S/downsample]. `encode` returns and `decode`
+    takes normalised latents, (latent_rotation @ posterior sample - latent_mean) / latent_std, so that nobody scales
+    latents by hand. The rotation turns the channels to their principal axes. Without it channels are correlated (0.8
+    is usual), and the errors of the diffusion, which are equally large in all channels, would be larger than the small
+    differences between such channels. Downsampling that the levels do not do is done by a space-to-depth stem, and
+    undone at the end of the decoder. ValueError on sizes that do not divide.
     """
+
+    latent_rotation: Tensor
+    latent_mean: Tensor
+    latent_std: Tensor
 
     def __init__(
         self,
@@ -45,7 +54,7 @@ class VAE(nn.Module):
         attention: bool = True,
     ):
         super().__init__()
-        self.config = dict(
+        self.config: dict[str, Any] = dict(
             image_size=image_size, downsample=downsample, latent_channels=latent_channels, channels=list(channels),
             blocks=blocks, attention=attention,
         )  # fmt: skip
@@ -55,11 +64,12 @@ class VAE(nn.Module):
         if image_size % downsample:
             raise ValueError(f"an image of {image_size} pixels cannot be divided by {downsample}")
         self.amp_dtype: torch.dtype | None = None
-        # Over the training set, written once at the end of pre-training; until then they do nothing.
+        # Of the latents of the training set; set once, at the end of pre-training. Until then they do nothing.
         self.register_buffer("latent_rotation", torch.eye(latent_channels))
         self.register_buffer("latent_mean", torch.zeros(latent_channels))
         self.register_buffer("latent_std", torch.ones(latent_channels))
 
+        # Encoder: stem, levels, and the middle that ends in mean and log-variance.
         down: list[nn.Module] = [nn.PixelUnshuffle(patch), nn.Conv2d(patch**2, channels[0], 3, padding=1)]
         width = channels[0]
         for level, c in enumerate(channels):
@@ -69,12 +79,16 @@ class VAE(nn.Module):
             for _ in range(blocks):
                 down.append(ResidualBlock(width, c))
                 width = c
-        middle = [AttentionBlock(width)] if attention else []
+        middle: list[nn.Module] = [AttentionBlock(width)] if attention else []
         down += [*middle, ResidualBlock(width, width), group_norm(width), nn.SiLU()]
-        self.encoder = nn.Sequential(*down, nn.Conv2d(width, 2 * latent_channels, 3, padding=1))
-        # Start with a posterior of deviation e^-2: at 1, noise drowns the signal and the first epochs learn little.
-        nn.init.constant_(self.encoder[-1].bias[latent_channels:], -4.0)
+        last = nn.Conv2d(width, 2 * latent_channels, 3, padding=1)
+        self.encoder = nn.Sequential(*down, last)
+        # Start with a posterior of deviation e^-2. At 1 there would be more noise than signal, and the first epochs
+        # would learn little.
+        assert last.bias is not None
+        nn.init.constant_(last.bias[latent_channels:], -4.0)
 
+        # Decoder: the same upside down.
         middle = [AttentionBlock(width)] if attention else []
         up: list[nn.Module] = [nn.Conv2d(latent_channels, width, 3, padding=1), ResidualBlock(width, width), *middle]
         for level, c in reversed(list(enumerate(channels))):
@@ -88,33 +102,32 @@ class VAE(nn.Module):
         self.decoder = nn.Sequential(*up)
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of q(z|x) as the encoder gives them, each float32 [B, C, h, w]."""
+        """Mean and log-variance of q(z|x), before normalisation: each float32 [B, C, h, w]."""
         x = x.contiguous(memory_format=torch.channels_last)
         with autocast(x, self.amp_dtype):
-            mean, logvar = self.encoder(x).float().chunk(2, dim=1)  # the halves are channels: none is shared
+            mean, logvar = self.encoder(x).float().chunk(2, dim=1)  # one half of the channels each
         return mean, logvar.clamp(*LOGVAR_RANGE)
 
     def reconstruct(self, z: Tensor) -> Tensor:
-        """Unnormalised latents -> images, float32 [B, 1, S, S], about [-1, 1]."""
+        """Latents before normalisation -> images, float32 [B, 1, S, S], not clamped to [-1, 1]."""
         z = z.contiguous(memory_format=torch.channels_last)
         with autocast(z, self.amp_dtype):
             return self.decoder(z).float()
 
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images and standard normal noise [B, C, h, w] -> (reconstruction, mean, logvar)."""
+        """Images [B, 1, S, S] and standard normal noise [B, C, h, w] -> (reconstruction, mean, log-variance)."""
         mean, logvar = self.posterior(x)
         return self.reconstruct(mean + (0.5 * logvar).exp() * noise), mean, logvar
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Images -> (mean, std) of the normalised latent: a redraw is mean + std * noise.
+        """Images -> (mean, std) of the normalised latents: mean + std * noise is a sample of the posterior.
 
-        The std is that of each rotated channel; what the rotation correlates in a posterior this narrow is left out.
+        The rotation correlates the channels of the posterior; that is left out, because the posterior is narrow.
         """
         mean, logvar = self.posterior(x)
         m, s = self.latent_mean[:, None, None], self.latent_std[:, None, None]
-        return (rotate(self.latent_rotation, mean) - m) / s, rotate(
-            self.latent_rotation.square(), logvar.exp()
-        ).sqrt() / s
+        variance = rotate(self.latent_rotation.square(), logvar.exp())
+        return (rotate(self.latent_rotation, mean) - m) / s, variance.sqrt() / s
 
     def decode(self, z: Tensor) -> Tensor:
         """Normalised latents -> images in [-1, 1]."""
@@ -123,7 +136,7 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def embed(self, x: Tensor) -> Tensor:
-        """Images of any size in [0, 1] -> posterior means as points, float32 [B, C*h*w] on the CPU."""
+        """Images of any size in [0, 1], [B, 1, H, W] -> normalised posterior means, float32 [B, C*h*w] on the CPU."""
         side = self.config["image_size"]
         x = x.to(self.latent_mean.device)
         if x.shape[-1] != side:
@@ -131,7 +144,7 @@ class VAE(nn.Module):
         return self.encode(2 * x - 1)[0].flatten(1).cpu()
 
     def latent_hash(self) -> str:
-        """12 hex digits of the encoder's weights. A diffusion belongs to them; the decoder may be trained further."""
+        """12 hex digits of the encoder's weights, to which a diffusion belongs. The decoder may be trained further."""
         digest = hashlib.sha256()
         for _, v in sorted(self.encoder.state_dict().items()):
             digest.update(v.float().cpu().contiguous().numpy())
@@ -139,44 +152,43 @@ class VAE(nn.Module):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w)."""
+        """(C, h, w) of a latent."""
         side = self.config["image_size"] // self.config["downsample"]
         return self.config["latent_channels"], side, side
 
     @torch.no_grad()
     def measure_latents(self, batches: Iterable[Tensor], add: Callable[[Tensor], Tensor] = lambda sums: sums) -> None:
-        """Set rotation, mean and deviation to those of posterior samples over batches of images, in closed form.
+        """Set rotation, mean and deviation to those of posterior samples of these images [B, 1, S, S], in closed form.
 
-        `add` sums over the ranks where each has batches of its own.
+        `add` sums a tensor over the ranks, each of which has its own batches.
         """
         c = self.config["latent_channels"]
         sums = torch.zeros(c + 1, c + 1, dtype=torch.float64)  # of (z, 1) (z, 1)^T
         for x in batches:
-            mean, logvar = (
-                v.cpu().double().transpose(0, 1).flatten(1) for v in self.posterior(x)
-            )  # MPS has no float64
+            # Each [C, B h w]; on the CPU, because MPS has no float64.
+            mean, logvar = (v.cpu().double().transpose(0, 1).flatten(1) for v in self.posterior(x))
             z = torch.cat([mean, torch.ones_like(mean[:1])])  # [C + 1, B h w]
             sums += z @ z.T
             sums.diagonal()[:c] += logvar.exp().sum(1)  # E[z^2] = mean^2 + variance
         sums = add(sums)
         mean = sums[:c, c] / sums[c, c]
         variance, axes = torch.linalg.eigh(sums[:c, :c] / sums[c, c] - mean[:, None] * mean)
-        axes = axes.flip(1).T  # in rows, the largest first; each so that its largest entry is positive
-        axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
+        axes = axes.flip(1).T  # rows are principal axes, the widest first
+        axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()  # their signs are arbitrary: fix them
         self.latent_rotation.copy_(axes)
         self.latent_mean.copy_(axes @ mean)
         self.latent_std.copy_(variance.flip(0).clamp(min=0).sqrt())
 
 
 def rotate(matrix: Tensor, z: Tensor) -> Tensor:
-    """matrix [C, C] times the channels of z [B, C, h, w]."""
+    """Multiply the channels of z [B, C, h, w] by a matrix [C, C]."""
     return torch.einsum("dc,bchw->bdhw", matrix, z)
 
 
 class PatchDiscriminator(nn.Module):
-    """Which patches are real: images [B, 1, S, S] in [-1, 1] -> [B, 1, S/8, S/8], each sees 38 x 38 pixels.
+    """Scores how real patches look: images [B, 1, S, S] in [-1, 1] -> [B, 1, S/8, S/8], each from 38 x 38 pixels.
 
-    After Isola et al. 2017; GroupNorm in the place of BatchNorm, so that no image hangs on the others of its batch.
+    After Isola et al. 2017, with GroupNorm instead of BatchNorm, so that an image's scores don't depend on its batch.
     """
 
     def __init__(self, channels: Sequence[int] = (32, 64, 128)):
@@ -193,24 +205,25 @@ class PatchDiscriminator(nn.Module):
 
 
 def hinge_loss(of_real: Tensor, of_fake: Tensor) -> Tensor:
-    """What the discriminator minimises (Lim & Ye 2017): 1 where it cannot tell, 0 where all is right by a margin."""
+    """The discriminator's loss (Lim & Ye 2017), a scalar: 1 if it cannot tell, 0 if all scores are clearly right."""
     return 0.5 * (F.relu(1 - of_real).mean() + F.relu(1 + of_fake).mean())
 
 
-def adversarial_gradient(judge: nn.Module, x_hat: Tensor, gradient: Tensor, weight: float) -> Tensor:
-    """What fooling the judge adds to the gradient at x_hat, [B, 1, S, S].
+def adversarial_gradient(discriminator: nn.Module, x_hat: Tensor, gradient: Tensor, weight: float) -> Tensor:
+    """The gradient at x_hat [B, 1, S, S] that makes the discriminator score it as more real.
 
-    Each image's part has `weight` times the norm of the reconstruction's `gradient` there (Défossez et al. 2022,
-    section 3.4, per image), so the two keep their balance however sure of itself the judge is.
+    For each image it is scaled to `weight` times the norm of `gradient`, the reconstruction loss's gradient there
+    (Défossez et al. 2022, section 3.4, here per image). So the two keep their balance however well the discriminator
+    does.
     """
     x = x_hat.detach().requires_grad_()
-    (g,) = torch.autograd.grad(-judge(x).mean(), x)
+    (g,) = torch.autograd.grad(-discriminator(x).mean(), x)
     norm, own = (v.flatten(1).norm(dim=1).view(-1, 1, 1, 1) for v in (gradient, g))
     return weight * norm / own.clamp(min=1e-20) * g
 
 
 def focal_frequency(x_hat: Tensor, x: Tensor) -> Tensor:
-    """Squared error of the spectrum, each frequency weighted by its own error (Jiang et al. 2021, eq. 4-6): scalar."""
+    """Squared error of the spectra, each frequency weighted by its error (Jiang et al. 2021, eq. 4-6): a scalar."""
     distance = (torch.fft.fft2(x_hat.float(), norm="ortho") - torch.fft.fft2(x.float(), norm="ortho")).abs()
     weight = distance.detach()
     weight = weight / weight.amax(dim=(2, 3), keepdim=True).clamp(min=1e-12)
@@ -218,19 +231,20 @@ def focal_frequency(x_hat: Tensor, x: Tensor) -> Tensor:
 
 
 def reconstruction_loss(x_hat: Tensor, x: Tensor, kind: str) -> Tensor:
-    """Mean over pixels of images in [-1, 1]; scalar. Where x is black, x_hat may be darker.
+    """Mean over the pixels of images [B, 1, S, S] in [-1, 1], a scalar. Where x is black, x_hat may be darker.
 
     "mse"; "l1"; "l1_ssim" = L1 + 0.5 (1 - SSIM); "l1_ms_ssim", the same at several scales; "l1_ssim_frequency" =
     l1_ssim + focal frequency loss.
     """
-    # `decode` clamps: darker than black is black. Half of a slice is, and would else be half of the gradient.
+    # `decode` clamps, so darker than black is as good as black. Background is half of a slice, and would otherwise be
+    # half of the gradient.
     x_hat = torch.where((x_hat < x) & (x <= -1), x, x_hat)
     if kind == "mse":
         return F.mse_loss(x_hat, x)
     loss = F.l1_loss(x_hat, x)
     if kind != "l1":
-        similar = ms_ssim if kind == "l1_ms_ssim" else ssim
-        loss = loss + 0.5 * (1 - similar((x_hat + 1) / 2, (x + 1) / 2, border=False).mean())
+        similarity = ms_ssim if kind == "l1_ms_ssim" else ssim
+        loss = loss + 0.5 * (1 - similarity((x_hat + 1) / 2, (x + 1) / 2, border=False).mean())
     return loss + focal_frequency(x_hat, x) if kind == "l1_ssim_frequency" else loss
 
 
@@ -240,23 +254,28 @@ def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
 
 
 def vae_loss(x_hat: Tensor, x: Tensor, mean: Tensor, logvar: Tensor, kind: str, kl_weight: float) -> tuple[Tensor, ...]:
-    """(loss, reconstruction term, KL per image pixel): loss = reconstruction + kl_weight * KL."""
+    """(loss, reconstruction term, KL per image pixel), scalars: loss = reconstruction + kl_weight * KL."""
     reconstruction = reconstruction_loss(x_hat, x, kind)
     kl = kl_divergence(mean, logvar).mean() / math.prod(x.shape[1:])
     return reconstruction + kl_weight * kl, reconstruction, kl
 
 
 def load_vae(path: Path, device: torch.device) -> tuple[VAE, dict]:
-    """The VAE of a .safetensors file, ready to encode and decode, and the file's meta."""
+    """The VAE of a .safetensors file, ready to encode and decode, and what the header says.
+
+    UserError on a file that is damaged, of another kind, not finished, or that this version cannot build.
+    """
     tensors, meta = load_weights(path, "vae")
     if not meta.get("finished"):
-        raise UserError(f"{path} is of a VAE still in training: let pre_train.py finish first (same command again)")
+        raise UserError(f"{path} is of a VAE still in training: run the same pre_train.py command again")
     try:
         vae = build_network(VAE, meta.get("model"), tensors)
     except ValueError as e:
         raise UserError(f"{path} describes a VAE that this version cannot build: {str(e)[:200]}") from None
-    tensors.setdefault("latent_rotation", torch.eye(vae.config["latent_channels"]))  # weights from before there was one
+    tensors.setdefault(
+        "latent_rotation", torch.eye(vae.config["latent_channels"])
+    )  # weights of older versions have none
     load_into(vae, tensors, path)
-    if not (vae.latent_std > 0).all():
+    if not bool((vae.latent_std > 0).all()):
         raise UserError(f"{path} holds latents without any spread: train the VAE again")
-    return vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), meta
+    return vae.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False), meta

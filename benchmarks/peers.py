@@ -26,9 +26,9 @@ from dataset import load_splits
 from device import autocast, describe_hardware, pick_amp_dtype, pick_device
 from evaluate import images_of
 from evidence import Images
-from loop import make_ema
+from loop import EMA
 from pictures import image_grid, png_bytes, to_pixels
-from sampling import Drawer, load_run
+from sampling import ImageSampler, load_run
 from utils import git_commit
 from weights import write_atomic
 
@@ -160,7 +160,7 @@ class Peer:
         """Images seen in that time; the averaged weights, where the peer averages, are what is left."""
         optimizer, seen, start = torch.optim.AdamW(self.unet.parameters(), lr), 0, time.time()
         # With a warm-up, as diffusers' own has: a plain 0.999 would still hold the first, random weights after minutes.
-        ema = make_ema(self.unet, self.ema_decay) if self.ema_decay else None
+        ema = EMA(self.unet, self.ema_decay) if self.ema_decay else None
         while time.time() - start < seconds:
             z = latents()
             noise, t = torch.randn_like(z), torch.randint(0, 1000, (len(z),), device=z.device)
@@ -219,7 +219,7 @@ def ours(cfg: PeersConfig, home: Path, slices: int, device: torch.device, put: C
     seconds.append(script("train.py", "small", *where, *OUR_UNET, *few))
     model, vae, _, _ = load_run(home / "peer-ours", "best", device)
     model.amp_dtype = vae.amp_dtype = pick_amp_dtype("auto", device)
-    images, _, speed = draw(Drawer(model, vae, 64), cfg.num_images)
+    images, _, speed = draw(ImageSampler(model, vae, 64), cfg.num_images)
     seen = [cfg.vae_epochs * slices, cfg.unet_epochs * slices]
     put("ours-10", images, seconds=[round(s) for s in seconds], seen=seen, images_per_s=round(speed, 2))
 

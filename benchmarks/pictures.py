@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from device import pick_device, training_cost  # noqa: E402
 from modules import StableDiffusion, make_grid  # noqa: E402
-from sampling import Drawer, load_run  # noqa: E402
+from sampling import ImageSampler, load_run  # noqa: E402
 from utils import read_jsonl  # noqa: E402
 from vae import VAE  # noqa: E402
 from weights import write_atomic  # noqa: E402
@@ -127,7 +127,7 @@ def normal_and_fast(model: StableDiffusion, vae: VAE, path: Path, n: int = 6) ->
     rows, full = [], make_grid("full", 1000, model.scheduler.abar).tolist()
     plans = [("fast", model.scheduler.fast_timesteps, "dpm++2m", 0.0), ("normal", full, "ddim", 1.0)]
     for kind, timesteps, solver, eta in plans:
-        drawer = Drawer(model, vae, n, timesteps=timesteps, solver=solver, eta=eta)
+        drawer = ImageSampler(model, vae, n, timesteps=timesteps, solver=solver, eta=eta)
         start = time.time()
         images, _ = drawer(0, range(n), torch.arange(n) % max(1, model.num_classes))
         images = images.cpu().numpy()

@@ -35,7 +35,7 @@ from evidence import Evidence, Images, tell_apart  # noqa: E402
 from metrics import psnr, ssim, unit  # noqa: E402
 from modules import make_grid  # noqa: E402
 from pictures import image_grid, png_bytes, to_uint8  # noqa: E402
-from sampling import Drawer, load_run  # noqa: E402
+from sampling import ImageSampler, load_run  # noqa: E402
 from utils import git_commit  # noqa: E402
 from vae import VAE, load_vae  # noqa: E402
 from weights import save_weights, write_atomic  # noqa: E402
@@ -155,7 +155,7 @@ def script(*command: object) -> float:
     return time.time() - start
 
 
-def draw(drawer: Drawer, n: int, seed: int = 0) -> tuple[Images, Tensor, float]:
+def draw(drawer: ImageSampler, n: int, seed: int = 0) -> tuple[Images, Tensor, float]:
     """(n images, their latents, images/s)."""
     pixels, latents, start = [], [], time.time()
     for k in torch.arange(n).split(drawer.batch):
@@ -210,7 +210,7 @@ class Quality:
             return
         model, vae, _, _ = load_run(Path(self.cfg.checkpoints) / run, "final", self.device, "auto")
         model.amp_dtype = pick_amp_dtype("auto", self.device)
-        drawer = Drawer(model, vae, 64, timesteps=timesteps, solver=solver, eta=eta)
+        drawer = ImageSampler(model, vae, 64, timesteps=timesteps, solver=solver, eta=eta)
         n = n or self.cfg.num_images
         images, z, speed = draw(drawer, n)
         self.show(name, images.pixels)
@@ -272,7 +272,7 @@ def study_vae(q: Quality) -> None:
         q.unet(run, file, 2 * epochs, "--channels", 64, 128, "--attention", 8, "--no-flip")
         model, vae, _, _ = load_run(file.parent.parent, "final", q.device)
         model.amp_dtype = pick_amp_dtype("auto", q.device)
-        images, _, _ = draw(Drawer(model, vae, 64), q.cfg.num_images)
+        images, _, _ = draw(ImageSampler(model, vae, 64), q.cfg.num_images)
         q.show(name, images.pixels)
         q.table.add({**row, **q.judge.score(images), **q.stamp})
 

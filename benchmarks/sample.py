@@ -2,7 +2,7 @@
 
     python benchmarks/sample.py [--batch 64] [--json FILE]
 
-Networks of matched sizes with random weights. Ours is predict.py's Drawer with DPM-Solver++(2M); theirs are their DDIM
+Networks of matched sizes with random weights. Ours is predict.py's ImageSampler with DPM-Solver++(2M); theirs are their DDIM
 loops, one call after the other, as their pipelines run them. Last, predict.py itself from process start to files.
 """
 
@@ -24,7 +24,7 @@ from common import Bench, BenchConfig, PeerUNet, PeerVAE, make_run, peak_gb, scr
 
 from device import fetch_async
 from pictures import png_bytes, to_uint8
-from sampling import Drawer
+from sampling import ImageSampler
 from weights import write_atomic
 
 
@@ -49,7 +49,12 @@ def our_drawing(b: Bench, batch: int, folder: Path, compile: str) -> tuple[Calla
     model, vae = b.model().eval().requires_grad_(False), b.vae().eval().requires_grad_(False)
     if not b.gpu:
         model.amp_dtype = vae.amp_dtype = None  # predict.py's default on a CPU
-    drawer, pool, count, jobs = Drawer(model, vae, batch, compile=compile), ThreadPoolExecutor(8), itertools.count(), []
+    drawer, pool, count, jobs = (
+        ImageSampler(model, vae, batch, compile=compile),
+        ThreadPoolExecutor(8),
+        itertools.count(),
+        [],
+    )
     y = torch.zeros(batch, dtype=torch.int64)
 
     def save(path: Path, image: np.ndarray) -> None:

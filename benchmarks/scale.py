@@ -26,9 +26,9 @@ from common import ROOT, Bench, BenchConfig
 
 from dataset import ADNIDataset, Slice, carve_validation, fingerprint
 from device import gather_batches, shuffled_batches
-from loop import make_ema, optimise
+from loop import EMA, optimise
 from modules import make_grid
-from sampling import Drawer
+from sampling import ImageSampler
 from vae import VAE, vae_loss
 
 COUNTS = (1_000, 3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000)
@@ -80,7 +80,7 @@ def vae_step(b: Bench, side: int):
     vae = VAE(side, c.downsample, c.latent_channels, c.channels, c.blocks, c.attention)
     vae = vae.to(b.device, memory_format=torch.channels_last)
     vae.amp_dtype = b.amp_dtype
-    optimizer, ema = torch.optim.AdamW(vae.parameters(), lr=1e-4, fused=True), make_ema(vae, 0.999)
+    optimizer, ema = torch.optim.AdamW(vae.parameters(), lr=1e-4, fused=True), EMA(vae, 0.999)
     scaler = torch.amp.GradScaler(b.device.type, enabled=b.amp_dtype == torch.float16)
     x = torch.rand(4, 1, side, side, device=b.device) * 2 - 1
 
@@ -139,7 +139,7 @@ def main(cfg: ScaleConfig) -> None:
     steps, labels = (5, 10, 20, 50), torch.zeros(8, dtype=torch.int64)
     drawers = {}
     for s in steps:
-        drawer = Drawer(model, vae, 8, timesteps=make_grid("logsnr", s, model.scheduler.abar).tolist())
+        drawer = ImageSampler(model, vae, 8, timesteps=make_grid("logsnr", s, model.scheduler.abar).tolist())
         drawers[str(s)] = lambda d=drawer: d(0, range(8), labels)
     times = b.interleave(drawers)
     y = [statistics.median(times[str(s)]) / 8 for s in steps]

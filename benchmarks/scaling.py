@@ -22,8 +22,8 @@ from common import Bench, BenchConfig
 from torch.utils.flop_counter import FlopCounterMode
 
 from cluster import Ranks
-from loop import make_ema, optimise
-from train import draw_step, training_loss
+from loop import EMA, optimise
+from train import step_randomness, training_loss
 from utils import generator
 
 PEAK, SHARE = 989e12, 0.35  # FLOP/s of an H200 in bfloat16, and the part of it that a well-fed training reaches
@@ -55,8 +55,8 @@ def work(cfg: ScalingConfig) -> None:
     ranks, found = Ranks(b.device), {}
     for name, images in (("same in all", cfg.batch), ("same per rank", cfg.batch * ranks.size)):
         model = b.model()
-        optimizer, ema = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True), make_ema(model, 0.999)
-        scaler, network = torch.amp.GradScaler(b.device.type, enabled=False), ranks.wrap(model)
+        optimizer, ema = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True), EMA(model, 0.999)
+        scaler, network = torch.amp.GradScaler(b.device.type, enabled=False), ranks.wrap_ddp(model)
         share = ranks.share(images)
         n = share.stop - share.start
         moments = torch.rand(n, 1, 2, *b.latent, device=b.device).half()
@@ -65,8 +65,10 @@ def work(cfg: ScalingConfig) -> None:
             ranks.barrier()
             b.synchronise()
             start = time.perf_counter()
-            draws = [d[share] for d in draw_step(model, images, b.latent, b.tra, generator(0, step, device=b.device))]
-            for rows, weight, passing in ranks.portions(images, n, network):
+            draws = [
+                d[share] for d in step_randomness(model, images, b.latent, b.tra, generator(0, step, device=b.device))
+            ]
+            for rows, weight, passing in ranks.micro_batches(images, n, network):
                 with passing:
                     loss, _ = training_loss(network, model, moments[rows], y[rows], [d[rows] for d in draws], 10)
                     scaler.scale(weight * loss.mean()).backward()
@@ -82,7 +84,7 @@ def work(cfg: ScalingConfig) -> None:
         b.synchronise()
         times.append(time.perf_counter() - start)
     found |= {"all-reduce": statistics.median(times), "bytes": gradients.nbytes}
-    if ranks.main:
+    if ranks.is_main:
         print("FOUND " + json.dumps(found))
     ranks.close()
 

@@ -22,9 +22,9 @@ from common import Bench, BenchConfig, PeerUNet, PeerVAE, peer_step, script
 from torch.utils.data import DataLoader, TensorDataset
 
 from device import gather_batches, shuffled_batches, to_device_if_it_fits
-from loop import make_ema, optimise
+from loop import EMA, optimise
 from metrics import psnr, unit
-from train import draw_step, training_loss
+from train import step_randomness, training_loss
 from utils import generator
 from weights import load_weights
 
@@ -45,7 +45,7 @@ def our_iteration(b: Bench, batch: int, slices: int) -> Callable[[], None]:
     """The iteration of train.py."""
     model, shape = b.model(), b.latent
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=1e-2, fused=True)
-    ema, scaler = make_ema(model, 0.999), torch.amp.GradScaler(b.device.type, enabled=b.amp_dtype == torch.float16)
+    ema, scaler = EMA(model, 0.999), torch.amp.GradScaler(b.device.type, enabled=b.amp_dtype == torch.float16)
     moments = to_device_if_it_fits(torch.rand(slices, 1, 2, *shape).half(), b.device)
     labels = torch.zeros(slices, dtype=torch.int64, device=moments.device)
     visits = gather_batches([moments, labels], shuffled_batches(slices, batch, 0, 0, 3), b.device)
@@ -55,7 +55,7 @@ def our_iteration(b: Bench, batch: int, slices: int) -> Callable[[], None]:
         nonlocal count
         count += 1
         z, y = next(visits)
-        draws = draw_step(model, len(y), z.shape[3:], b.tra, generator(0, count, device=b.device))
+        draws = step_randomness(model, len(y), z.shape[3:], b.tra, generator(0, count, device=b.device))
         scaler.scale(training_loss(model, model, z, y, draws, 10)[0].mean()).backward()
         optimise(model, optimizer, scaler, ema, 1.0)
 

@@ -17,9 +17,9 @@ import tyro
 from common import Bench, BenchConfig, PeerUNet, cost, peer_step
 from torch import nn
 
-from loop import make_ema, optimise
+from loop import EMA, optimise
 from modules import CosineAnnealingWarmupScheduler, StableDiffusion
-from train import draw_step, training_loss
+from train import step_randomness, training_loss
 from utils import generator
 
 
@@ -42,14 +42,14 @@ def matrix_peak(b: Bench) -> float:
 def our_step(b: Bench, model: StableDiffusion, moments: torch.Tensor, y: torch.Tensor):
     """The step of train.py."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=1e-2, fused=True)
-    ema, schedule = make_ema(model, 0.999), CosineAnnealingWarmupScheduler(optimizer, 10, 10**6)
+    ema, schedule = EMA(model, 0.999), CosineAnnealingWarmupScheduler(optimizer, 10, 10**6)
     scaler = torch.amp.GradScaler(b.device.type, enabled=b.amp_dtype == torch.float16)
     count = 0
 
     def step() -> None:
         nonlocal count
         count += 1
-        draws = draw_step(model, len(y), moments.shape[3:], b.tra, generator(0, count, device=b.device))
+        draws = step_randomness(model, len(y), moments.shape[3:], b.tra, generator(0, count, device=b.device))
         scaler.scale(training_loss(model, model, moments, y, draws, 10)[0].mean()).backward()
         optimise(model, optimizer, scaler, ema, 1.0)
         schedule.step()

@@ -12,10 +12,10 @@ from test_pipeline import images
 
 from config import TrainConfig
 from device import compile_networks, gather_batches, shuffled_batches, to_device_if_it_fits
-from loop import NonFiniteWatch, find_micro_batch, make_ema, optimise
+from loop import EMA, NonFiniteWatch, find_micro_batch, optimise
 from modules import NoiseScheduler_Fast_DDPM, StableDiffusion, UNet
-from sampling import Drawer
-from train import draw_step, training_loss
+from sampling import ImageSampler
+from train import step_randomness, training_loss
 from utils import generator, read_jsonl
 from vae import VAE
 
@@ -60,7 +60,7 @@ def networks() -> tuple[StableDiffusion, VAE]:
 def test_no_step_waits_for_the_gpu(dtype: torch.dtype | None, on_the_host: bool):
     model, _ = networks()
     model.amp_dtype, device = dtype, torch.device("cuda")
-    optimizer, ema = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True), make_ema(model, 0.9)
+    optimizer, ema = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True), EMA(model, 0.9)
     scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
     moments, labels = torch.rand(64, 1, 2, 4, 16, 16).half(), torch.zeros(64, dtype=torch.int64)
     if not on_the_host:
@@ -70,9 +70,9 @@ def test_no_step_waits_for_the_gpu(dtype: torch.dtype | None, on_the_host: bool)
         for step in range(12):
             torch.cuda.set_sync_debug_mode("error" if step > 3 else "default")
             z, y = next(visits)
-            draws = draw_step(model, len(y), z.shape[3:], TrainConfig(), generator(0, step, device=device))
+            draws = step_randomness(model, len(y), z.shape[3:], TrainConfig(), generator(0, step, device=device))
             scaler.scale(training_loss(model, model, z, y, draws, 10)[0].mean()).backward()
-            watch.hopeless(optimise(model, optimizer, scaler, ema, 1.0), step)
+            watch.stuck_at(optimise(model, optimizer, scaler, ema, 1.0), step)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(p.isfinite().all() for p in ema.parameters())
@@ -82,7 +82,7 @@ def test_no_step_waits_for_the_gpu(dtype: torch.dtype | None, on_the_host: bool)
 def test_the_graph_draws_what_the_loop_draws(dtype: torch.dtype | None, tolerance: float):
     model, vae = (m.eval().requires_grad_(False) for m in networks())
     model.amp_dtype = vae.amp_dtype = dtype
-    graph = Drawer(model, vae, 8, 1.5)
+    graph = ImageSampler(model, vae, 8, 1.5)
     assert graph.replay is not None
     y = torch.tensor([0, 1, 0, 1, 1])
     for first in (0, 100):  # a replay does not remember the one before

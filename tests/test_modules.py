@@ -26,9 +26,10 @@ from modules import (
     make_grid,
     randn,
     sample,
+    sample_steps,
     timestep_embedding,
 )
-from train import draw_step
+from train import step_randomness
 from utils import UserError
 from vae import VAE
 from weights import save_weights
@@ -358,9 +359,10 @@ def test_ancestral_sampling_keeps_the_spread():
     assert ((sd - 1).abs() < 0.05).all()  # 4096 scalars: sd of the estimate is 1.1 %
 
 
-def test_callback_sees_every_step():
-    seen, x = [], normal(1, 1, 4, 4).double()
-    end = sample(toy, x, NoiseScheduler_Fast_DDPM(), callback=lambda *a: seen.append(a))
+def test_every_step_can_be_looked_at():
+    x = normal(1, 1, 4, 4).double()
+    end = sample(toy, x, NoiseScheduler_Fast_DDPM())
+    seen = list(sample_steps(toy, x, NoiseScheduler_Fast_DDPM()))
     assert [t for t, _, _ in seen] == [*GRIDS["logsnr"][-2::-1], -1]
     assert torch.equal(seen[-1][1], end)
     close(seen[0][2], toy(x, 999)[1])  # x0 is the estimate that the step was made from
@@ -476,7 +478,7 @@ def test_unconditional_network_ignores_labels():
 
 def test_labels_are_hidden_at_their_rate():
     model, y = tiny_diffusion(2), torch.arange(20_000) % 2
-    _, _, hide, _, _ = draw_step(
+    _, _, hide, _, _ = step_randomness(
         model, len(y), (2, 8, 8), TrainConfig(class_dropout=0.1), torch.Generator().manual_seed(0)
     )
     got = model.hide_labels(y, hide)

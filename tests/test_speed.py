@@ -23,7 +23,7 @@ import pictures
 from device import allocate_rows, compile_networks, gather_batches, read_ahead, shuffled_batches
 from modules import NoiseScheduler_Fast_DDPM, StableDiffusion, UNet, attend, group_norm
 from predict import one_ahead
-from sampling import Drawer
+from sampling import ImageSampler
 from utils import generator, read_jsonl
 from vae import VAE
 
@@ -184,7 +184,7 @@ def test_without_a_compiler_training_goes_on_and_says_so(trained: Path, phantoms
 @pytest.mark.parametrize("how", [{}, {"solver": "ddim", "eta": 1.0}])
 def test_drawing_is_generating_and_decoding(pair, how: dict):
     model, vae = pair
-    drawer, y = Drawer(model, vae, 4, 1.5, **how), torch.tensor([1, 0, 1])
+    drawer, y = ImageSampler(model, vae, 4, 1.5, **how), torch.tensor([1, 0, 1])
     pixels, z = drawer(7, [5, 0, 10**9 + 2], y)
     want = model.generate(vae.latent_shape, 7, [5, 0, 10**9 + 2], y, 1.5, **how)
     torch.testing.assert_close(z, want)

@@ -26,6 +26,7 @@ import cluster
 import device
 import loop
 import pictures
+import runlog
 import utils
 import weights
 from config import PretrainConfig, TrainConfig
@@ -165,11 +166,11 @@ def test_large_numbers_are_not_cut_into_two(a, b):
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.999])
 def test_average_against_its_recursion(decay):
     model = nn.Linear(3, 2).double()
-    ema, want = loop.make_ema(model, decay), None
+    ema, want = loop.EMA(model, decay), None
     for n in range(15):
         with torch.no_grad():
             model.weight.copy_(normal(2, 3, seed=n))
-        ema.update_parameters(model)
+        ema.update(model, torch.tensor(True))
         d = min(decay, (1 + n) / (10 + n))
         w = model.weight.detach().numpy()
         want = w.copy() if want is None else d * want + (1 - d) * w  # the first average is the weights
@@ -178,10 +179,10 @@ def test_average_against_its_recursion(decay):
 
 def test_average_is_a_frozen_copy():
     model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)).train()
-    ema = loop.make_ema(model, 0.9)
+    ema = loop.EMA(model, 0.9)
     assert not ema.training and not ema.module[1].training and model.training
     assert not any(p.requires_grad for p in ema.parameters()) and all(p.requires_grad for p in model.parameters())
-    ema.update_parameters(model)
+    ema.update(model, torch.tensor(True))
     with torch.no_grad():
         model[0].weight += 1
     assert not torch.equal(ema.module[0].weight, model[0].weight)
@@ -191,7 +192,7 @@ def parts(scaled=False, lr=1.0):
     torch.manual_seed(0)
     model = nn.Linear(4, 3)
     scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=1024.0)
-    return model, torch.optim.SGD(model.parameters(), lr=lr, fused=True), scaler, loop.make_ema(model, 0.5)
+    return model, torch.optim.SGD(model.parameters(), lr=lr, fused=True), scaler, loop.EMA(model, 0.5)
 
 
 def flat(model):
@@ -246,7 +247,7 @@ def test_steps_in_a_row_without_finite_gradients_are_counted(bad, patience):
     watch, noticed, run, want = loop.NonFiniteWatch(torch.device("cpu"), patience), 0, 0, 0
     bad = [*bad, *[False] * 20]  # what happens is noticed within twenty steps
     for step, is_bad in enumerate(bad, 1):
-        noticed = noticed or watch.hopeless(torch.tensor(math.nan if is_bad else 1.0), step)
+        noticed = noticed or watch.stuck_at(torch.tensor(math.nan if is_bad else 1.0), step)
         run = run + 1 if is_bad else 0
         want = want or (step if run == patience else 0)
     assert noticed == want
@@ -358,7 +359,7 @@ def test_state_without_a_last_file_comes_from_the_one_before(tmp_path):
 
 def test_state_of_another_version_is_refused(tmp_path):
     path = tmp_path / "last.pt"
-    for content in ({"format": utils.STATE_FORMAT + 1}, {"format": 1}, {}, [1, 2]):
+    for content in ({"format": weights.STATE_FORMAT + 1}, {"format": 1}, {}, [1, 2]):
         torch.save(content, path)
         with pytest.raises(UserError, match="version"):
             weights.load_state(path)
@@ -366,7 +367,7 @@ def test_state_of_another_version_is_refused(tmp_path):
 
 def test_code_in_a_state_file_is_never_run(tmp_path):
     path, pwned = tmp_path / "last.pt", tmp_path / "pwned"
-    torch.save({"format": utils.STATE_FORMAT, "step": Evil(pwned)}, path)
+    torch.save({"format": weights.STATE_FORMAT, "step": Evil(pwned)}, path)
     with pytest.raises(UserError):
         weights.load_state(path)
     path.write_bytes(pickle.dumps(Evil(pwned)))
@@ -414,7 +415,7 @@ def test_weights_of_anything_else_are_refused(tmp_path):
     weights.save_weights(path, nn.Linear(2, 2), dict(kind="diffusion"))
     with pytest.raises(UserError, match="vae"):
         weights.load_weights(path, "vae")
-    weights.save_weights(path, nn.Linear(2, 2), dict(kind="vae", format=utils.FORMAT + 1))
+    weights.save_weights(path, nn.Linear(2, 2), dict(kind="vae", format=weights.FORMAT + 1))
     with pytest.raises(UserError, match="version"):
         weights.load_weights(path, "vae")
     for metadata in (None, {"format": "pt"}, {"meta": "{torn"}, {"meta": "3"}):  # safetensors of other people
@@ -482,7 +483,7 @@ def test_classes_are_plain_names_of_folders(tmp_path):
 HUGE_NETWORK = """
 import resource, sys, time
 from pathlib import Path
-import torch, modules, vae, utils
+import torch, modules, vae, utils, weights
 path = Path(sys.argv[1])
 net = vae.VAE(16, 4, 2, (8, 8), 1)
 before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.time()
@@ -517,12 +518,12 @@ def test_file_hash(tmp_path):
 
 def test_open_run_and_fresh(tmp_path, capsys):
     cfg = PretrainConfig(checkpoints=str(tmp_path), run="r")
-    folder = cluster.open_run(cfg, "vae")
+    folder = loop.open_run(cfg, "vae")
     assert folder == tmp_path / "r" / "vae"
     (folder / "last.pt").write_bytes(b"hours of work")
-    assert cluster.open_run(cfg, "vae") == folder and names(folder) == ["last.pt"]  # as it was, to resume
+    assert loop.open_run(cfg, "vae") == folder and names(folder) == ["last.pt"]  # as it was, to resume
     (tmp_path / "r" / "diffusion").mkdir()
-    assert cluster.open_run(replace(cfg, fresh=True), "vae") == folder
+    assert loop.open_run(replace(cfg, fresh=True), "vae") == folder
     assert names(folder) == []
     (old,) = (tmp_path / "r").glob("old-*")
     assert (old / "vae" / "last.pt").read_bytes() == b"hours of work"
@@ -530,7 +531,7 @@ def test_open_run_and_fresh(tmp_path, capsys):
 
 
 def test_fresh_without_an_older_run(tmp_path):
-    assert cluster.open_run(PretrainConfig(checkpoints=str(tmp_path), fresh=True), "vae").is_dir()
+    assert loop.open_run(PretrainConfig(checkpoints=str(tmp_path), fresh=True), "vae").is_dir()
 
 
 def test_check_same_run(tmp_path):
@@ -539,14 +540,20 @@ def test_check_same_run(tmp_path):
     path = tmp_path / "last.pt"
     weights.save_state(path, state)
     state = weights.load_state(path)  # as resuming sees it: tuples must still equal tuples
-    cluster.check_same_run(cfg, "abc", state, tmp_path)
-    cluster.check_same_run(replace(cfg, epochs=7, device="cpu", wandb="disabled", dry_run=True), "abc", state, tmp_path)
+    loop.check_same_run(cfg, "abc", "slices than data now holds", state, tmp_path)
+    loop.check_same_run(
+        replace(cfg, epochs=7, device="cpu", wandb="disabled", dry_run=True),
+        "abc",
+        "slices than data now holds",
+        state,
+        tmp_path,
+    )
     with pytest.raises(UserError, match=r"lr 0.0001 -> 0.5.*--fresh"):
-        cluster.check_same_run(replace(cfg, lr=0.5), "abc", state, tmp_path)
+        loop.check_same_run(replace(cfg, lr=0.5), "abc", "slices than data now holds", state, tmp_path)
     with pytest.raises(UserError, match="channels"):
-        cluster.check_same_run(replace(cfg, channels=(8,)), "abc", state, tmp_path)
+        loop.check_same_run(replace(cfg, channels=(8,)), "abc", "slices than data now holds", state, tmp_path)
     with pytest.raises(UserError, match="other slices"):
-        cluster.check_same_run(cfg, "abd", state, tmp_path)
+        loop.check_same_run(cfg, "abd", "slices than data now holds", state, tmp_path)
 
 
 @pytest.fixture
@@ -603,7 +610,7 @@ def rows_of(log):
 
 
 def test_log_rows_and_curves(tmp_path):
-    log = loop.RunLog(tmp_path, PretrainConfig(wandb="disabled"), "vae")
+    log = runlog.RunLog(tmp_path, PretrainConfig(wandb="disabled"), "vae")
     log.plot()  # nothing yet: no picture, no error
     assert names(tmp_path) == ["metrics.jsonl"]
     for step in (1, 2, 3):
@@ -620,20 +627,20 @@ def test_log_rows_and_curves(tmp_path):
 
 def test_log_resumes_where_the_state_was_saved(tmp_path):
     cfg = PretrainConfig(wandb="disabled")
-    log = loop.RunLog(tmp_path, cfg, "vae")
+    log = runlog.RunLog(tmp_path, cfg, "vae")
     for step in (1, 2, 3):
         log.log(step, {"epoch": step})
     with open(log.path, "a") as f:
         f.write('{"step": 4, "epo')  # the job died while it wrote
-    log = loop.RunLog(tmp_path, cfg, "vae", step=2)  # and had last saved at step 2
+    log = runlog.RunLog(tmp_path, cfg, "vae", step=2)  # and had last saved at step 2
     log.log(3, {"epoch": 30})
     assert [(r["step"], r["epoch"]) for r in rows_of(log)] == [(1, 1), (2, 2), (3, 30)]
     assert utils.read_jsonl(log.path) == log.rows
-    assert rows_of(loop.RunLog(tmp_path, cfg, "vae")) == []  # a run that starts over starts its log over
+    assert rows_of(runlog.RunLog(tmp_path, cfg, "vae")) == []  # a run that starts over starts its log over
 
 
 def test_damaged_lines_of_a_log_are_left_out_and_no_others(tmp_path):
-    log = loop.RunLog(tmp_path, PretrainConfig(wandb="disabled"), "vae")
+    log = runlog.RunLog(tmp_path, PretrainConfig(wandb="disabled"), "vae")
     for step in (1, 2):
         log.log(step, {"epoch": step, "loss/train": 0.5})
     first, second = log.path.read_bytes().splitlines()
@@ -644,20 +651,20 @@ def test_damaged_lines_of_a_log_are_left_out_and_no_others(tmp_path):
     ):  # fmt: skip
         log.path.write_bytes(b"\n".join([first, line, second, b""]))
         assert [r["step"] for r in utils.read_jsonl(log.path)] == [1, 2], line
-        loop.RunLog(tmp_path, PretrainConfig(wandb="disabled"), "vae", step=2).plot()
+        runlog.RunLog(tmp_path, PretrainConfig(wandb="disabled"), "vae", step=2).plot()
     log.path.write_bytes(first.replace(b"epoch", b"epoxy") + b"\n" + second + b"\n")
-    loop.RunLog(tmp_path, PretrainConfig(wandb="disabled"), "vae", step=2).plot()  # a row that is nowhere on the axis
+    runlog.RunLog(tmp_path, PretrainConfig(wandb="disabled"), "vae", step=2).plot()  # a row that is nowhere on the axis
 
 
 def test_a_damaged_wandb_id_does_not_stop_a_run(tmp_path, capsys):
     (tmp_path / "wandb_id").write_bytes(b"\xff../x")
-    log = loop.RunLog(tmp_path, PretrainConfig(wandb="offline"), "vae")
+    log = runlog.RunLog(tmp_path, PretrainConfig(wandb="offline"), "vae")
     log.log(1, {"epoch": 1})
     assert log.wandb is None and "wandb is off for the rest of this run" in capsys.readouterr().err
 
 
 def test_log_survives_numbers_that_are_not_numbers(tmp_path):
-    log = loop.RunLog(tmp_path, PretrainConfig(wandb="disabled"), "vae")
+    log = runlog.RunLog(tmp_path, PretrainConfig(wandb="disabled"), "vae")
     log.log(1, {"epoch": 1, "loss/train": float("nan"), "loss/val": float("inf")})
     log.plot()
     assert math.isnan(utils.read_jsonl(log.path)[0]["loss/train"])
@@ -681,14 +688,14 @@ if fail == "import":
 USE_WANDB = """
 import sys
 from pathlib import Path
-import loop
+import runlog
 import utils
 from config import PretrainConfig
 for fail in ("disabled", "import", "init", "log", "finish"):
     import os
     os.environ["FAIL"] = fail
     folder = Path({folder!r}) / fail
-    log = loop.RunLog(folder, PretrainConfig(wandb="disabled" if fail == "disabled" else "offline"), "vae")
+    log = runlog.RunLog(folder, PretrainConfig(wandb="disabled" if fail == "disabled" else "offline"), "vae")
     assert fail != "disabled" or "wandb" not in sys.modules
     for step in (1, 2):
         log.log(step, {{"epoch": step}})
@@ -702,11 +709,11 @@ for fail in ("disabled", "import", "init", "log", "finish"):
 WANDB_FAR_AWAY = """
 import os, sys
 from pathlib import Path
-import loop
+import runlog
 from config import PretrainConfig
 os.environ["FAIL"] = sys.argv[1]
-loop.RunLog.PATIENCE = 0.5
-log = loop.RunLog(Path(sys.argv[2]), PretrainConfig(wandb="online"), "vae")
+runlog.RunLog.PATIENCE = 0.5
+log = runlog.RunLog(Path(sys.argv[2]), PretrainConfig(wandb="online"), "vae")
 log.log(1, {"epoch": 1})
 assert log.wandb is not None
 log.close()
@@ -714,7 +721,7 @@ log.close()
 
 
 @pytest.mark.parametrize(
-    ("fail", "sentence"), [("online", "logs offline: wandb sync later"), ("hang", "does not come to an end")]
+    ("fail", "sentence"), [("online", "logs offline: run wandb sync later"), ("hang", "does not finish")]
 )
 def test_a_wandb_that_cannot_be_reached_is_not_waited_for(tmp_path, fail, sentence):
     (tmp_path / "fake").mkdir()
@@ -738,14 +745,14 @@ def test_a_broken_wandb_does_not_stop_a_run(tmp_path):
 SHOW_PICTURES = """
 import sys, types
 from pathlib import Path
-import loop
+import runlog
 from config import PretrainConfig
 sent = []
 run = types.SimpleNamespace(log=lambda row, step: sent.extend(row), finish=lambda: None)
 fake = dict(Settings=dict, init=lambda **how: run, Image=str, Video=str)
 sys.modules["wandb"] = types.SimpleNamespace(**fake)
 for mode in ("auto", "offline"):
-    log = loop.RunLog(Path(sys.argv[1]) / mode, PretrainConfig(wandb=mode), "vae")
+    log = runlog.RunLog(Path(sys.argv[1]) / mode, PretrainConfig(wandb=mode), "vae")
     log.picture(1, f"{mode}, generated", Path("a.png"))
     log.picture(1, f"{mode}, people", Path("b.gif"), people=True)
 assert sent == ["auto, generated", "offline, generated", "offline, people"], sent
@@ -762,14 +769,14 @@ def test_logged_in_to_wandb(monkeypatch, tmp_path):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_BASE_URL", raising=False)
     monkeypatch.delenv("NETRC", raising=False)
-    assert not loop.logged_in_to_wandb()
+    assert not runlog.logged_in_to_wandb()
     (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password secret\n")
     (tmp_path / ".netrc").chmod(0o600)
-    assert loop.logged_in_to_wandb()
+    assert runlog.logged_in_to_wandb()
     (tmp_path / ".netrc").write_text("machine")
-    assert not loop.logged_in_to_wandb()  # a damaged file is no login, and no crash
+    assert not runlog.logged_in_to_wandb()  # a damaged file is no login, and no crash
     monkeypatch.setenv("WANDB_API_KEY", "x")
-    assert loop.logged_in_to_wandb()
+    assert runlog.logged_in_to_wandb()
 
 
 def test_progress_bar_starts_where_the_run_resumes():

@@ -21,12 +21,14 @@ import scipy.ndimage  # noqa: F401
 import torch._dynamo  # noqa: F401 (every optimiser asks for it)
 import torchmetrics.functional.image  # noqa: F401
 
-import app  # noqa: F401
+import app
 import evidence  # noqa: F401
 import features  # noqa: F401
 import predict  # noqa: F401
 import train  # noqa: F401
 import volumes  # noqa: F401
+
+app.import_gradio()
 
 
 def serve() -> dict:
