@@ -1,4 +1,8 @@
-"""Every setting of every script: frozen dataclasses, and presets over them. tyro turns them into command lines."""
+"""Every setting of every script, as frozen dataclasses, with presets over them. tyro turns them into command lines.
+
+Adding a flag means a field with a docstring here, and its limits in LIMITS. Its default must mean what the code did
+without the flag, so that runs that were started before can go on.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +46,7 @@ class DataConfig(SourceConfig):
 
 @dataclass(frozen=True)
 class MachineConfig:
-    """Where it runs and in which precision."""
+    """Where a script runs, in which precision, and where it logs."""
 
     run: str = "adni"
     """Name of the run: its files live in CHECKPOINTS/RUN/. Presets bring their own name."""
@@ -51,39 +55,40 @@ class MachineConfig:
     device: str = "auto"
     """auto takes CUDA, then MPS, then CPU; or name one: cuda, cuda:1, mps, cpu."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Precision of the network alone. auto: bf16 where the hardware has it, else fp16 on CUDA, else fp32; fp32 where
-    images are drawn on a CPU."""
+    """Precision of the networks; the arithmetic around them is float32. auto: bf16 where the hardware has it, else fp16
+    on CUDA, else fp32; and fp32 where images are generated on a CPU."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """Weights & Biases. auto: online when logged in, else offline, without pictures that show slices of people; online
-    and offline: with them; disabled: needs no wandb."""
+    """Weights & Biases. auto: online if logged in, else offline, without pictures that show slices of people. online
+    and offline: with those pictures. disabled: nothing is logged there, and wandb need not be installed."""
 
 
 @dataclass(frozen=True)
 class StepsConfig(MachineConfig):
-    """What every training shares."""
+    """What all trainings share."""
 
     epochs: int = 500
-    """Passes over the training slices."""
+    """Passes over the training set."""
     batch_size: int = 16
-    """Images in a step, over all ranks: a run is the same on one GPU and on eight."""
+    """Images in a step, over all ranks, so that a run is the same on one GPU and on eight."""
     micro_batch: int | Literal["auto"] | None = None
-    """Images through the network at a time, gradients added up: the same steps in less memory. auto: what fits."""
+    """Images that go through the network at a time; gradients are added up, so steps are the same in less memory. auto:
+    as many as fit the GPU."""
     lr: float = 1e-4
     """Peak learning rate of AdamW."""
     weight_decay: float = 1e-2
     """Decoupled weight decay of AdamW."""
     grad_clip: float = 1.0
-    """Largest gradient norm: gradients are unscaled, then clipped to it. 0 turns clipping off."""
+    """Largest norm of the gradients; larger ones are scaled down to it. 0 turns clipping off."""
     ema_decay: float = 0.999
-    """Decay of the averaged weights, which are the ones that are evaluated, saved and sampled."""
+    """Decay of the exponential moving average (EMA) of the weights, which is what is evaluated, saved and sampled."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile, a minute at the start for faster steps. auto: on a GPU."""
+    """torch.compile: a minute at the start for faster steps. auto: on a GPU only."""
     save_minutes: float = 5.0
-    """Minutes between two writes of last.pt: the most work that a killed job can lose."""
+    """Minutes between two writes of last.pt, which is the most work that a killed job can lose."""
     fresh: bool = False
     """Start over: the old files are moved to RUN/old-DATE, nothing is deleted."""
     dry_run: bool = False
-    """Print the plan (data, parameters, steps, memory, where things go) and leave."""
+    """Print the plan (data, parameters, steps, memory, folders) and exit without writing anything."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ class PretrainConfig(DataConfig, StepsConfig):
     """Train the VAE that turns slices into latents. Its rules say which people are held out from then on."""
 
     flip: bool = False
-    """Augmentation: mirror left and right, half of the time."""
+    """Augmentation: mirror half of the slices left to right."""
     image_size: int = 256
     """Side of the square image in pixels; slices are padded to square, then resized."""
     downsample: int = 8
@@ -99,20 +104,22 @@ class PretrainConfig(DataConfig, StepsConfig):
     latent_channels: int = 8
     """Channels of the latent."""
     channels: tuple[int, ...] = (64, 128, 256)
-    """Width of each resolution level. What the levels do not halve, a space-to-depth stem does."""
+    """Channels at each resolution level. Each level but the first halves the resolution; a space-to-depth stem does the
+    rest of --downsample."""
     blocks: int = 2
     """Residual blocks per level."""
     attention: bool = True
     """Self-attention at the lowest resolution."""
     reconstruction: Literal["l1_ssim", "l1_ms_ssim", "l1_ssim_frequency", "l1", "mse"] = "l1_ssim"
-    """Reconstruction loss: L1 with (1 - SSIM), with MS-SSIM, or with SSIM and the focal frequency loss; L1 alone; or
-    the squared error of the first version."""
+    """Reconstruction loss: L1 with (1 - SSIM), with (1 - MS-SSIM), or with (1 - SSIM) and the focal frequency loss; L1
+    alone; or the squared error."""
     adversarial: float = 0.0
-    """Weight of a patch discriminator, as a share of the reconstruction's gradient: sharp texture for some PSNR."""
+    """Weight of a patch discriminator, relative to the gradient of the reconstruction loss. It makes texture sharper
+    and costs some PSNR. 0: no discriminator."""
     adversarial_start: float = 0.5
-    """Share of the training after which the discriminator begins. From then on the encoder rests."""
+    """Share of the training after which the discriminator begins. The encoder is frozen from then on."""
     kl_weight: float = 3e-4
-    """Weight of the KL divergence (summed over the latent, per image pixel)."""
+    """Weight of the KL divergence, which is summed over the latent and divided by the number of image pixels."""
     shift: float = 0.0
     """Augmentation: largest shift along each side, as a share of the image."""
     rotate: float = 0.0
@@ -120,7 +127,8 @@ class PretrainConfig(DataConfig, StepsConfig):
     brightness: float = 0.0
     """Augmentation: largest relative change of brightness."""
     schedule: Literal["plateau", "cosine"] = "plateau"
-    """Learning rate: halved when the validation loss stalls; or 5 % of warm-up, then a cosine to zero at the end."""
+    """Learning-rate schedule. plateau: halved when the validation loss stalls. cosine: 5 % of warm-up, then a cosine to
+    zero at the end."""
     plateau_patience: int = 10
     """Epochs without a better validation loss before ReduceLROnPlateau halves the learning rate."""
     gif_every: int = 5
@@ -132,44 +140,45 @@ class TrainConfig(SourceConfig, StepsConfig):
     """Train the Fast-DDPM U-Net on the latents of a run's VAE, with the same people held out as there."""
 
     flip: bool = False
-    """Augmentation: mirror left and right, half of the time."""
+    """Augmentation: mirror half of the slices left to right."""
     channels: tuple[int, ...] = (128, 256, 512)
-    """Width of each resolution level."""
+    """Channels at each resolution level."""
     blocks: int = 2
     """Residual blocks per level."""
     patch: int = 1
-    """Latent pixels that are taken together along each side: 2 makes the network four times cheaper."""
+    """Latent pixels along each side that are folded into channels. 2 makes the network four times cheaper."""
     attention: tuple[int, ...] = (16, 8)
     """Side lengths, in patches, at which there is self-attention."""
     dropout: float = 0.0
     """Dropout inside the residual blocks."""
     norm_group: int = 24
-    """Fewest channels in a group of GroupNorm. Narrow groups take a CPU half of a training step."""
+    """Fewest channels in a group of GroupNorm. With narrow groups GroupNorm takes a CPU half of a training step."""
     unconditional: bool = False
-    """Ignore the classes, as with a single class."""
+    """Ignore the classes, as if there were only one."""
     class_dropout: float = 0.1
-    """Share of labels hidden in training, which makes classifier-free guidance possible."""
+    """Share of labels that are hidden in training, which makes classifier-free guidance possible."""
     grid: Grid = "logsnr"
-    """Timesteps that are trained on (and later sampled on); `full` is all 1000."""
+    """Timesteps that are trained on and later sampled on. full: all 1000."""
     num_steps: int = 10
     """Timesteps in the grid."""
     prediction: Literal["v", "eps"] = "v"
-    """What the network predicts; eps is the Fast-DDPM paper's."""
+    """What the network predicts: v, or the noise eps as in the Fast-DDPM paper."""
     loss_weight: Literal["uniform", "min_snr"] = "uniform"
-    """Weight of a timestep in the loss: one for all, or Min-SNR (gamma 5), which counts the noisiest ones less."""
+    """Weight of a timestep in the loss. uniform: 1. min_snr: Min-SNR with gamma 5, less for the noisiest timesteps."""
     warmup: float = 0.1
-    """Share of the steps in which the learning rate rises, before the cosine."""
+    """Share of the steps in which the learning rate rises; after that it falls as a cosine."""
     lookahead: bool = False
     """Wrap AdamW in Lookahead (k = 5, alpha = 0.5)."""
     sample_every: int = 10
-    """Epochs between two grids of samples."""
+    """Epochs between two grids of generated images."""
 
 
 @dataclass(frozen=True)
 class DistilConfig(StepsConfig):
-    """Teach a network to draw in 1 to 4 steps what a run trained with --grid full draws in many.
+    """Teach a network to generate in 1 to 4 steps what a run trained with --grid full generates in many.
 
-    The student has the teacher's VAE and network, and starts from its weights. predict.py draws from it as always.
+    The student has the teacher's VAE and architecture, and starts from the teacher's weights. Every script can use the
+    student's run as any other.
     """
 
     run: str = "student"
@@ -177,33 +186,33 @@ class DistilConfig(StepsConfig):
     teacher: str = "pretrained"
     """Run to learn from: CHECKPOINTS/TEACHER/, trained with --grid full."""
     num_steps: int = 4
-    """Steps that the student draws in."""
+    """Steps in which the student generates an image."""
     teacher_steps: int = 16
-    """Steps of the teacher's trajectories (DPM-Solver++(2M), equal in log-SNR): a multiple of --num-steps."""
+    """Steps of the teacher's trajectories (DPM-Solver++(2M), equal in log-SNR), a multiple of --num-steps."""
     trajectories: int = 4096
-    """Trajectories to learn from: an epoch is one visit to each."""
+    """Trajectories to learn from. An epoch visits each of them once."""
     epochs: int = 20
     """Passes over the trajectories."""
     cache: str = "cache"
-    """Folder for trajectories that do not fit the memory."""
+    """Folder for trajectories that do not fit into memory."""
     seed: int = 0
     """Seed of everything random."""
     warmup: float = 0.05
-    """Share of the steps in which the learning rate rises, before the cosine."""
+    """Share of the steps in which the learning rate rises; after that it falls as a cosine."""
 
 
 @dataclass(frozen=True)
 class PredictConfig(SourceConfig, MachineConfig):
-    """Draw new MRIs from a trained run, into a folder that is laid out as training data is."""
+    """Generate new MRIs with a trained run, into a folder that is laid out as training data is."""
 
     run: str = "pretrained"
-    """Run to sample: CHECKPOINTS/RUN/ with its vae/ and diffusion/."""
+    """Run to generate with: CHECKPOINTS/RUN/ with its vae/ and diffusion/."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "disabled"
-    """Weights & Biases: show the grid and the denoising GIF there."""
+    """Weights & Biases: whether to show the grid and the denoising GIF there."""
     num_images: int = 16
     """How many images."""
     class_name: tuple[str, ...] = ()
-    """Classes to draw, by their folders' names; they take turns. Default: all."""
+    """Classes to generate, by the names of their folders; they take turns. Default: all."""
     seed: int = 0
     """Image k depends on (seed, k) alone, whatever the batch size."""
     out: str = "out"
@@ -211,27 +220,28 @@ class PredictConfig(SourceConfig, MachineConfig):
     batch_size: int | None = None
     """Images at a time. Default: 64 on a GPU, 16 elsewhere."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile, a minute at the start. auto: on a GPU, from 2,000 images up."""
+    """torch.compile: a minute at the start for faster steps. auto: on a GPU, for 2,000 images or more."""
     sampling: Literal["fast", "normal"] = "fast"
     """fast: the few steps of the weights' own grid. normal: all 1000, for weights trained on the full grid."""
     grid: Grid | None = None
     """Timesteps of fast sampling; only weights trained on `full` can take another grid than their own."""
     num_steps: int | None = None
-    """Number of steps of fast sampling, likewise."""
+    """Number of steps of fast sampling; only weights trained on `full` can take another number than their own."""
     solver: Solver | None = None
-    """dpm++2m (default of fast sampling) or ddim (default of normal sampling)."""
+    """Sampler: dpm++2m (default of fast sampling) or ddim (default of normal sampling)."""
     eta: float | None = None
-    """Noise put back by ddim: 0 is deterministic, 1 is ancestral DDPM (the default of normal sampling)."""
+    """Noise that ddim adds at each step: 0 is deterministic, 1 is ancestral DDPM (the default of normal sampling)."""
     guidance: float = 1.0
     """Classifier-free guidance weight; 1 is none, larger follows the class more."""
     weights: Literal["best", "final"] = "best"
     """Weights with the lowest validation loss, or the last ones."""
     shard: int = 0
-    """Draw a part of the images only, every SHARDS-th batch from this one on, as one of many jobs on one --out."""
+    """Generate only every SHARDS-th batch from this one on, as one of several jobs that share one --out."""
     shards: int = 1
-    """How many such jobs there are. What they leave together is what one job leaves."""
+    """How many such jobs there are. Together they write the same files as one job."""
     reject_copies: bool = False
-    """Draw again whatever is a copy of a training slice, so that the folder holds none. Needs the run's --data."""
+    """Generate again every image that is a copy of a training slice, so that the folder holds none. Needs the run's
+    --data."""
 
 
 @dataclass(frozen=True)
@@ -241,7 +251,7 @@ class EvaluateConfig(DataConfig, MachineConfig):
     With --run, people are split by the run's own rules and seed, whatever the flags say.
     """
 
-    run: str | None = None
+    run: str | None = None  # type: ignore[assignment]
     """Run to draw from and whose VAE measures latents. Default: adni, and with --images none."""
     images: str | None = None
     """Folder of images to evaluate instead of drawing: predict.py's, or any other, with a folder per class or none."""
@@ -270,12 +280,12 @@ class EvaluateConfig(DataConfig, MachineConfig):
 
 @dataclass(frozen=True)
 class TsneConfig(SourceConfig, MachineConfig):
-    """Map the latents by t-SNE, generated ones over real ones, and measure how far the classes separate."""
+    """Map latents by t-SNE, generated ones over real ones, and measure how well the classes separate."""
 
     generated: str | None = None
-    """Folder written by predict.py; without it 128 latents are sampled from the run's U-Net, if there is one."""
+    """Folder written by predict.py. Without it, 128 latents are generated with the run's U-Net, if it has one."""
     max_slices: int = 4000
-    """Real slices on the map, drawn at random over the people if there are more."""
+    """Real slices on the map; if there are more, they are chosen at random."""
     perplexity: float = 30.0
     """Perplexity of t-SNE."""
     out: str = ""
@@ -284,9 +294,9 @@ class TsneConfig(SourceConfig, MachineConfig):
 
 @dataclass(frozen=True)
 class AppConfig:
-    """A page to play with: draw slices, watch them come about, walk between seeds and classes.
+    """A page to generate slices on, watch how they come about, and walk between seeds and classes.
 
-    It opens in a browser at http://HOST:PORT, works offline and sends nothing anywhere.
+    Open http://HOST:PORT in a browser. The page works offline and sends nothing anywhere.
     """
 
     run: tuple[str, ...] = ("pretrained", "pretrained/phantoms")
@@ -294,8 +304,8 @@ class AppConfig:
     checkpoints: str = "checkpoints"
     """Folder of all runs."""
     data: str = ""
-    """The runs' data, to show the nearest training slice, a slice of a person, beside each image. Runs trained on
-    phantoms need no folder."""
+    """The data the runs were trained on: then each image is shown beside the nearest training slice, which is of a
+    person. Runs trained on phantoms need no folder."""
     cache: str = "cache"
     """Folder for decoded slices."""
     weights: Literal["best", "final"] = "best"
@@ -305,7 +315,7 @@ class AppConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the networks. auto: half on a GPU, float32 elsewhere."""
     host: str = "127.0.0.1"
-    """Address to listen on. The default can be reached from this machine alone; 0.0.0.0 from everywhere."""
+    """Address to listen on. The default can be reached from this machine only, 0.0.0.0 from everywhere."""
     port: int = 7860
     """Port to listen on."""
     max_images: int = 16
@@ -313,7 +323,7 @@ class AppConfig:
     max_steps: int = 50
     """Most steps that a visitor can ask for."""
     queue: int = 20
-    """Requests that may wait; they are served one after the other."""
+    """Most requests that may wait; they are served one after the other."""
 
 
 @dataclass(frozen=True)
@@ -379,7 +389,7 @@ class SliceConfig:
     """Volumes at a time. 0: one per core, at most 8."""
 
 
-# The recipe of the first version at 256² is `adni`; every script's defaults are that preset.
+# `adni`, the recipe of the first version at 256², is what the defaults of all scripts are.
 PRESETS: dict[str, dict[type, dict]] = {
     "adni": {},
     "small": {  # 128²: one modest GPU, or a patient CPU
@@ -409,11 +419,11 @@ PRESETS: dict[str, dict[type, dict]] = {
 
 Config = TypeVar("Config")
 
-# What a number may be; a flag outside of it is refused before anything is read, and so is the header of a file.
+# The range of each number. A flag or a file's header outside of it is refused before anything else happens.
 LIMITS: dict[str, tuple[float, float]] = {
     "seed": (0, 2**62), "epochs": (1, 10**9), "batch_size": (1, 10**6), "num_images": (1, 10**9),
     "image_size": (8, 4096), "latent_channels": (1, 1024), "blocks": (1, 64), "num_steps": (1, 1000),
-    "TrainConfig.num_steps": (2, 1000),  # a flag of one script, where a distilled network may take a single step
+    "TrainConfig.num_steps": (2, 1000),  # for this class only: a student may take a single step
     "lr": (1e-12, 10), "weight_decay": (0, 10), "grad_clip": (0, 1e9), "ema_decay": (0, 1), "kl_weight": (0, 1e6),
     "val_fraction": (0, 0.9), "dropout": (0, 0.9), "class_dropout": (0, 1), "warmup": (0, 1), "eta": (0, 1),
     "shift": (0, 0.5), "rotate": (0, 180), "brightness": (0, 1), "sample_every": (1, 10**9), "gif_every": (1, 10**9),
@@ -430,9 +440,9 @@ LIMITS: dict[str, tuple[float, float]] = {
 
 
 def parse(config: type[Config], argv: list[str] | None = None) -> Config:
-    """Command line -> config: an optional preset name first, then any flag over it.
+    """Read a command line: an optional name of a preset first, then flags that override it.
 
-    Prints one sentence and exits with 2 on a preset or a flag that does not exist.
+    On an unknown preset or flag, or a value outside LIMITS, prints one sentence and exits with 2.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     named = bool(argv) and not argv[0].startswith("-")
@@ -440,9 +450,11 @@ def parse(config: type[Config], argv: list[str] | None = None) -> Config:
     if preset not in PRESETS:
         print(f"error: there is no preset '{preset}': take {', '.join(PRESETS)}, then flags", file=sys.stderr)
         raise SystemExit(2)
-    # A preset that is named brings its own run, also to scripts that it says nothing else about.
-    own = {AppConfig: {"run": (preset,)}, DistilConfig: {"teacher": preset}}.get(config, {"run": preset})
-    default = replace(config(), **{**(own if named else {}), **PRESETS[preset].get(config, {})})
+    # A preset that is named also names the run, for scripts whose other settings it leaves alone, too.
+    names: dict[type, dict[str, Any]] = {AppConfig: {"run": (preset,)}, DistilConfig: {"teacher": preset}}
+    own = names.get(config, {"run": preset}) if named else {}
+    plain: Any = config()
+    default = replace(plain, **{**own, **PRESETS[preset].get(config, {})})
     name = os.path.basename(sys.argv[0]) or "script"
     about = f"{config.__doc__}\n\nusage: python {name} [{'|'.join(PRESETS)}] [--flag value ...]   (no preset: adni)"
     cfg = tyro.cli(config, default=default, args=argv, prog=f"python {name} {preset}", description=about)
@@ -450,7 +462,7 @@ def parse(config: type[Config], argv: list[str] | None = None) -> Config:
 
 
 def within_limits(cfg: Config) -> Config:
-    """The same, if every number is within LIMITS; else one sentence and exit code 2."""
+    """Return the config if every number is within LIMITS; else print one sentence and exit with 2."""
     for key, value in vars(cfg).items():
         own = f"{type(cfg).__name__}.{key}"
         if wrong := outside_limits(own if own in LIMITS else key, value):
@@ -460,20 +472,22 @@ def within_limits(cfg: Config) -> Config:
 
 
 def outside_limits(key: str, value: Any) -> str:
-    """Which number of that name (or of several) is not within LIMITS, and why; empty if none."""
+    """Say which number of this setting (a number or several) is outside LIMITS; empty if none is."""
     low, high = LIMITS.get(key, (float("-inf"), float("inf")))
     numbers = value if isinstance(value, (tuple, list)) else [value]
     wrong = [n for n in numbers if isinstance(n, (int, float)) and not low <= n <= high]  # NaN is wrong too
     return f"{wrong[0]:g} is not between {low:g} and {high:g}" if wrong else ""
 
 
-KINDS = {"bool": bool, "int": int, "float": (int, float), "str": str, "Sequence[int]": list}
+# The types that settings in a file may have, by their annotation.
+KINDS: dict[str, Any] = {"bool": bool, "int": int, "float": (int, float), "str": str, "Sequence[int]": list}
 
 
 def check_arguments(make: Callable, given: object) -> dict[str, Any]:
-    """`given`, which a file says, if make(**given) may be called; else ValueError says why not.
+    """Return `given`, arguments read from a file, if make(**given) may be called; else ValueError says why not.
 
-    Types must be those of the annotations, and numbers within LIMITS: a file may come from anywhere.
+    The names must be known, the types those of the annotations, and the numbers within LIMITS, because a file may come
+    from anywhere.
     """
     if not isinstance(given, dict):
         raise ValueError("settings are missing")
@@ -493,7 +507,7 @@ def check_arguments(make: Callable, given: object) -> dict[str, Any]:
 
 
 def parse_dataset(argv: list[str] | None = None) -> CheckConfig | SliceConfig:
-    """The command line of `python dataset.py check DIR` and `python dataset.py slice VOLUMES OUT`."""
+    """Read the command line of `python dataset.py check DIR` or `python dataset.py slice VOLUMES OUT`."""
     argv = list(sys.argv[1:] if argv is None else argv)
     kinds = {"check": CheckConfig, "slice": SliceConfig}
     if argv[:1] and argv[0] in kinds:

@@ -1,4 +1,7 @@
-"""The machine: device, precision, compilation, CUDA graphs, and the way of big tensors to the device."""
+"""The machine: device, precision, compilation, CUDA graphs, moving rows of big tensors, and what a training costs.
+
+Several processes are in cluster.py.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,16 @@ from utils import UserError, generator, job_ranks
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` takes CUDA, then MPS, then CPU; a device that is not there is a UserError. Each rank takes its own GPU."""
+    """The device of this process: `auto` takes CUDA, then MPS, then CPU, and each rank its own GPU of the machine.
+
+    UserError if there is no such device.
+    """
     if name == "auto":
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if name == "cuda" and torch.cuda.is_available():
-        device = torch.device("cuda", job_ranks()[2] % torch.cuda.device_count())  # Slurm may show a rank its GPU alone
+        # Modulo, because Slurm may let each rank see only its own GPU.
+        device = torch.device("cuda", job_ranks()[2] % torch.cuda.device_count())
         torch.cuda.set_device(device)
         return device
     try:
@@ -38,7 +45,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_amp_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """Autocast's dtype, None for float32. `auto`: bf16 where the hardware computes in it, else fp16 on CUDA."""
+    """The dtype for autocast, None for float32. `auto`: bf16 where the hardware computes in it, else fp16 on CUDA."""
     if precision == "fp16" and device.type == "cpu":
         raise UserError("--precision fp16 needs a GPU: take fp32, bf16 or auto on a CPU")
     if precision != "auto":
@@ -52,22 +59,20 @@ def pick_amp_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 
 
 def autocast(x: Tensor, dtype: torch.dtype | None) -> AbstractContextManager:
-    """The one place where precision is chosen: autocast to dtype on x's device, nothing for None."""
+    """A context that runs networks in this dtype on the device of x, or changes nothing for None."""
     return nullcontext() if dtype is None else torch.autocast(x.device.type, dtype)
 
 
 def describe_hardware(device: torch.device) -> str:
-    """e.g. "NVIDIA H200" or "CPU, 2 threads"."""
-    return (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{device.type.upper()}, " + (f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-    )
+    """For example "NVIDIA H200" or "CPU, 2 threads, torch 2.15.0"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type.upper()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 @contextmanager
 def eval_mode(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients inside; each module's own mode is put back after."""
+    """Inside, the models are in evaluation mode and without gradients; each module's mode is restored after."""
     modes = [(m, m.training) for model in models for m in model.modules()]
     for model in models:
         model.eval()
@@ -86,17 +91,17 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
 def compile_networks(
     choice: str, networks: Sequence[nn.Module], trial: Callable[[], object], device: torch.device
 ) -> bool:
-    """torch.compile the forward passes in place, and say whether it was done.
+    """Compile the networks' forward passes in place by torch.compile; returns whether that was done.
 
-    choice "on", "off", or "auto": on a GPU (on a CPU a minute of compiling gains a few percent, docs/speed.md). `trial`
-    calls the networks as they will be called, so that what cannot be compiled shows itself here: then one line says so,
-    and they stay as they were.
+    `choice` is "on", "off", or "auto": on a GPU only, because on a CPU a minute of compiling gains a few per cent
+    (docs/speed.md). `trial` must call the networks as they will be called. If compilation fails there, one line on
+    stderr says so and the networks stay as they were.
     """
     if choice == "off" or (choice == "auto" and device.type != "cuda"):
         return False
     start = time.time()
     for network in networks:
-        network.forward = torch.compile(network.forward, dynamic=False)
+        network.forward = torch.compile(network.forward, dynamic=False)  # type: ignore[method-assign]
     try:
         trial()
     except torch.OutOfMemoryError:
@@ -112,16 +117,17 @@ def compile_networks(
 
 
 class Replay:
-    """call(*tensors) -> tensors, recorded once as a CUDA graph: replayed, it is one launch instead of thousands.
+    """call(*tensors) -> tensors, recorded once as a CUDA graph and replayed: one launch instead of thousands.
 
-    `call` must not wait for the GPU; inputs keep the shapes of `example`. The next call overwrites the outputs.
+    `call` must not wait for the GPU, and inputs must have the shapes of `example`. Each call overwrites the outputs of
+    the one before.
     """
 
     def __init__(self, call: Callable[..., tuple[Tensor, ...]], *example: Tensor):
         self.inputs = [x.clone() for x in example]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # libraries choose their kernels and take their workspaces before recording
+        with torch.cuda.stream(stream):  # before recording, so that libraries choose kernels and allocate workspaces
             for _ in range(3):
                 call(*self.inputs)
         torch.cuda.current_stream().wait_stream(stream)
@@ -130,24 +136,24 @@ class Replay:
             self.outputs = call(*self.inputs)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        for mine, x in zip(self.inputs, inputs):
-            mine.copy_(x, non_blocking=True)
+        for recorded, x in zip(self.inputs, inputs):
+            recorded.copy_(x, non_blocking=True)
         self.graph.replay()
         return self.outputs
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rows of big tensors, without waiting
+# Moving rows of big tensors to the device, without waiting
 
 
 def to_device_if_it_fits(data: Tensor, device: torch.device) -> Tensor:
-    """On a GPU where it takes less than a quarter of the memory that is free there; else where it is."""
+    """Move to the GPU if it needs less than a quarter of the free memory there; else return it as it is."""
     room = torch.cuda.mem_get_info(device)[0] / 4 if device.type == "cuda" else 0
     return data.to(device) if data.nbytes < room else data
 
 
 def allocate_rows(shape: Sequence[int], dtype: torch.dtype, folder: Path) -> Tensor:
-    """Memory for that many numbers; a nameless file in `folder`, mapped, where it takes over half of the machine's."""
+    """Allocate a tensor on the host; above half of the RAM, back it with an unnamed memory-mapped file in `folder`."""
     size = int(np.prod(shape)) * dtype.itemsize
     if size < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2:
         return torch.empty(*shape, dtype=dtype)
@@ -157,7 +163,10 @@ def allocate_rows(shape: Sequence[int], dtype: torch.dtype, folder: Path) -> Ten
 
 
 def shuffled_batches(n: int, batch: int, step: int, *seed: int) -> Iterator[Tensor]:
-    """int64 [batch] for step, step + 1, ...: each epoch of n // batch steps has its permutation, by (*seed, epoch)."""
+    """Yield the indices of the batches of step, step + 1, ..., int64 [batch], without end.
+
+    Every epoch, n // batch steps, has a permutation of its own that depends on (*seed, epoch) alone.
+    """
     epoch, place = divmod(step, n // batch)
     while True:
         order = torch.randperm(n, generator=generator(*seed, epoch))
@@ -166,9 +175,10 @@ def shuffled_batches(n: int, batch: int, step: int, *seed: int) -> Iterator[Tens
 
 
 def gather_batches(tensors: Sequence[Tensor], order: Iterable[Tensor], device: torch.device) -> Iterator[list[Tensor]]:
-    """[t[index] for t in tensors] on the device, for every index [B] of `order`.
+    """Yield [t[index] for t in tensors] on the device, for every index [B] of `order`.
 
-    From the host to a GPU they come by a thread that gathers the next ones into page-locked memory meanwhile.
+    If the tensors lie on the host and the device is a GPU, a thread gathers the next batches into page-locked memory
+    meanwhile.
     """
     if device.type != "cuda":
         for index in order:
@@ -183,7 +193,7 @@ def gather_batches(tensors: Sequence[Tensor], order: Iterable[Tensor], device: t
 
 
 def read_ahead(make: Callable[[Any], Any], items: Iterable[Any], depth: int = 3) -> Iterator[Any]:
-    """map(make, items) in order, by one thread that stays up to `depth` ahead."""
+    """Yield make(item) in order; a thread makes up to `depth` of them ahead of time."""
     with ThreadPoolExecutor(1) as pool:
         waiting: deque = deque()
         for item in items:
@@ -195,7 +205,7 @@ def read_ahead(make: Callable[[Any], Any], items: Iterable[Any], depth: int = 3)
 
 
 def fetch_async(x: Tensor) -> Callable[[], np.ndarray]:
-    """Start to copy x to the host; the call that comes back waits for that alone, not for what is queued after it."""
+    """Start to copy x to the host. The function that is returned waits for this copy only and returns it as NumPy."""
     if not x.is_cuda:
         return x.cpu().numpy
     host, done = x.to("cpu", non_blocking=True), torch.cuda.Event()
@@ -213,9 +223,9 @@ def fetch_async(x: Tensor) -> Callable[[], np.ndarray]:
 
 
 def training_cost(model: nn.Module, *inputs: Tensor) -> tuple[int, float, float]:
-    """(parameters, GFLOP of a forward pass, MB of activations kept for backward) for these inputs, computing nothing.
+    """(parameters, GFLOP of a forward pass, MB of activations kept for the backward pass) for these inputs.
 
-    Runs on the meta device, where tensors have shapes and no contents.
+    Nothing is computed: model and inputs are on the meta device, where tensors have shapes but no contents.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -236,8 +246,9 @@ def describe_cost(
     name: str, parameters: int, gflop: float, mb: float, batch: int, epochs: int, steps: int, device: torch.device,
     amp_dtype: torch.dtype | None,
 ) -> str:  # fmt: skip
-    """Lines of a dry run: size, work and memory. Activations count half under autocast; the average is included."""
-    memory = 20 * parameters / 1e9 + batch * mb / 1e3 * (0.5 if amp_dtype else 1.0)  # weight, gradient, 2 Adam, EMA
+    """The lines of a dry run: size, work, memory, device. Under autocast activations are counted half."""
+    # 20 bytes a parameter: weight, gradient, two moments of AdamW, average.
+    memory = 20 * parameters / 1e9 + batch * mb / 1e3 * (0.5 if amp_dtype else 1.0)
     dtype = str(amp_dtype or torch.float32).removeprefix("torch.")
     return (
         f"{name:9} {parameters / 1e6:.1f} M parameters, {gflop:.2f} GFLOP forward per image\n"

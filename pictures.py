@@ -1,4 +1,4 @@
-"""Pictures: PNG, GIF, grids, strips, curves."""
+"""Pictures: PNG, GIF, grids, strips and curves. Whole pages are in report.py."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,17 +20,17 @@ MAX_PIXELS = 2**25  # of a file that is decoded
 
 
 def to_pixels(x: Tensor) -> Tensor:
-    """Images in [-1, 1], [B, 1, H, W] -> uint8 [B, H, W], where they are."""
+    """Images in [-1, 1], [B, 1, H, W] -> uint8 [B, H, W] on the same device."""
     return ((x.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)[:, 0]
 
 
 def to_uint8(x: Tensor) -> np.ndarray:
-    """Images in [-1, 1], [B, 1, H, W] -> uint8 [B, H, W]."""
+    """Images in [-1, 1], [B, 1, H, W] -> uint8 [B, H, W] in NumPy."""
     return to_pixels(x).cpu().numpy()
 
 
 def image_grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarray:
-    """uint8 [N, H, W] -> one uint8 picture, row by row, with thin grey lines between."""
+    """Images uint8 [N, H, W] -> one uint8 picture, row by row with thin grey lines between; square by default."""
     n, h, w = images.shape
     columns = columns or int(np.ceil(np.sqrt(n)))
     rows = -(-n // columns)
@@ -52,14 +53,14 @@ def import_cv2() -> ModuleType:
 
 
 def png_bytes(image: np.ndarray) -> bytes:
-    """A grey uint8 [H, W] picture as PNG."""
+    """The bytes of a PNG file of a grey uint8 [H, W] picture."""
     cv2 = import_cv2()
 
     return cv2.imencode(".png", image)[1].tobytes()
 
 
 def save_gif(path: Path, frames: Sequence[np.ndarray], seconds: float = 0.25) -> None:
-    """uint8 [H, W] frames -> a looping GIF that rests on its last frame."""
+    """Write uint8 [H, W] frames as a looping GIF that stays on its last frame for two seconds."""
     from PIL import Image
 
     images, buffer = [Image.fromarray(f) for f in frames], io.BytesIO()
@@ -69,9 +70,10 @@ def save_gif(path: Path, frames: Sequence[np.ndarray], seconds: float = 0.25) ->
 
 
 def add_gif_frame(folder: Path, name: str, frame: np.ndarray, epoch: int, last: bool = True) -> None:
-    """FOLDER/<name>.png shows this frame, FOLDER/<name>.gif all frames so far; each is kept in FOLDER/frames.
+    """Write this frame to FOLDER/<name>.png and FOLDER/frames, and all frames so far to FOLDER/<name>.gif.
 
-    The GIF is made anew with the 1st, 2nd, 4th, 8th ... frame and the `last`, or its cost would grow with the square.
+    The GIF is written with the 1st, 2nd, 4th, 8th ... and the `last` frame only: writing it every time would cost the
+    square of the number of frames.
     """
     cv2 = import_cv2()
 
@@ -85,7 +87,7 @@ def add_gif_frame(folder: Path, name: str, frame: np.ndarray, epoch: int, last: 
 
 
 def denoising_strip(x_t: np.ndarray, x0: np.ndarray) -> np.ndarray:
-    """Images at S moments, uint8 [S, N, H, W] -> one picture: each image's x_t above its x0, time to the right."""
+    """Images at S steps, uint8 [S, N, H, W] -> one picture: each image's x_t above its x0, time to the right."""
     rows = np.stack([x_t, x0], axis=1)  # [S, 2, N, H, W]
     return image_grid(rows.transpose(2, 1, 0, 3, 4).reshape(-1, *x_t.shape[2:]), columns=len(x_t))
 
@@ -93,10 +95,10 @@ def denoising_strip(x_t: np.ndarray, x0: np.ndarray) -> np.ndarray:
 def visualise_denoising_process(
     steps: Sequence[tuple[int, Tensor, Tensor]], decode: Callable[[Tensor], Tensor], folder: Path
 ) -> None:
-    """What the sampler's callback saw, decoded, as FOLDER/denoising.gif (x_t) and FOLDER/denoising.png.
+    """Decode the sampler's steps and write them as FOLDER/denoising.gif (x_t) and FOLDER/denoising.png.
 
-    steps: (t, x_t, x0) each [N, C, h, w]; decode: latents -> images in [-1, 1]. In the PNG each image has two rows,
-    x_t above and the estimate of the clean image below; time runs to the right, at most ten columns.
+    steps: (t, x_t, x0) with latents [N, C, h, w]; decode: latents -> images in [-1, 1]. In the PNG each image has two
+    rows, x_t above and the estimate of the clean image below; time runs to the right in at most ten columns.
     """
     x_t = np.stack([to_uint8(decode(x)) for _, x, _ in steps])  # [S, N, H, W]
     columns = evenly_spaced(len(steps), 10)
@@ -106,7 +108,7 @@ def visualise_denoising_process(
 
 
 def plot_curves(rows: Sequence[Mapping[str, float]], path: Path) -> None:
-    """One panel per group of numbers ("loss/train" and "loss/val" share the panel "loss") over the epochs."""
+    """Plot numbers over the epochs to a PNG, a panel per group: "loss/train" and "loss/val" share the panel "loss"."""
     from matplotlib.figure import Figure
 
     groups: dict[str, list[str]] = {}
@@ -131,7 +133,7 @@ def plot_curves(rows: Sequence[Mapping[str, float]], path: Path) -> None:
         if group.startswith("loss") and min(values) > 0:
             ax.set_yscale("log")
         if len(names) > 1:
-            outside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if len(names) > 4 else {}
+            outside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if len(names) > 4 else {}
             ax.legend(fontsize=7, frameon=False, **outside)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)

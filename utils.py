@@ -1,4 +1,7 @@
-"""What every file may need: errors, seeds, progress bars, tables."""
+"""What any file may need: errors that people can put right, seeds, progress bars, tables.
+
+The device is in device.py, files in weights.py, pictures in pictures.py.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,9 @@ class UserError(Exception):
 
 
 def run_script(main: Callable[[Any], None], cfg: Any) -> None:
-    """main(cfg); what a person can cause ends in one sentence and exit code 2, not in a traceback."""
-    if sys.stdout is not None:
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not fit the terminal's encoding
+    """Run main(cfg). Errors people can cause end in one sentence on stderr and exit code 2, bugs in a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may not fit the terminal's encoding
     try:
         main(cfg)
     except UserError as e:
@@ -35,27 +38,32 @@ def run_script(main: Callable[[Any], None], cfg: Any) -> None:
         sys.exit(130)
     except torch.OutOfMemoryError:
         batch = getattr(cfg, "batch_size", None) or 64
-        by_portions = getattr(cfg, "micro_batch", "auto") != "auto"
-        slowly = "--micro-batch auto (the same steps, in portions that fit) or " if by_portions else ""
-        sys.exit(_complain(f"the GPU's memory is full: take {slowly}--batch-size {max(1, batch // 2)}"))
+        splits = getattr(cfg, "micro_batch", "auto") != "auto"
+        smaller = "--micro-batch auto (the same steps with fewer images at a time) or " if splits else ""
+        sys.exit(_complain(f"the GPU's memory is full: take {smaller}--batch-size {max(1, batch // 2)}"))
     except OSError as e:
         if e.filename is None and e.strerror is None:
             raise
         where = e.filename or "a file"
-        sys.exit(_complain(f"{where}: {e.strerror}: mend that or name another folder; what was saved is whole"))
+        sys.exit(
+            _complain(f"{where}: {e.strerror}: fix this or choose another folder; existing checkpoints are intact")
+        )
 
 
 def _complain(sentence: str) -> int:
-    rank, sentence = job_ranks()[0], sentence.replace("\n", " ")  # a file may have any name
+    """Print an error as one line on stderr and return the exit code for it."""
+    rank, sentence = job_ranks()[0], sentence.replace("\n", " ")  # file names may hold line breaks
     print(f"error{f' (rank {rank})' if rank else ''}: {sentence}", file=sys.stderr)
     return 2
 
 
 def job_ranks() -> tuple[int, int, int]:
-    """(rank, number of ranks, rank on this machine), as torchrun or srun say; (0, 1, 0) alone."""
+    """(rank, number of ranks, rank on this machine) as torchrun or srun set them; (0, 1, 0) without either."""
+    # SLURM_STEP_NUM_TASKS is set by srun only: a batch script outside of srun is one process.
     for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")):
-        if all(name in os.environ for name in names):  # a batch script has no SLURM_STEP_NUM_TASKS, srun sets it
-            return tuple(int(os.environ[name]) for name in names)
+        if all(name in os.environ for name in names):
+            rank, size, local = (int(os.environ[name]) for name in names)
+            return rank, size, local
     return 0, 1, 0
 
 
@@ -64,7 +72,11 @@ def job_ranks() -> tuple[int, int, int]:
 
 
 def derive_seed(*numbers: object) -> int:
-    """A 63-bit seed from (seed, purpose, index ...): different numbers give independent streams."""
+    """A 63-bit seed from (seed, purpose, index ...), so that different numbers give independent random streams.
+
+    Purposes in use: pre_train.py 1 and 2; train.py 3 to 7 and 9; evaluate.py 8; evidence.py 9 and 10; distil.py 11 to
+    15. They never change, or runs could not be resumed.
+    """
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "big") >> 1
 
 
@@ -78,7 +90,7 @@ def generator(*numbers: object, device: torch.device | str = "cpu") -> torch.Gen
 
 
 def progress_bar(total: int, done: int = 0, what: str = "", unit: str = " images") -> tqdm:
-    """A bar in images, with images/s and time left; in a log file, where it cannot redraw itself, once a minute."""
+    """A bar with images/s and time left, on rank 0. In a log file, where it cannot redraw itself, one line a minute."""
     return tqdm(
         total=total, initial=done, desc=what or None, unit=unit, unit_scale=total >= 10_000, dynamic_ncols=True,
         smoothing=0.05, mininterval=0.5 if sys.stderr.isatty() else 60, leave=not what, delay=0.5,
@@ -87,13 +99,12 @@ def progress_bar(total: int, done: int = 0, what: str = "", unit: str = " images
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """Rows of a metrics.jsonl: numbers, one of them the step. A line that was torn or damaged is left out."""
+    """Rows of a metrics.jsonl, each {"step": int, name: number ...}. Lines that are torn or damaged are left out."""
 
     def is_row(row: object) -> bool:
-        numbers = isinstance(row, dict) and all(
-            isinstance(v, float) or (type(v) is int and abs(v) < 2**63) for v in row.values()
-        )
-        return numbers and isinstance(row.get("step"), int)
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            return False
+        return all(isinstance(v, float) or (type(v) is int and abs(v) < 2**63) for v in row.values())
 
     rows = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
@@ -106,44 +117,45 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def read_table(path: Path, *columns: str) -> list[dict[str, str]]:
-    """Rows of a CSV file in which these columns are filled; UserError says what is wrong with it."""
+    """Rows of a CSV file as {column: text}. UserError if one of these columns is missing or not filled in a row."""
     try:
-        text = path.read_text(encoding="utf-8-sig")  # as spreadsheets write it, too
+        text = path.read_text(encoding="utf-8-sig")  # with or without the mark that spreadsheets put first
         table = csv.DictReader(io.StringIO(text, newline=""))
         rows, head = list(table), table.fieldnames or []
     except (UnicodeDecodeError, csv.Error) as e:
-        raise UserError(f"{path} is no table of comma-separated values in UTF-8 ({e}): mend or remove it") from None
+        raise UserError(f"{path} is no table of comma-separated values in UTF-8 ({e}): fix or remove it") from None
     if not {*columns} <= {*head}:
         raise UserError(f"{path} needs the columns {','.join(columns)}; it has {repr(head)[1:-1][:100]}")
     for n, row in enumerate(rows, 1):
         if not all(row[c] and "\0" not in row[c] for c in columns):
-            raise UserError(f"{path} lacks {' or '.join(columns)} in row {n:,} below the head: mend it")
+            raise UserError(f"{path} lacks {' or '.join(columns)} in row {n:,} below the head: fill it in")
     return rows
 
 
 def csv_text(head: Sequence[str], rows: Iterable[Sequence]) -> str:
-    """A table as `read_table` reads it."""
+    """The text of a CSV file with this head and these rows, as `read_table` reads it."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([head, *rows])
     return text.getvalue()
 
 
 def is_folder_name(name: object) -> bool:
-    """Can a folder of this name be made inside of another, and be one cell of a table in UTF-8?"""
+    """Is this the name of a folder, not a path, and can it be written into a table in UTF-8?"""
     try:
-        plain = isinstance(name, str) and name not in ("", ".", "..") and not {*"/\0\r\n"} & {*name}
-        return plain and len(name.encode()) <= 255
+        if not isinstance(name, str) or name in ("", ".", "..") or {*"/\0\r\n"} & {*name}:
+            return False
+        return len(name.encode()) <= 255
     except UnicodeEncodeError:
         return False
 
 
 def evenly_spaced(n: int, most: int) -> list[int]:
-    """At most that many of the indices 0 to n - 1, evenly, both ends in."""
+    """At most `most` of the indices 0 to n - 1, evenly spaced, both ends included."""
     return np.unique(np.linspace(0, n - 1, min(most, n)).round().astype(int)).tolist()
 
 
 def git_commit() -> str:
-    """The commit of the code, for the record; "unknown" outside a clone."""
+    """The short hash of the commit of this code; "unknown" outside of a git clone."""
     done = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
     )

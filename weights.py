@@ -1,4 +1,7 @@
-"""Files that are always whole: the state of a training (last.pt), and weights with a header (safetensors)."""
+"""Files that are written whole or not at all: the state of a training (last.pt), weights with a header (safetensors).
+
+A file can come from anywhere, so nothing in it is believed before it was checked, and code in it is never run.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +23,15 @@ from utils import UserError, is_folder_name
 
 Network = TypeVar("Network", bound=nn.Module)
 
-FORMAT = 1  # of the weight files; raised when old files can no longer be read
-STATE_FORMAT = 3  # of last.pt, likewise
+# Raised when files of before can no longer be read (CHANGELOG.md).
+FORMAT = 1  # of weights
+STATE_FORMAT = 3  # of last.pt
 
 
 def write_atomic(path: Path, data: bytes, keep: Path | None = None) -> None:
-    """Write beside, flush to disk, then rename: a reader finds the old file or the new one, never a part of one.
+    """Write to a temporary file, flush it to disk, then rename it: readers find the old file or the new one, whole.
 
-    `keep` is the name under which the old file stays.
+    `keep` is a name under which the old file is kept. OSError where it cannot be written; the old file then stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -41,7 +45,7 @@ def write_atomic(path: Path, data: bytes, keep: Path | None = None) -> None:
         os.replace(tmp, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # the names, too, outlive a power cut
+            os.fsync(folder)  # so that the new name, too, survives a power cut
         finally:
             os.close(folder)
     except OSError as e:
@@ -51,7 +55,7 @@ def write_atomic(path: Path, data: bytes, keep: Path | None = None) -> None:
 
 
 def file_hash(path: Path) -> str:
-    """First 12 hex digits of the file's SHA-256."""
+    """The first 12 hex digits of a file's SHA-256."""
     digest = hashlib.sha256()
     with open(path, "rb") as f:
         while chunk := f.read(1 << 20):
@@ -64,21 +68,25 @@ def file_hash(path: Path) -> str:
 
 
 def save_state(path: Path, state: dict) -> None:
-    """Everything resuming needs, by torch.save; the state before it stays as `*.prev.pt` until the next write."""
-    buffer = io.BytesIO()  # serialised in memory, so that a full disk is met by write_atomic alone
+    """Write all that resuming needs; the state before it stays as `*.prev.pt` until the next write."""
+    buffer = io.BytesIO()  # in memory first, so that only write_atomic can meet a full disk
     torch.save({"format": STATE_FORMAT, **state}, buffer)
     write_atomic(path, buffer.getvalue(), keep=path.with_suffix(".prev.pt"))
 
 
 def load_state(path: Path) -> dict | None:
-    """The state last saved, None if there is none. A torn file is put aside and gives way to the one before it."""
+    """The state last saved, None if there is none.
+
+    A damaged file is renamed to `*.torn.pt`, and the state before it is returned. UserError if there is none, or if
+    another version of the code wrote the file.
+    """
     torn = False
     for p in (path, path.with_suffix(".prev.pt")):
         if not p.exists():
             continue
         try:
             with zipfile.ZipFile(p) as z:
-                if z.testzip() is not None:  # torch does not look at the checksums
+                if z.testzip() is not None:  # torch does not check the checksums
                     raise zipfile.BadZipFile
             state = torch.load(p, map_location="cpu", weights_only=True)  # never runs code from the file
         except Exception as e:
@@ -86,7 +94,11 @@ def load_state(path: Path) -> dict | None:
             torn = True
             continue
         if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
-            raise UserError(f"{p} was written by another version of this code: finish it there, or use --fresh")
+            raise UserError(
+                f"{p} was written by another version of this code: finish the run with that version, or use --fresh"
+            )
+        if "judge" in state:  # what older versions called the discriminator
+            state["discriminator"] = state.pop("judge")
         if torn:
             os.replace(path, path.with_suffix(".torn.pt"))  # so that the next save does not keep it as the good one
         return state
@@ -100,7 +112,7 @@ def load_state(path: Path) -> dict | None:
 
 
 def save_weights(path: Path, module: nn.Module, meta: Mapping[str, Any]) -> None:
-    """Weights and buffers as safetensors, with `meta` (kind, config, classes, ...) as JSON in the header."""
+    """Write weights and buffers as safetensors, with `meta` (kind, config, classes, ...) as JSON in the header."""
     from safetensors.torch import save
 
     tensors = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
@@ -109,7 +121,7 @@ def save_weights(path: Path, module: nn.Module, meta: Mapping[str, Any]) -> None
 
 
 def read_meta(path: Path) -> dict:
-    """What a weights file says of itself, nothing of it checked; empty where it cannot be read."""
+    """The header of a weights file, unchecked; empty if it cannot be read."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -121,19 +133,19 @@ def read_meta(path: Path) -> dict:
 
 
 def weights_digest(meta: str, tensors: Mapping[str, Tensor]) -> str:
-    """16 hex digits of the SHA-256 over the header's words and every tensor's name, type, shape and bytes."""
+    """16 hex digits of the SHA-256 over the header's text and every tensor's name, type, shape and bytes."""
     digest = hashlib.sha256(meta.encode())
     for name, v in sorted(tensors.items()):
         digest.update(f"\n{name} {v.dtype} {tuple(v.shape)}\n".encode())
-        digest.update(v.reshape(-1).view(torch.uint8).numpy())
+        digest.update(v.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
 def load_weights(path: Path, kind: str) -> tuple[dict[str, Tensor], dict]:
-    """(state dict in float32, meta) of a file of this kind ("vae" or "diffusion"). Code in a file is never run.
+    """(state dict in float32, header) of a file of this kind, "vae" or "diffusion".
 
-    What the file says of itself is checked by its checksum, if it has one (version 1 began without), and what it says
-    of classes in any case, because folders are named by them.
+    UserError if the file is damaged, of another kind or version, or holds numbers that are not finite. Its checksum is
+    compared if it has one (the first files had none), and class names are always checked, because folders get them.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -156,7 +168,7 @@ def load_weights(path: Path, kind: str) -> tuple[dict[str, Tensor], dict]:
     classes = meta.get("classes", [])
     if not isinstance(classes, list) or not all(map(is_folder_name, classes)) or len({*classes}) < len(classes):
         raise UserError(f"{path} names classes that cannot be folders: use a file that training wrote")
-    # Copies: the tensors of the file are mapped, and what happens to it later must not happen to them.
+    # Copies, because the file is memory-mapped and may be changed later.
     tensors = {k: v.to(torch.float32 if v.is_floating_point() else v.dtype, copy=True) for k, v in tensors.items()}
     for name, v in tensors.items():
         if v.is_floating_point() and not v.isfinite().all():
@@ -165,9 +177,9 @@ def load_weights(path: Path, kind: str) -> tuple[dict[str, Tensor], dict]:
 
 
 def load_into(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """The tensors become the module's own, which may be on the meta device, where a wrong shape costs no memory.
+    """Make the tensors the parameters and buffers of the module, which may be on the meta device.
 
-    A sentence for weights of another architecture.
+    UserError if they are of another architecture.
     """
     try:
         for name, own in module.state_dict().items():
@@ -180,9 +192,9 @@ def load_into(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None
 
 
 def build_network(network: type[Network], header: object, tensors: Mapping[str, Tensor]) -> Network:
-    """The network that a file's header describes, on the meta device, where whatever it asks for takes no memory.
+    """Build the network that a file's header describes, on the meta device, where any size takes no memory.
 
-    ValueError where there is no such network.
+    ValueError if there is no such network.
     """
     settings = check_arguments(network, header)
     if not 0 < settings.get("blocks", 1) * len(settings.get("channels", [1])) <= len(tensors):

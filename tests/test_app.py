@@ -44,7 +44,7 @@ def studio(runs: Path) -> app.Studio:
 
 
 def drawn(studio: app.Studio, *asked) -> tuple:
-    return list(studio.draw(*asked))[-1]
+    return list(studio.generate(*asked))[-1]
 
 
 def test_the_same_images_as_predict_draws(studio: app.Studio, runs: Path, tmp_path: Path):
@@ -75,7 +75,7 @@ def test_walks_end_where_they_should(studio: app.Studio):
     assert app.slerp(*noise, 0.5).std() == pytest.approx(1, abs=0.06)  # not 0.7, as the mean of two has
     own = {c: drawn(studio, "tiny", c, 1, 5, *how)[1][0][0] for c in ("AD", "NC")}
     for place, same in ((0, "NC"), (1, "AD")):
-        before, after, _, words = studio.carry("tiny", "NC", "AD", 5, place, 10, "dpm++2m")
+        before, after, _, words = studio.between_classes("tiny", "NC", "AD", 5, place, 10, "dpm++2m")
         assert np.abs(before.astype(int) - own["NC"]).max() <= 1
         assert np.abs(after.astype(int) - own[same]).max() <= 1
         assert f"{place:.0%}" in words
@@ -119,16 +119,33 @@ WRONG = [
 def test_more_than_a_visitor_may_ask_for_is_refused(studio: app.Studio):
     for word, asked in WRONG:
         with pytest.raises(UserError, match=word):
-            list(studio.draw(*asked))
+            list(studio.generate(*asked))
     with pytest.raises(UserError, match="Sampler"):
-        list(studio.draw("pretrained", None, 1, 0, 10, "euler", 1))
+        list(studio.generate("pretrained", None, 1, 0, 10, "euler", 1))
+
+
+def test_the_page_offers_as_many_steps_as_can_be_asked_for(studio: app.Studio, runs: Path):
+    cfg = AppConfig(run=("pretrained", "tiny"), checkpoints=str(runs), device="cpu", max_steps=20)
+    page = app.build(app.Studio(cfg))
+    (steps,) = (c["props"] for c in page.get_config_file()["components"] if c["props"].get("label") == "Steps")
+    assert (steps["minimum"], steps["maximum"], steps["value"]) == (2, 20, 10)
+    with pytest.raises(UserError, match="Steps must be a whole number from 2 to 20"):
+        list(studio.generate("pretrained", None, 1, 0, 1, "dpm++2m", 1))
+    assert len(list(studio.generate("pretrained", None, 1, 0, 2, "dpm++2m", 1))) >= 1
+
+
+def test_a_run_whose_data_is_still_being_read_says_so(runs: Path):
+    """Also the second run, while the copy detector of the first one is being made."""
+    for data, words in (("somewhere", "Still reading"), ("", "not known")):
+        run_ = app.Run(AppConfig(checkpoints=str(runs), device="cpu", data=data), "tiny")
+        assert words in run_.why_none and run_.detector is None
 
 
 def test_who_leaves_ends_the_work(studio: app.Studio):
     import threading
 
     before = threading.active_count()
-    drawing = studio.draw("pretrained", None, 16, 0, 20, "dpm++2m", 1)
+    drawing = studio.generate("pretrained", None, 16, 0, 20, "dpm++2m", 1)
     next(drawing)
     drawing.close()
     end = time.time() + 60
@@ -174,7 +191,7 @@ def test_nothing_can_be_uploaded(address: str):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium (apt install chromium)")
 def test_a_visitor_in_a_browser(address: str, tmp_path: Path):
-    """Draw, download, a wrong value, walk, another run, from class to class; no request leaves the machine."""
+    """Generate, download, a wrong value, walk, another run, from class to class; no request leaves the machine."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as p:
@@ -185,7 +202,7 @@ def test_a_visitor_in_a_browser(address: str, tmp_path: Path):
         page.on("request", lambda r: asked.append(r.url))
         page.on("pageerror", lambda e: errors.append(str(e)))
         page.goto(address)
-        draw = page.get_by_role("button", name="Draw", exact=True)
+        draw = page.get_by_role("button", name="Generate", exact=True)
         draw.wait_for()
         assert "Not for diagnosis" in page.inner_text("body")
         page.get_by_role("radio", name="NC", exact=True).first.click()
@@ -221,7 +238,7 @@ def test_a_visitor_in_a_browser(address: str, tmp_path: Path):
         page.locator("#walked").get_by_text("100% of seed 0").wait_for()
         page.get_by_label("To seed").fill("9")
         page.locator("#walked").get_by_text("of seed 9").wait_for()
-        page.get_by_role("tab", name="Draw").click()
+        page.get_by_role("tab", name="Generate").click()
         draw.click()
         page.locator("#words").get_by_text("4 images in").wait_for()
         page.screenshot(path=tmp_path / "page.png")

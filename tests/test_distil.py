@@ -16,9 +16,9 @@ from test_pipeline import same_weights, wait_for
 from torch import nn
 
 from config import DistilConfig
-from distil import Student
+from distil import Student, teacher_grid
 from modules import NoiseScheduler_Fast_DDPM, make_grid, sample
-from utils import read_jsonl
+from utils import UserError, read_jsonl
 
 TINY = "--trajectories 64 --batch-size 16 --lr 1e-3 --precision fp32 --wandb disabled --teacher-steps 8 --teacher t"
 
@@ -128,6 +128,74 @@ def test_a_student_interrupted_resumes_to_the_same_weights(teacher: Path, studen
     for name in ("best.safetensors", "final.safetensors"):
         assert same_weights(teacher / "again" / "diffusion" / name, student / "s" / "diffusion" / name)
     assert "is finished" in run("distil.py", *flags(teacher, "again", *more)).stdout
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 5, 8, 16])
+def test_the_teacher_stops_at_the_students_timesteps(num_steps: int):
+    accepted = []
+    for teacher_steps in range(num_steps, 400, num_steps):
+        try:
+            grid = teacher_grid(teacher_steps, num_steps)
+        except UserError as e:
+            assert f"take {max(accepted)}" in str(e)
+            continue
+        accepted.append(teacher_steps)
+        assert grid == make_grid("student", teacher_steps, ABAR).tolist()
+        assert grid[::-1][:: teacher_steps // num_steps] == make_grid("student", num_steps, ABAR)[::-1].tolist()
+    assert 16 // num_steps * num_steps in accepted and teacher_steps not in accepted
+
+
+def test_a_student_is_generated_from_in_its_own_steps_by_every_script(student: Path, phantoms: Path, tmp_path: Path):
+    """A solver that extrapolates between steps, as dpm++2m does, is not what a student learnt."""
+    from cluster import Ranks
+    from config import EvaluateConfig
+    from evaluate import generate_images
+    from sampling import load_run
+
+    run("predict.py", "--checkpoints", student, "--run", "s", "--num-images", "4", "--out", tmp_path / "out")
+    files = [tmp_path / "out" / "train" / ("AD", "NC")[k % 2] / f"s0i{k:05d}_0.png" for k in range(4)]
+    predicted = np.stack([cv2.imread(str(f), 0) for f in files])
+    model, vae, _, _ = load_run(student / "s", "best", torch.device("cpu"))
+    cfg, y = EvaluateConfig(batch_size=4), torch.arange(4) % 2
+    evaluated, latents = generate_images(cfg, model, vae, y, Ranks(torch.device("cpu")))
+    assert np.array_equal(evaluated.numpy(), predicted)
+    close(model.generate(vae.latent_shape, 0, range(4), y), latents)  # as tsne.py does
+    x = model.generate(vae.latent_shape, 0, range(4), y, solver="dpm++2m")
+    assert (x - latents).abs().max() > 0.01
+
+
+def test_a_teacher_that_was_trained_further_ends_its_unfinished_students(teacher: Path, phantoms: Path, tmp_path: Path):
+    home = shutil.copytree(teacher, tmp_path / "home")
+    more = flags(home, "u", "--num-steps", "4", "--epochs", "6", "--save-minutes", "0")
+    process = start("distil.py", *more)
+    wait_for(home / "u" / "diffusion" / "last.pt", process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    where = ["--data", phantoms, "--checkpoints", home, "--cache", home / "cache", "--run", "t"]
+    run("train.py", *where, *TINY_UNET, "--grid", "full", "--epochs", "6", "--sample-every", "3")
+    refused = run_any("distil.py", *more)
+    assert refused.returncode == 2 and "other weights of the teacher" in refused.stderr
+    assert refused.stderr.strip().count("\n") == 0
+
+
+def test_the_vae_computes_in_the_precision_that_was_asked_for(teacher: Path, tmp_path: Path):
+    from cluster import Ranks
+    from distil import Trajectories
+    from pictures import to_uint8
+    from sampling import load_run
+    from utils import derive_seed
+
+    more = ["--num-steps", "2", "--epochs", "1", "--precision", "bf16"]
+    run("distil.py", *flags(teacher, "half", *more))
+    shown = cv2.imread(str(teacher / "half" / "diffusion" / "samples.png"), 0)[:32, :32]  # the teacher's first image
+    of_teacher, vae, _, _ = load_run(teacher / "t", "best", torch.device("cpu"), "bf16")
+    cfg = DistilConfig(num_steps=2, teacher_steps=8, cache=str(tmp_path))
+    drawn = Trajectories(of_teacher, vae.latent_shape, 256, derive_seed(0, 12), cfg, Ranks(torch.device("cpu")), "")
+    with torch.no_grad():
+        want = to_uint8(vae.decode(drawn.states[:8, -1].float()))[0]
+        vae.amp_dtype = None
+        other = to_uint8(vae.decode(drawn.states[:8, -1].float()))[0]
+    assert np.abs(shown.astype(int) - want).max() <= 1 and np.abs(other.astype(int) - want).max() > 1
 
 
 def test_what_cannot_be_distilled(trained: Path, teacher: Path, student: Path):

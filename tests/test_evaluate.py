@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -19,6 +23,7 @@ import phantom
 from config import EvaluateConfig
 from dataset import read_images
 from evidence import Evidence, Images
+from utils import UserError
 
 SIDE, CLASSES = 64, ["AD", "NC"]
 
@@ -247,6 +252,25 @@ def test_folders_that_cannot_be_evaluated(data: Path, tmp_path: Path):
         "--images", data / "generated", "--inception-weights", tmp_path / "not.pth"
     )
     assert "Inception" in refused("--images", data / "generated", "--inception-weights", tmp_path / "none.pth")
+
+
+def test_without_a_run_it_is_adni_everywhere(trained: Path, phantoms: Path, tmp_path: Path, monkeypatch):
+    """Also in the name that wandb gets, and in the report page that is written again."""
+    import evaluate
+
+    names: list[str] = []
+    run = SimpleNamespace(log=lambda row, step: None, finish=lambda: None)
+    wandb = SimpleNamespace(Settings=dict, init=lambda **how: names.append(how["name"]) or run, Image=str, Video=str)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    shutil.copytree(trained / "tiny", tmp_path / "adni")
+    (tmp_path / "adni" / "report.html").unlink()
+    cfg = EvaluateConfig(
+        data=str(phantoms), checkpoints=str(tmp_path), cache=str(tmp_path / "cache"), num_images=16, count=16,
+        resamples=10, wandb="offline", device="cpu",
+    )  # fmt: skip
+    with contextlib.suppress(UserError):  # so few images are too few for some of the sections
+        evaluate.main(cfg)
+    assert names == ["adni-evaluate"] and "Evidence" in (tmp_path / "adni" / "report.html").read_text()
 
 
 def test_mixed_sizes_and_bad_files_are_said_and_left_out(sets, tmp_path: Path):

@@ -14,14 +14,17 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, TINY_UNET, TINY_VAE, run, run_any, start
 from PIL import Image
 from safetensors.torch import load_file
 
 import phantom
-from dataset import read_images
+from dataset import carved_people, load_splits_as_trained, read_images
 from pictures import image_grid
 from utils import read_jsonl
+from vae import load_vae
+from weights import read_meta
 
 
 def where(checkpoints: Path, phantoms: Path, name: str = "tiny") -> list[str]:
@@ -370,14 +373,52 @@ def test_full_grid_weights_take_normal_and_every_fast_sampling(copied: Path, pha
     assert record["timesteps"] == [0, 250, 500, 749, 999] and record["eta"] == 0
 
 
-def test_a_vae_that_saw_the_people_held_out_is_refused(phantoms: Path, tmp_path: Path):
-    """Without val/, people are set aside by seed: another seed would validate on people the VAE was trained on."""
+def test_the_vae_says_who_is_held_out_whatever_the_seed_of_the_training(phantoms: Path, tmp_path: Path):
+    """Without val/, people are set aside by seed: another choice would validate on people the VAE was trained on."""
     data = tmp_path / "data"
     shutil.copytree(phantoms / "train", data / "train")
-    run("pre_train.py", *where(tmp_path, data), *TINY_VAE, "--epochs", "1")
-    refused = run_any("train.py", *where(tmp_path, data), *TINY_UNET, "--epochs", "1", "--seed", "1")
-    assert refused.returncode == 2 and "trained with other people held out" in refused.stderr
-    assert "writes to" in run("train.py", *where(tmp_path, data), *TINY_UNET, "--dry-run").stdout
+    run("pre_train.py", *where(tmp_path, data, "r"), *TINY_VAE, "--epochs", "1", "--val-fraction", "0.2")
+    run("train.py", *where(tmp_path, data, "r"), *TINY_UNET, "--epochs", "1", "--seed", "1")
+    vae, unet = (read_meta(tmp_path / "r" / part / "best.safetensors") for part in ("vae", "diffusion"))
+    assert unet["held_out"] == vae["held_out"] and unet["data"] == vae["data"] and unet["config"]["seed"] == 1
+    assert unet["split"] == vae["split"] and unet["split"]["seed"] == 0 and unet["split"]["val_fraction"] == 0.2
+    # And scripts that look at the run follow: evaluate.py, tsne.py and copy detectors split by the header's rules.
+    splits = load_splits_as_trained(str(data), str(tmp_path / "cache"), unet, 32)
+    assert carved_people(splits) == vae["held_out"]
+    # Data of other people than the VAE's is refused.
+    first = sorted((data / "train" / "AD").iterdir())[0].name.rpartition("_")[0]
+    for file in (data / "train" / "AD").glob(f"{first}_*"):
+        file.unlink()
+    refused = run_any("train.py", *where(tmp_path, data, "r"), *TINY_UNET, "--epochs", "2", "--seed", "1")
+    assert refused.returncode == 2 and "with other people held out" in refused.stderr
+
+
+def test_a_u_net_of_another_vae_is_left_out_of_the_map(copied: Path, phantoms: Path):
+    run("pre_train.py", *where(copied, phantoms), *TINY_VAE, "--epochs", "1", "--seed", "5", "--fresh")
+    done = run("tsne.py", *where(copied, phantoms), "--wandb", "disabled", "--perplexity", "10")
+    assert "latents of another VAE" in done.stdout
+    assert json.loads((copied / "tiny" / "tsne" / "tsne.json").read_text())["generated"] == 0
+
+
+def test_precision_is_on_record_as_it_was_resolved(trained: Path, tmp_path: Path):
+    """`auto` follows the device, and so two devices could share a folder, half of its images in float32 each."""
+    predict(trained, tmp_path / "out", "--num-images", "2")
+    assert json.loads((tmp_path / "out" / "command.json").read_text())["precision"] == "float32"
+    again = ["--checkpoints", trained, "--run", "tiny", "--seed", "7", "--out", tmp_path / "out", "--num-images", "2"]
+    assert "is complete" in run("predict.py", *again, "--precision", "fp32").stdout
+    refused = run_any("predict.py", *again, "--precision", "bf16")
+    assert refused.returncode == 2 and "precision float32 -> bfloat16" in refused.stderr
+
+
+def test_the_statistics_that_pre_train_prints_are_of_the_weights_that_scripts_use(phantoms: Path, tmp_path: Path):
+    # A learning rate this high makes the last epoch worse than the best one, so the two differ.
+    done = run("pre_train.py", *where(tmp_path, phantoms), *TINY_VAE, "--epochs", "4", "--lr", "0.3")
+    vae, vae_of_final = (
+        load_vae(tmp_path / "tiny" / "vae" / f"{name}.safetensors", torch.device("cpu"))[0]
+        for name in ("best", "final")
+    )
+    shown = [[round(v, 3) for v in x.latent_std.tolist()] for x in (vae, vae_of_final)]
+    assert f"standard deviation {shown[0]}" in done.stdout and shown[0] != shown[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -233,10 +233,10 @@ def test_a_step_without_finite_gradients_is_not_taken(scaled, wrapped, bad):
 
     for _ in range(2):
         step(1.0)
-    weights, before, scale = flat(model), moments(), scaler.get_scale()
+    weights, average, before, scale = flat(model), flat(ema.module), moments(), scaler.get_scale()
     assert not step(bad).isfinite() and (scaler.get_scale() < scale) == scaled
     assert torch.equal(flat(model), weights) and torch.equal(moments(), before)
-    assert flat(ema.module).isfinite().all()
+    assert torch.equal(flat(ema.module), average) and ema.n_averaged == 2
     assert step(1.0).isfinite()  # and it goes on
     assert not torch.equal(flat(model), weights) and flat(model).isfinite().all() and flat(ema.module).isfinite().all()
 
@@ -552,8 +552,18 @@ def test_check_same_run(tmp_path):
         loop.check_same_run(replace(cfg, lr=0.5), "abc", "slices than data now holds", state, tmp_path)
     with pytest.raises(UserError, match="channels"):
         loop.check_same_run(replace(cfg, channels=(8,)), "abc", "slices than data now holds", state, tmp_path)
+    loop.check_same_run(replace(cfg, compile="on"), "abc", "slices than data now holds", state, tmp_path)
     with pytest.raises(UserError, match="other slices"):
         loop.check_same_run(cfg, "abd", "slices than data now holds", state, tmp_path)
+
+
+def test_a_flag_that_is_newer_than_a_run_does_not_end_it(tmp_path):
+    """The run counts as started with the flag's default."""
+    cfg, state = TrainConfig(run="r"), {"data": "abc"}
+    before = {name: value for name, value in asdict(cfg).items() if name != "patch"}
+    loop.check_same_run(cfg, "abc", "slices", {**state, "config": before}, tmp_path)
+    with pytest.raises(UserError, match="patch 1 -> 2"):
+        loop.check_same_run(replace(cfg, patch=2), "abc", "slices", {**state, "config": before}, tmp_path)
 
 
 @pytest.fixture
