@@ -2,8 +2,8 @@
 
 python benchmarks/peers.py --data DIR: rows to docs/results/quality-peers.json, 16 images of each beside them, and all
 images as PNG under CHECKPOINTS/peers/NAME, so that evaluate.py --images can look at them, too. Needs
-requirements-bench.txt. Ours runs first, by its own scripts; what it took, start of Python included, the peers may take.
-Rows that are there are not measured again.
+.venv-bench (make bench-env). Ours runs first, by its own scripts; what it took, start of Python included, the peers may
+take. Rows that are there are not measured again.
 """
 
 from __future__ import annotations

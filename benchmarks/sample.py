@@ -2,8 +2,9 @@
 
     python benchmarks/sample.py [--batch 64] [--json FILE]
 
-Networks of matched sizes with random weights. Ours is predict.py's ImageSampler with DPM-Solver++(2M); theirs are their DDIM
-loops, one call after the other, as their pipelines run them. Last, predict.py itself from process start to files.
+Networks of matched sizes with random weights. Ours is predict.py's ImageSampler with DPM-Solver++(2M); theirs are
+their DDIM loops, one call after the other, as their pipelines run them. Last, predict.py itself from process start to
+files.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A small folder of phantoms and a small finished run on it, made once for every test that only reads them."""
+"""What the tests share: how scripts are started, a small folder of phantoms, and a small finished run on it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 # Before torch: one thread per test process, and the same results on every machine.
@@ -18,6 +19,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -35,19 +37,46 @@ TINY_UNET = (
 )
 
 
+PATIENCE = 1200  # seconds that a healthy process may take on the slowest machine: a limit only for what hangs
+FULL = os.environ.get("FULL", "") not in ("", "0")  # make test FULL=1; else the tests marked `full` are left out
+
+# A folder for all workers of a test run, which inherit its name from the process that starts them. In it is a pipe that
+# each of them holds open from the start, so that the warm interpreter that reads from it lives as long as the last.
+if "TESTS_HOME" not in os.environ:
+    os.environ["TESTS_HOME"] = tempfile.mkdtemp(prefix="tests-")
+    atexit.register(shutil.rmtree, os.environ["TESTS_HOME"], ignore_errors=True)
+HOME = Path(os.environ["TESTS_HOME"])
+with FileLock(HOME / "lock"):
+    if not (HOME / "jobs").exists():
+        os.mkfifo(HOME / "jobs")
+JOBS = os.open(HOME / "jobs", os.O_RDWR)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left_out = [] if FULL else [item for item in items if item.get_closest_marker("full")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
 class Warm:
     """A run of a script by tests/zygote.py, to be used as a subprocess.Popen."""
 
-    zygote: subprocess.Popen | None = None
+    started: subprocess.Popen | None = None  # by this worker, if it was the first to need it
+    zygote: Path | None = None  # in /proc
 
-    def __init__(self, script: str, *args: str):
+    def __init__(self, *args: str, env: dict[str, str] | None = None, cwd: str | Path | None = None):
+        self.args, self.returncode, self.folder = list(args), None, Path(tempfile.mkdtemp(prefix="run-", dir=HOME))
+        job = {"argv": self.args, "env": env or dict(os.environ), "cwd": str(cwd or os.getcwd())}
+        (self.folder / "job").write_text(json.dumps(job))
         if Warm.zygote is None:
-            Warm.zygote = subprocess.Popen([sys.executable, str(ROOT / "tests" / "zygote.py")], stdin=subprocess.PIPE)
-        self.args, self.returncode, self.folder = [script, *args], None, Path(tempfile.mkdtemp(prefix="warm-"))
-        atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
-        job = {"argv": self.args, "folder": str(self.folder), "env": dict(os.environ), "cwd": os.getcwd()}
-        Warm.zygote.stdin.write(json.dumps(job).encode() + b"\n")
-        Warm.zygote.stdin.flush()
+            with FileLock(HOME / "lock"):
+                if not (HOME / "pid").exists():
+                    with open(HOME / "jobs", "rb") as jobs:
+                        Warm.started = subprocess.Popen([sys.executable, ROOT / "tests" / "zygote.py"], stdin=jobs)
+                    (HOME / "pid").write_text(str(Warm.started.pid))
+            Warm.zygote = Path("/proc", (HOME / "pid").read_text())
+        os.write(JOBS, f"{self.folder}\n".encode())  # so short a line is written whole, whoever else writes
 
     def poll(self) -> int | None:
         status = self.folder / "status"
@@ -55,17 +84,18 @@ class Warm:
             self.returncode = int(status.read_text())
         return self.returncode
 
-    def wait(self, timeout: float = 300) -> int:
+    def wait(self, timeout: float = PATIENCE) -> int:
         end = time.time() + timeout
         while self.poll() is None:
             if time.time() > end:
                 self.send_signal(signal.SIGKILL)
                 raise subprocess.TimeoutExpired(self.args, timeout)
-            assert Warm.zygote.poll() is None, "tests/zygote.py has ended"
+            state = (Warm.zygote / "stat").read_text().rpartition(")")[2].split()[0]
+            assert state != "Z", "tests/zygote.py has ended"
             time.sleep(0.01)
         return self.returncode
 
-    def communicate(self, timeout: float = 300) -> tuple[str, str]:
+    def communicate(self, timeout: float = PATIENCE) -> tuple[str, str]:
         self.wait(timeout)
         out, err = ((self.folder / name).read_text(errors="surrogateescape") for name in ("stdout", "stderr"))
         shutil.rmtree(self.folder)
@@ -82,10 +112,13 @@ class Warm:
 
 
 def start(script: str, *args: str | Path, cold: bool = False, **kwargs) -> subprocess.Popen | Warm:
-    """A script as a person starts it; only that its libraries are imported already, unless it is `cold`."""
-    words = [str(ROOT / script), *map(str, args)]
-    if not (cold or kwargs):
-        return Warm(*words)
+    """A script as a person starts it; only that its libraries are imported already, unless it is `cold`.
+
+    `cold` is for what an interpreter reads once, when it starts or imports: CXX, OPENCV_..., the memory it took.
+    """
+    words = [script if script == "-c" else str(ROOT / script), *map(str, args)]
+    if not cold:
+        return Warm(*words, **kwargs)
     return subprocess.Popen(
         [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
     )
@@ -100,25 +133,40 @@ def run(script: str, *args: str | Path, **kwargs) -> subprocess.CompletedProcess
 
 def run_any(script: str, *args: str | Path, **kwargs) -> subprocess.CompletedProcess:
     process = start(script, *args, **kwargs)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=PATIENCE)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
+def python(code: str, *args: str | Path, cold: bool = False, **kwargs) -> subprocess.CompletedProcess:
+    """python -c CODE ARGS, with the project on the path; its libraries are imported already, unless it is `cold`."""
+    return run_any("-c", code, *args, cold=cold, **kwargs)
+
+
+def made_once(name: str, make: Callable[[Path], object]) -> Path:
+    """What make(folder) puts into a folder, by whichever worker comes first."""
+    with FileLock(HOME / f"{name}.lock"):
+        if not (HOME / name).exists():
+            make(HOME / f"{name}.part")
+            (HOME / f"{name}.part").rename(HOME / name)
+    return HOME / name
+
+
 @pytest.fixture(scope="session")
-def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 synthetic people, 4 slices each, 64 pixels: train/ and val/ with AD and NC."""
+def phantoms() -> Path:
+    """24 synthetic people, 4 slices each, 64 pixels: train/ and val/ with AD and NC. For reading only."""
     import phantom
 
-    return phantom.make_dataset(
-        tmp_path_factory.mktemp("data") / "phantoms", people=24, slices=4, size=64, progress=False
-    )
+    return made_once("phantoms", lambda folder: phantom.make_dataset(folder, 24, slices=4, size=64, progress=False))
 
 
 @pytest.fixture(scope="session")
 def trained(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoints folder of run `tiny`: a VAE and a class-conditional U-Net, two epochs each."""
-    home = tmp_path_factory.mktemp("trained")
-    where = ["--data", phantoms, "--checkpoints", home / "checkpoints", "--cache", home / "cache", "--run", "tiny"]
-    run("pre_train.py", *where, *TINY_VAE, "--epochs", "2", "--gif-every", "1")
-    run("train.py", *where, *TINY_UNET, "--epochs", "2", "--sample-every", "2")
-    return home / "checkpoints"
+    """The checkpoints folder of run `tiny`, this worker's own: a VAE and a class-conditional U-Net, two epochs each."""
+
+    def train(home: Path) -> None:
+        where = ["--data", phantoms, "--checkpoints", home / "checkpoints", "--cache", home / "cache", "--run", "tiny"]
+        run("pre_train.py", *where, *TINY_VAE, "--epochs", "2", "--gif-every", "1")
+        run("train.py", *where, *TINY_UNET, "--epochs", "2", "--sample-every", "2")
+
+    home = made_once("trained", train)
+    return Path(shutil.copytree(home / "checkpoints", tmp_path_factory.mktemp("trained") / "checkpoints"))

@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run, run_any
+from conftest import PATIENCE, ROOT, run, run_any
 
 import app
 from config import AppConfig
@@ -148,7 +148,7 @@ def test_who_leaves_ends_the_work(studio: app.Studio):
     drawing = studio.generate("pretrained", None, 16, 0, 20, "dpm++2m", 1)
     next(drawing)
     drawing.close()
-    end = time.time() + 60
+    end = time.time() + PATIENCE
     while threading.active_count() > before and time.time() < end:
         time.sleep(0.05)
     assert threading.active_count() <= before
@@ -169,7 +169,7 @@ def address(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
             [sys.executable, str(ROOT / "app.py"), *map(str, words)], stdout=f, stderr=f,
             env={**os.environ, **nowhere, "TMPDIR": str(log.parent / "tmp")},
         )  # fmt: skip
-    end = time.time() + 120
+    end = time.time() + PATIENCE
     while "open http" not in log.read_text() and process.poll() is None and time.time() < end:
         time.sleep(0.1)
     assert "open http" in log.read_text(), log.read_text()
@@ -177,7 +177,7 @@ def address(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
     yield f"http://127.0.0.1:{port}"
     assert CHROMIUM is None or list((log.parent / "tmp").rglob("*.png"))
     process.send_signal(signal.SIGHUP)  # the terminal was closed
-    assert process.wait(30) == 129
+    assert process.wait(PATIENCE) == 129
     assert not list((log.parent / "tmp").rglob("*.png"))  # pictures, slices of people among them, do not stay
     assert "Traceback" not in log.read_text()
 
@@ -185,19 +185,24 @@ def address(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
 def test_nothing_can_be_uploaded(address: str):
     import httpx
 
-    answer = httpx.post(f"{address}/gradio_api/upload", files={"files": b"x" * 100_000}, trust_env=False)
+    files = {"files": b"x" * 100_000}
+    answer = httpx.post(f"{address}/gradio_api/upload", files=files, trust_env=False, timeout=PATIENCE)
     assert answer.status_code == 413
 
 
+@pytest.mark.full
 @pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium (apt install chromium)")
 def test_a_visitor_in_a_browser(address: str, tmp_path: Path):
     """Generate, download, a wrong value, walk, another run, from class to class; no request leaves the machine."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"] if os.getuid() == 0 else [])
+        browser = p.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox"] if os.getuid() == 0 else [], timeout=1000 * PATIENCE
+        )
         page = browser.new_page(viewport={"width": 1200, "height": 1300})
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(1000 * PATIENCE)
+        page.set_default_navigation_timeout(1000 * PATIENCE)
         asked, errors = [], []
         page.on("request", lambda r: asked.append(r.url))
         page.on("pageerror", lambda e: errors.append(str(e)))

@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run, run_any, start
+from conftest import PATIENCE, ROOT, run, run_any, start
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -262,7 +262,7 @@ def test_notes_of_another_shape_are_made_again(cfg: DataConfig, notes: str):
 def test_two_processes_at_once_build_one_cache(cfg: DataConfig):
     make_folder(Path(cfg.data), {"NC": [f"p{i}" for i in range(30)]}, slices=8)
     both = [start("dataset.py", "check", cfg.data, "--cache", cfg.cache) for _ in range(2)]
-    outputs = [p.communicate(timeout=120) for p in both]
+    outputs = [p.communicate(timeout=PATIENCE) for p in both]
     assert [p.returncode for p in both] == [0, 0], outputs
     assert outputs[0][0] == outputs[1][0]
     assert len(list(Path(cfg.cache).glob("*.u8"))) == 1 and not list(Path(cfg.cache).glob("*.tmp"))

@@ -116,6 +116,7 @@ def test_the_log_measures_the_distance_between_what_both_draw(student: Path):
     assert meta["metrics"]["distance to the teacher (RMS of latents)"] == pytest.approx(rms, rel=1e-2)
 
 
+@pytest.mark.full
 def test_a_student_interrupted_resumes_to_the_same_weights(teacher: Path, student: Path):
     more = ["--num-steps", "4", "--epochs", "6", "--save-minutes", "0"]
     process = start("distil.py", *flags(teacher, "again", *more))

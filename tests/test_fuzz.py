@@ -1,7 +1,7 @@
 """Every kind of file that is read, damaged in thousands of ways: it is read, refused in a sentence, or made again.
 
-All of it is seeded. A case fails with another exception, after five seconds, or where it takes far more memory than its
-file is worth.
+All of it is seeded. A case fails with another exception, after five seconds of CPU, or where it takes far more memory
+than its file is worth.
 """
 
 from __future__ import annotations
@@ -55,18 +55,18 @@ def confined() -> Iterator[None]:
     def ring(*_: object) -> None:
         raise Hang
 
-    old, limits = signal.signal(signal.SIGALRM, ring), resource.getrlimit(resource.RLIMIT_AS)
+    old, limits = signal.signal(signal.SIGPROF, ring), resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (memory("VmSize") + 2**31, limits[1]))
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     yield
     resource.setrlimit(resource.RLIMIT_AS, limits)
-    signal.signal(signal.SIGALRM, old)
+    signal.signal(signal.SIGPROF, old)
 
 
 def survive(call: Callable[[], Any], case: object, counts: Counter) -> Any:
     """What the call gives, None where it refuses in the ways it may."""
     before, result = memory("VmHWM"), None
-    signal.setitimer(signal.ITIMER_REAL, 5)
+    signal.setitimer(signal.ITIMER_PROF, 5)  # of CPU time: others may be busy, too
     try:
         result = call()
         counts["read"] += 1
@@ -80,7 +80,7 @@ def survive(call: Callable[[], Any], case: object, counts: Counter) -> Any:
     except (Exception, Hang) as e:
         raise AssertionError(f"case {case}: {type(e).__name__}: {e}") from e
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
     assert memory("VmHWM") - before < 400 * 2**20, f"case {case} took {(memory('VmHWM') - before) >> 20} MiB"
     return result
 

@@ -12,13 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY_UNET, TINY_VAE, run
+from conftest import PATIENCE, ROOT, TINY_UNET, TINY_VAE, run
 from safetensors.torch import load_file
 
 SINFO = ["sinfo", "-h", "-N", "-o", "%N"]
 nodes = subprocess.run(SINFO, capture_output=True, text=True).stdout.split() if shutil.which("sbatch") else []
 pytestmark = [
     pytest.mark.slurm,
+    pytest.mark.full,
     pytest.mark.skipif(not nodes, reason="there is no Slurm here: sbatch and sinfo must work (.ci/run starts one)"),
 ]
 LIGHT = ["--cpus-per-task=1", "--gres=none"]
@@ -49,7 +50,7 @@ def show(job: str) -> dict[str, str]:
     return dict(re.findall(r"(\w+)=(\S*)", done.stdout))
 
 
-def wait_for(job: str, *states: str, seconds: float = 240) -> dict[str, str]:
+def wait_for(job: str, *states: str, seconds: float = PATIENCE) -> dict[str, str]:
     for _ in range(int(seconds * 4)):
         facts = show(job)
         if facts.get("JobState") in states:
@@ -64,7 +65,7 @@ def log(project: Path, pattern: str = "*") -> str:
 
 def wait_for_the_first_epoch(project: Path) -> None:
     metrics = project / "checkpoints" / "r" / "diffusion" / "metrics.jsonl"
-    for _ in range(480):
+    for _ in range(4 * PATIENCE):
         if metrics.exists() and metrics.stat().st_size:
             return
         time.sleep(0.25)
@@ -204,6 +205,6 @@ def test_a_rank_that_dies_takes_the_job_down(project: Path, trained: Path, phant
         if f"SLURM_JOB_ID={job}".encode() in env and b"SLURM_PROCID=1" in env and b"train.py" in name:
             os.kill(int(process.name), 9)
     start = time.time()
-    facts = wait_for(job, *ENDED, seconds=60)
+    facts = wait_for(job, *ENDED)
     assert facts["JobState"] == "FAILED" and facts["ExitCode"] != "0:0" and time.time() - start < 60
     assert "task 1" in log(project) and "Killed" in log(project)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY_UNET, run, run_any
+from conftest import PATIENCE, ROOT, TINY_UNET, run, run_any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -134,6 +134,7 @@ def test_groups_have_at_least_so_many_channels(channels: int, least: int, groups
     assert group_norm(channels, least).num_groups == groups
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("dtype", "tolerance"), [(None, 1e-4), (torch.bfloat16, 1e-2)])
 def test_compiled_networks_give_the_eager_values_and_gradients(dtype: torch.dtype | None, tolerance: float):
     torch.manual_seed(0)  # one level: every kind of layer, and few to compile
@@ -159,6 +160,31 @@ def test_compiled_networks_give_the_eager_values_and_gradients(dtype: torch.dtyp
         assert error(a, b) < tolerance or error(a, c) < error(b, c)
 
 
+def test_a_compiled_layer_gives_the_eager_values_and_gradients():
+    """The short form of the test above."""
+    layer, x = awake(nn.Sequential(nn.Linear(8, 8), nn.SiLU())), torch.randn(4, 8, generator=generator(1))
+
+    def everything() -> list[torch.Tensor]:
+        y = layer(x)
+        return [y, *torch.autograd.grad(y.square().mean(), [*layer.parameters()])]
+
+    eager = everything()
+    assert compile_networks("on", [layer], everything, cpu) and "forward" in vars(layer)
+    for a, b in zip(everything(), eager):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_network_that_cannot_be_compiled_stays_as_it_is(capsys: pytest.CaptureFixture):
+    """The short form of the test below."""
+    layer = nn.Linear(8, 8)
+
+    def fail() -> None:
+        raise RuntimeError("no compiler")
+
+    assert not compile_networks("on", [layer], fail, cpu) and "forward" not in vars(layer)
+    assert "torch.compile cannot be used here, going on without" in capsys.readouterr().err
+
+
 def test_compiling_is_for_gpus_unless_asked_for(pair):
     called = []
     for choice in ("off", "auto"):
@@ -166,6 +192,7 @@ def test_compiling_is_for_gpus_unless_asked_for(pair):
     assert not called and "forward" not in vars(pair[0].unet)
 
 
+@pytest.mark.full
 def test_without_a_compiler_training_goes_on_and_says_so(trained: Path, phantoms: Path, tmp_path: Path):
     shutil.copytree(trained / "tiny" / "vae", tmp_path / "c" / "tiny" / "vae")
     where = ["--data", phantoms, "--checkpoints", tmp_path / "c", "--cache", tmp_path / "cache", "--run", "tiny"]
@@ -218,15 +245,18 @@ def test_a_file_that_cannot_be_written_stops_drawing_in_one_sentence(trained: Pa
     assert done.returncode == 2 and "error: " in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("preset", ["small", "adni"])
+@pytest.mark.parametrize("preset", ["small", pytest.param("adni", marks=pytest.mark.full)])
 @pytest.mark.parametrize("peer", ["diffusers", "MONAI"])
 def test_peers_are_matched_in_size(preset: str, peer: str):
-    pytest.importorskip(peer.lower())
+    python = ROOT / ".venv-bench" / "bin" / "python"  # make bench-env
+    if not python.exists():
+        pytest.importorskip(peer.lower())
+        python = sys.executable
     code = (
         "import sys; sys.path.insert(0, 'benchmarks'); from common import *\n"
         f"b = Bench(BenchConfig(device='cpu', preset='{preset}')); PeerUNet(b, '{peer}'); PeerVAE(b, '{peer}')"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-500:]
     assert done.stdout.count("M parameters") == 2
 
@@ -236,7 +266,5 @@ def test_peers_are_matched_in_size(preset: str, peer: str):
     ["train_step", "train_epoch", "sample", "data", "scale", "profile_step", "evidence", "quality", "peers", "ship"],
 )
 def test_benchmarks_explain_themselves(name: str):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--help"], capture_output=True, text=True, timeout=120
-    )
+    done = run_any(f"benchmarks/{name}.py", "--help")
     assert done.returncode == 0 and ("--json" in done.stdout or "--out" in done.stdout)

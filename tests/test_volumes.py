@@ -17,7 +17,7 @@ import cv2
 import nibabel
 import numpy as np
 import pytest
-from conftest import ROOT, run, run_any, start
+from conftest import PATIENCE, ROOT, run, run_any, start
 from scipy.spatial.transform import Rotation
 
 SHAPE = np.array([80, 96, 80])
@@ -423,11 +423,11 @@ def test_the_same_command_goes_on_after_a_kill(tmp_path: Path):
     run("dataset.py", *command[:2], tmp_path / "whole", *command[2:])
     for wanted in (1, 4):
         process = start("dataset.py", *command[:2], tmp_path / "out", *command[2:])
-        end = time.time() + 120
+        end = time.time() + PATIENCE
         while len(set((tmp_path / "out").glob("train/all/*_010.png"))) < wanted and time.time() < end:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
-        process.wait(60)
+        process.wait(PATIENCE)
         assert 0 < len(slices(tmp_path / "out")) < 12, "killed too late to show anything"
         # Whoever has slices is known by then, also those of the time before.
         patients = dict(csv.reader((tmp_path / "out/subjects.csv").open()))
@@ -481,6 +481,7 @@ def test_wrong_commands_end_in_one_sentence(tmp_path: Path):
         assert "Traceback" not in done.stderr
 
 
+@pytest.mark.full
 def test_many_volumes_at_a_time_stay_small(tmp_path: Path):
     """20 volumes of ADNI's size, 8 at a time, by the memory that the process ever had (benchmarks/data.py: 100)."""
     shape = np.array([256, 256, 170])
