@@ -248,7 +248,7 @@ class EvaluateConfig(DataConfig, MachineConfig):
     flags about splitting and --seed do not change the split.
     """
 
-    run: str | None = None
+    run: str | None = None  # type: ignore[assignment]  # unlike other scripts, it can do without a run
     """Run to generate images with; its VAE also measures distances between latents. Default: adni; none with
     --images."""
     images: str | None = None

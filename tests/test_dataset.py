@@ -313,7 +313,8 @@ def huge_pictures(folder: Path) -> list[Path]:
 
 PEAK = """
 import resource, sys
-import dataset, cv2
+import dataset
+dataset.import_cv2()  # counted before, and with the limit that the scripts give it
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in sys.argv[1:]:
     try:
