@@ -91,7 +91,7 @@ class ADNIDataset(torch.utils.data.Dataset):
         return to_float(self.images[index.to(self.images.device)].to(device))
 
     def summary(self) -> str:
-        """For example "1,600 slices of 50 people (NC 1,600)". Weights carry it, to recognise their data again."""
+        """For example "1,600 slices of 50 people (NC 1,600)". Weights store it, to recognise their data."""
         counts = Counter(self.labels.tolist())
         by_class = ", ".join(f"{c} {counts[i]:,}" for i, c in enumerate(self.classes))
         return f"{len(self):,} slices of {len(set(self.people)):,} people ({by_class})"
@@ -468,7 +468,8 @@ def load_splits(cfg: DataConfig, image_size: int) -> tuple[dict[str, ADNIDataset
 def carved_people(splits: dict[str, ADNIDataset]) -> str:
     """12 hex digits that identify the people of train/ set aside for validation; "" if the data has a val/ folder.
 
-    Weights carry it. If another choice were made later, people that a network was trained on would pass for unseen.
+    The header of the weights stores it. If other people were chosen later, an evaluation would take people that the
+    network was trained on for unseen ones.
     """
     val = splits["val"]
     if not val.files[0].startswith("train/"):

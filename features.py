@@ -129,7 +129,7 @@ def train_autoencoder(images: Tensor, side: int, device: torch.device, steps: in
     """Train a small autoencoder on the images and return its encoder: [B, 1, side, side] in [-1, 1] -> [B, 64].
 
     Unlike `random_vgg`, its features are specific to these images. images: uint8 [N, S, S]; side: a multiple of 16, at
-    most S. Batches of 32, so `progress` hears 32 x steps images. The global random state is left as it was.
+    most S. Each step takes a batch of 32 images. The global random state is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

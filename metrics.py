@@ -177,7 +177,7 @@ def kernel_distance(x: Tensor, y: Tensor, wx: Tensor, wy: Tensor) -> Tensor:
 
     An image is never compared with itself, nor with its own copies in a resample. Slices of one person are compared
     with each other, as in KID. So between two small sets of people the value is above 0 even if both come from one
-    population; the floor in the report is raised by the same effect.
+    population; the floor in the report is above 0 for the same reason.
     """
 
     def mean_kernel(a: Tensor, b: Tensor, wa: Tensor, wb: Tensor, same: bool) -> Tensor:

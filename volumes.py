@@ -502,8 +502,8 @@ class Slicer:
     """Cuts sources, several at a time in threads, and keeps the records in OUT.
 
     OUT/subjects.csv always names the patient of every slice in OUT, even after a kill: a row is written before the
-    slices are. OUT/volumes.csv says what was done, so that a repeated command does only what is left; if it is a few
-    seconds behind after a kill, those volumes are cut again, to the same slices.
+    slices are. OUT/volumes.csv lists what was done, so that a repeated command does only the rest. It is written every
+    few seconds: after a kill, the volumes of the last seconds are cut again, into the same slices.
     """
 
     def __init__(self, cfg: SliceConfig, root: Path):
@@ -513,7 +513,7 @@ class Slicer:
         self.root = root.resolve().name
         self.settings, self.moved = self.check_settings(root)
 
-        # A key for hashing patient IDs. Without one, anybody could hash all numbers that a hospital may have given out.
+        # A secret key for hashing patient IDs. Without it, anybody could hash all possible hospital numbers.
         if not (self.out / ".key").exists():
             write_atomic(self.out / ".key", os.urandom(16))
         self.subjects = Subjects(cfg, (self.out / ".key").read_bytes())
@@ -662,7 +662,7 @@ class Slicer:
             if isinstance(volume, Unusable):
                 raise volume
 
-            # cut, then write: the patient first, then away with old slices, then the new ones
+            # cut, then write: first the patient, then remove old slices, then write the new ones
             files = {f"{row.scan}_{k:03d}.png": png_bytes(image) for k, image in cut(volume, self.cfg)}
             if not files:
                 raise Unusable("no slices: all positions of --range are black or outside of the volume")
