@@ -21,27 +21,29 @@ Solver = Literal["dpm++2m", "ddim"]
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """Where the slices are: shared by every script that looks at data."""
+    """Where the data is; shared by every script that reads data."""
 
     data: str = field(default_factory=lambda: os.environ.get("ADNI_ROOT", "data"))
-    """Folder with train/CLASS/*.png (and val/ or test/); `phantom` draws synthetic slices, `rangpur` is the course's
-    copy of ADNI. Default: the environment variable ADNI_ROOT, else `data`."""
+    """Folder with train/CLASS/*.png (and val/ or test/), or a word: `phantom` draws synthetic slices, `rangpur` is the
+    course's copy of ADNI. Default: the environment variable ADNI_ROOT, else `data`."""
     cache: str = "cache"
-    """Folder for decoded slices, so that images are decoded once and not every epoch."""
+    """Folder for decoded slices: images are decoded once, not every epoch."""
     seed: int = 0
-    """Seed of everything random."""
+    """Seed of all random numbers."""
 
 
 @dataclass(frozen=True)
 class DataConfig(SourceConfig):
-    """How slices are read and split. A trained run keeps these rules, and scripts that look at a run follow them."""
+    """How slices are read and split. The weights of a run carry these settings, and scripts that use a run apply them,
+    so that people held out from its training stay held out."""
 
     subject_regex: str = r"^(.*)_"
-    """How a person is read off a file's name: the first group, matched on the stem (default: up to the last `_`)."""
+    """Regular expression that finds the person in a file's name without extension; its first group is the person
+    (default: everything up to the last `_`)."""
     val_fraction: float = 0.1
-    """Share of the training people set aside for validation when the data has no val/ folder."""
+    """Share of each class's people in train/ to set aside for validation, if the data has no val/ folder."""
     skip_bad_files: bool = False
-    """Go on without unreadable, empty, all-black or wrongly sized files instead of stopping before the run."""
+    """Leave out unreadable, empty, all-black or wrongly sized files. Without this flag they stop a run at its start."""
 
 
 @dataclass(frozen=True)
@@ -246,36 +248,40 @@ class PredictConfig(SourceConfig, MachineConfig):
 
 @dataclass(frozen=True)
 class EvaluateConfig(DataConfig, MachineConfig):
-    """Gather the evidence about a generator: distances with floors, anatomy, class fidelity, copies. Writes a report.
+    """Evaluate a generator: distances to real slices, anatomy, class fidelity, copies of training slices.
 
-    With --run, people are split by the run's own rules and seed, whatever the flags say.
+    Writes report.md, report.json and pictures. With --run, the data is split by the run's own settings and seed; the
+    flags about splitting and --seed do not change the split.
     """
 
-    run: str | None = None  # type: ignore[assignment]
-    """Run to draw from and whose VAE measures latents. Default: adni, and with --images none."""
+    run: str | None = None  # type: ignore[assignment]  # unlike other scripts, it can do without a run
+    """Run to generate images with; its VAE also measures distances between latents. Default: adni; none with
+    --images."""
     images: str | None = None
-    """Folder of images to evaluate instead of drawing: predict.py's, or any other, with a folder per class or none."""
+    """Folder of images to evaluate instead of generating them: predict.py's output, or any other folder, with or
+    without a subfolder for each class."""
     num_images: int = 1000
-    """Images to draw, in the training data's shares of classes."""
+    """How many images to generate; classes are as frequent as in the training data."""
     guidance: float = 1.0
-    """Classifier-free guidance weight of drawing."""
+    """Classifier-free guidance weight for generating; 1 is none."""
     weights: Literal["best", "final"] = "best"
     """Weights with the lowest validation loss, or the last ones."""
     batch_size: int = 16
-    """Images drawn at a time."""
+    """Images to generate at a time."""
     held_out: Literal["auto", "val", "test"] = "auto"
-    """People the floors are measured on; auto takes test/ where there is one, for weights are chosen on val."""
+    """Held-out people that the generated images are compared with, for the floors. auto: test/ if there is one, because
+    the weights were chosen by their loss on val/; else val/."""
     count: int = 2000
-    """Most images of each set in the distances between sets (all sets get the same number)."""
+    """Most images to use of each set in distances between sets (all sets get the same number)."""
     resamples: int = 200
-    """Bootstrap resamples of people behind the intervals."""
+    """Bootstrap resamples of people for the 95 % intervals."""
     inception_weights: str | None = None
-    """File with the weights of FID's InceptionV3 (pt_inception-2015-12-05-6726825d.pth): adds FID and KID on it."""
+    """File with the weights of FID's InceptionV3 (pt_inception-2015-12-05-6726825d.pth). Adds FID and KID."""
     training_pictures: bool = True
-    """Show training slices, which are of people, beside the generated ones closest to them; turn it off for a report
-    that leaves your hands."""
+    """Write closest_pairs.png: training slices, which show people, beside the generated images closest to them. Turn it
+    off for a report that you want to share."""
     out: str = ""
-    """Folder to write to. Default: CHECKPOINTS/RUN/report, and with --images report."""
+    """Folder to write to. Default: CHECKPOINTS/RUN/report, or with --images `report`."""
 
 
 @dataclass(frozen=True)
@@ -328,65 +334,70 @@ class AppConfig:
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Put all of a run on one page, RUN/report.html: curves, pictures over the epochs, evidence, configuration."""
+    """Write RUN/report.html, one page about a run: curves, pictures over the epochs, evidence, configuration."""
 
     run: str = "adni"
     """Name of the run."""
     checkpoints: str = "checkpoints"
     """Folder of all runs."""
     training_pictures: bool = True
-    """Show slices of the data, which are of people; turn it off for a page that leaves your hands."""
+    """Show slices of the data, which show people. Turn it off for a page that you want to share."""
     out: str = ""
     """File to write. Default: CHECKPOINTS/RUN/report.html, or report-without-people.html."""
 
 
 @dataclass(frozen=True)
 class CheckConfig:
-    """Look a data folder over: counts, people, sizes, bad files, and people or pictures on both sides of a split."""
+    """Report what is in a data folder, and whether it can be trained on (exit code 2 if not).
+
+    Prints counts, sizes, bad files, people in more than one split, and held-out slices that look like a training slice.
+    """
 
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    """The data folder, as --data takes it."""
+    """The data folder, or `phantom` or `rangpur`, as for --data in training."""
     cache: str = "cache"
     """Folder for decoded slices."""
     subject_regex: str = DataConfig.subject_regex
-    """How a person is read off a file's name, as in training."""
+    """Regular expression that finds the person in a file's name, as in training."""
     near_identical: float = 0.96
-    """Correlation of two thumbnails above which they count as one picture."""
+    """Two slices count as look-alikes if the correlation of their thumbnails is above this."""
 
 
 @dataclass(frozen=True)
 class SliceConfig:
-    """Cut volumes (NIfTI, DICOM series) into slices, laid out as training data. The same command again goes on.
+    """Cut volumes (NIfTI files, DICOM series) into slices, in the folder layout for training.
 
-    Slices have square pixels, front or top upwards, the patient's right on the left side. OUT/volumes.csv says what
-    became of every volume and why one was left out.
+    Slices have square pixels, front or top upwards, and the patient's right on the left side. OUT/volumes.csv lists
+    every volume: how many slices, of which patient and class, or why it was left out. After an interruption, or when
+    volumes were added, repeat the command: it does what is left.
     """
 
     volumes: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="VOLUMES")]
-    """Folder with .nii, .nii.gz and folders of DICOM files, at any depth."""
+    """Folder with .nii and .nii.gz files and folders of DICOM files, at any depth."""
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    """Folder to write to: OUT/SPLIT/CLASS/SCAN_SLICE.png. New, or this command's own."""
+    """Folder to write to, as OUT/SPLIT/CLASS/SCAN_SLICE.png: a new one, or one that this command wrote before."""
     table: str = ""
-    """CSV as LONI exports it, with the columns Subject, Group and Image Data ID: classes and patients."""
+    """CSV file as LONI exports it, with the columns Subject, Group and Image Data ID. It gives classes and patients."""
     groups: tuple[str, ...] = ()
     """Groups of the table to keep, e.g. AD CN. Default: all."""
     class_name: str = "all"
-    """Class of all volumes, where there is no table."""
+    """Class of all volumes, if there is no table."""
     split: Literal["train", "val", "test"] = "train"
-    """Side of the split. Without val/, training sets people of train/ aside by itself."""
+    """Split to write to. If there is no val/, training sets people of train/ aside for validation."""
     plane: Literal["axial", "coronal", "sagittal"] = "axial"
-    """Plane of the slices. Sagittal and frontal coronal ones show a face, unless it was removed."""
+    """Plane of the slices. Sagittal slices and coronal ones near the front show the face, unless it was removed."""
     range: tuple[float, float] | None = None
-    """First and last position in mm. Axial: below the top of the head (default 44 75, as measured on brains without a
-    skull; add about 12 with one). Coronal: in front of the middle of the head; sagittal: right of it (-16 15)."""
+    """Positions of the first and the last slice in mm. Axial: distance below the top of the head (default 44 75, for
+    brains with the skull removed; with a skull add about 12). Coronal: in front of the middle of the head; sagittal: to
+    the right of it (default -16 15)."""
     spacing: float = 1.0
-    """Millimetres from slice to slice."""
+    """Distance between slices in mm."""
     pixel_size: float | None = None
     """Side of a pixel in mm. Default: the smallest side of the volume's voxels."""
     window: tuple[float, float] = (0.5, 99.5)
     """Percentiles of the brain's intensities that become black and white."""
     workers: int = 0
-    """Volumes at a time. 0: one per core, at most 8."""
+    """Volumes to work on at the same time. 0: one per core, at most 8."""
 
 
 # `adni`, the recipe of the first version at 256², is what the defaults of all scripts are.

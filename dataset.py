@@ -1,6 +1,7 @@
-"""Slices from folders, split by person, decoded once.
+"""The data set: a folder of slices, split by person, decoded once into a cache.
 
-`python dataset.py check DIR` looks a folder over, `python dataset.py slice VOLUMES OUT` makes one (volumes.py).
+Also a script: `python dataset.py check DIR` reports what is in a data folder and whether it can be trained on;
+`python dataset.py slice VOLUMES OUT` cuts volumes into such a folder (volumes.py does the work).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from config import CheckConfig, DataConfig, SliceConfig, check_arguments, parse_dataset
 
@@ -34,9 +35,9 @@ from weights import write_atomic
 
 IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 SPLITS = ("train", "val", "test")
-RANGPUR = "/home/groups/comp3710/ADNI/AD_NC"
-CACHE_VERSION = 2
-CHUNK = 1024  # slices that are decoded, written and checked together
+RANGPUR = "/home/groups/comp3710/ADNI/AD_NC"  # the course's copy of ADNI, --data rangpur
+CACHE_VERSION = 2  # of the cached pixels: raise it when decoding changes, and old caches are made again
+CHUNK = 1024  # slices decoded and written at a time; each chunk has its own checksum
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,24 +45,27 @@ class Slice:
     """One image file: ROOT/<split>/<label>/<name>."""
 
     path: str  # relative to the root, with forward slashes
-    split: str
-    label: str
+    split: str  # the folder it lies in: train, val or test
+    label: str  # the class folder's name
     person: str
-    stamp: tuple[int, int]  # bytes, modification time in ns: what the cache watches
+    stamp: tuple[int, int]  # size in bytes, modification time in ns: if either changes, the slice is decoded again
 
 
 class ADNIDataset(torch.utils.data.Dataset):
-    """The slices of one split, decoded, in memory or memory-mapped.
+    """The decoded slices of one split, in memory or memory-mapped.
 
-    Item i: (float32 [1, S, S] in [-1, 1], class index). `batch` gives many at once, on a device.
-    Public: `images` uint8 [N, S, S], `labels` int64 [N] (index into `classes`), `people` and `files` per slice.
+    Item i is (float32 [1, S, S] in [-1, 1], class index). `batch` returns many at once, on a device.
+    Attributes: `images` uint8 [N, S, S]; `labels` int64 [N], indices into `classes`; `people` and `files`, one string
+    per slice.
     """
 
     def __init__(self, slices: Sequence[Slice], images: Tensor, rows: Sequence[int], classes: Sequence[str]):
+        """images: uint8 of all splits; rows: which of them are these slices."""
         self.classes = list(classes)
         self.people = [s.person for s in slices]
         self.files = [s.path for s in slices]
         self.labels = torch.tensor([self.classes.index(s.label) for s in slices], dtype=torch.int64)
+        # Consecutive rows stay a view of the memory-mapped file; others must be copied into memory.
         contiguous = list(rows) == list(range(rows[0], rows[0] + len(rows))) if rows else False
         self.images = images[rows[0] : rows[0] + len(rows)] if contiguous else images[list(rows)]
 
@@ -74,7 +78,10 @@ class ADNIDataset(torch.utils.data.Dataset):
     def batches(
         self, size: int, device: torch.device | str = "cpu", share: Callable[[int], slice] | None = None
     ) -> Iterator[Tensor]:
-        """All slices in order, or those of a rank's share of the batches: float32 [B, 1, S, S] in [-1, 1]."""
+        """All slices in order, as float32 [B, 1, S, S] in [-1, 1] on the device.
+
+        share(number of batches) -> the batches that this rank takes; None takes all.
+        """
         order = torch.arange(len(self)).split(size)
         for (x,) in gather_batches([self.images], order[share(len(order))] if share else order, torch.device(device)):
             yield to_float(x)
@@ -84,7 +91,7 @@ class ADNIDataset(torch.utils.data.Dataset):
         return to_float(self.images[index.to(self.images.device)].to(device))
 
     def summary(self) -> str:
-        """e.g. "1,600 slices of 50 people (NC 1,600)"."""
+        """For example "1,600 slices of 50 people (NC 1,600)". Weights store it, to recognise their data."""
         counts = Counter(self.labels.tolist())
         by_class = ", ".join(f"{c} {counts[i]:,}" for i, c in enumerate(self.classes))
         return f"{len(self):,} slices of {len(set(self.people)):,} people ({by_class})"
@@ -100,7 +107,10 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def find_root(data: str, cache: str, image_size: int) -> Path:
-    """--data as a folder: the words `phantom` (drawn on first use) and `rangpur`, or a path."""
+    """The data folder that --data means: a path, `rangpur`, or `phantom`. UserError if there is no such folder.
+
+    `phantom` draws the synthetic data set into CACHE/phantoms-<size>/ on first use and prints a line about it.
+    """
     if data == "phantom":
         import filelock
 
@@ -108,6 +118,7 @@ def find_root(data: str, cache: str, image_size: int) -> Path:
 
         root = Path(cache) / f"phantoms-{image_size}"
         root.parent.mkdir(parents=True, exist_ok=True)
+        # Of several processes that start together, one draws and the others wait.
         with filelock.FileLock(f"{root}.lock"):
             if not root.exists():
                 print(f"drawing synthetic slices (phantoms) into {root}")
@@ -119,22 +130,29 @@ def find_root(data: str, cache: str, image_size: int) -> Path:
     root = Path(RANGPUR if data == "rangpur" else data).expanduser()
     if not root.is_dir():
         raise UserError(
-            f"there is no data folder {root}: give one that holds train/CLASS/*.png with --data DIR or ADNI_ROOT, "
+            f"there is no data folder {root}: name one that holds train/CLASS/*.png with --data DIR or ADNI_ROOT, "
             "or try --data phantom for synthetic slices"
         )
     return root
 
 
 def scan(root: Path, subject_regex: str) -> list[Slice]:
-    """All images below ROOT/{train,val,test}/CLASS, sorted. UserError on a layout that cannot be used."""
+    """List all images in ROOT/{train,val,test}/CLASS/, sorted by split, class and name. Opens no image.
+
+    UserError if train/ is missing, a class folder is empty or its name is not UTF-8, a class is not in train/, or
+    `subject_regex` finds no person in a file's name.
+    """
+    # check the folder and the regular expression
     if not (root / "train").is_dir():
-        raise UserError(f"{root} has no train/ folder: slices belong into {root}/train/CLASS/<subject>_<slice>.png")
+        raise UserError(f"{root} has no train/ folder: put slices into {root}/train/CLASS/<subject>_<slice>.png")
     try:
         pattern = re.compile(subject_regex)
-    except re.error as e:
-        raise UserError(f"--subject-regex '{subject_regex}' is not a regular expression: {e}") from None
+    except re.error as error:
+        raise UserError(f"--subject-regex '{subject_regex}' is not a regular expression: {error}") from None
     if not pattern.groups:
-        raise UserError(f"--subject-regex '{subject_regex}' needs one group in parentheses: the person")
+        raise UserError(f"--subject-regex '{subject_regex}' needs one group in parentheses, which matches the person")
+
+    # list the files of every class folder
     patients = read_patients(root / "subjects.csv")
     slices = []
     for split in SPLITS:
@@ -142,39 +160,42 @@ def scan(root: Path, subject_regex: str) -> list[Slice]:
             continue
         folders = sorted((d for d in os.scandir(root / split) if d.is_dir()), key=lambda d: d.name)
         if not folders:
-            raise UserError(f"{root / split} has no class folders: slices belong into {root / split}/CLASS/")
+            raise UserError(f"{root / split} has no class folders: put slices into {root / split}/CLASS/")
         for folder in folders:
-            if not is_folder_name(folder.name):  # it goes into headers, tables and pictures
+            if not is_folder_name(folder.name):  # class names are written into weight headers, tables and pictures
                 raise UserError(f"the name of class folder {folder.path} is not UTF-8: rename it")
-            entries = [e for e in os.scandir(folder) if e.name.lower().endswith(IMAGE_TYPES) and e.is_file()]
-            if not entries:
+            files = [f for f in os.scandir(folder) if f.name.lower().endswith(IMAGE_TYPES) and f.is_file()]
+            if not files:
                 raise UserError(f"class folder {folder.path} holds no {'/'.join(t[1:] for t in IMAGE_TYPES)} images")
-            for e in sorted(entries, key=lambda e: e.name):
-                match = pattern.search(os.path.splitext(e.name)[0])
+            for file in sorted(files, key=lambda f: f.name):
+                # the person: by the file's name, then by subjects.csv
+                match = pattern.search(os.path.splitext(file.name)[0])
                 if not match or not match[1]:
                     raise UserError(
-                        f"no person can be read off the name {e.path}: files are <subject>_<slice>.png, "
-                        "or say with --subject-regex how to read yours"
+                        f"no person can be read from the file name {file.path}: name files <subject>_<slice>.png, "
+                        "or describe your names with --subject-regex"
                     )
-                person = sys.intern(patients.get(match[1], match[1]))  # one string for all slices of a person
-                stat = e.stat()
-                path = f"{split}/{folder.name}/{e.name}"
+                person = sys.intern(patients.get(match[1], match[1]))  # one string object for all slices of a person
+                stat = file.stat()
+                path = f"{split}/{folder.name}/{file.name}"
                 slices.append(Slice(path, split, folder.name, person, (stat.st_size, stat.st_mtime_ns)))
+
+    # a class that was never trained on cannot be evaluated
     unseen = {s.label for s in slices} - {s.label for s in slices if s.split == "train"}
     if unseen:
-        raise UserError(f"class {sorted(unseen)[0]} is in {root} but not in its train/ folder")
+        raise UserError(f"class {sorted(unseen)[0]} is in {root} but not in its train/ folder: add it or remove it")
     return slices
 
 
 def read_patients(path: Path) -> dict[str, str]:
-    """ROOT/subjects.csv (scan,patient): which scans belong to one patient. Empty if there is no such file."""
+    """{scan: patient} from ROOT/subjects.csv, which says which scans belong to one patient. Empty without that file."""
     return {r["scan"]: r["patient"] for r in read_table(path, "scan", "patient")} if path.exists() else {}
 
 
 def find_overlap(slices: Sequence[Slice]) -> dict[str, tuple[Slice, Slice]]:
-    """People who are on two sides of a split, each with one file from either side."""
+    """{person: (a slice in one split, a slice in another)} for each person who is in more than one split."""
     first: dict[str, Slice] = {}
-    overlap = {}
+    overlap: dict[str, tuple[Slice, Slice]] = {}
     for s in slices:
         other = first.setdefault(s.person, s)
         if other.split != s.split:
@@ -183,13 +204,16 @@ def find_overlap(slices: Sequence[Slice]) -> dict[str, tuple[Slice, Slice]]:
 
 
 def carve_validation(slices: Sequence[Slice], fraction: float, seed: int) -> set[str]:
-    """People of train/ to validate on: seeded, whole people, `fraction` of each class's people, at least one of each.
+    """Choose people of train/ for validation: `fraction` of the people of each class, at least one, by the seed.
 
-    A person with slices in two classes counts for the class met first.
+    Whole people, never single slices. A person with slices in two classes counts for the class that comes first.
+    UserError if a class has fewer than two people.
     """
+    # group people by class; going backwards, the first class of a person is written last and stays
     people: dict[str, list[str]] = defaultdict(list)
     for person, label in {s.person: s.label for s in reversed(slices) if s.split == "train"}.items():
         people[label].append(person)
+    # sorted, so that the choice depends on the names and the seed only
     rng, chosen = np.random.default_rng(seed), set()
     for label in sorted(people):
         names = sorted(people[label])
@@ -203,35 +227,50 @@ def carve_validation(slices: Sequence[Slice], fraction: float, seed: int) -> set
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The slice cache
+# Decoding and the slice cache
 
 
 class BadFile(Exception):
-    """Why a file cannot be used."""
+    """Raised for an image file that cannot be used; the message says why."""
+
+
+class Notes(TypedDict):
+    """What decoding found out about the files: the cache's .json file, besides its own checksum."""
+
+    bad: list[list[str]]  # [path, reason] of each file that cannot be used; its pixels in the cache are black
+    colour: int  # how many files were in colour
+    sizes: dict[str, int]  # "WIDTHxHEIGHT" of the files -> how many
+    crc: list[int]  # CRC-32 of the pixels of each CHUNK of slices
 
 
 def read_slice(path: str | Path) -> tuple[np.ndarray, bool]:
-    """Decode one file: (grey uint8 [H, W], was it in colour). BadFile says what is wrong with it."""
+    """Decode one image file: (grey uint8 [H, W], whether it was in colour). BadFile says why it cannot be used."""
     cv2 = import_cv2()
 
     data = np.fromfile(path, np.uint8)
     if not len(data):
         raise BadFile("empty file")
-    # OpenCV fills the missing rest of a torn file with grey and says nothing, so its end mark is looked for here.
+    # OpenCV fills the missing part of a truncated file with grey and reports no error. So look for the end marks of
+    # JPEG and PNG here.
     head, tail = data[:8].tobytes(), data[-64:].tobytes()
     if (head.startswith(b"\xff\xd8") and b"\xff\xd9" not in tail) or (
         head == b"\x89PNG\r\n\x1a\n" and b"IEND" not in tail
     ):
         raise BadFile("truncated")
+    # For a PNG, OpenCV allocates memory for the size in the header before it checks its own limit.
     width, height = (int.from_bytes(data[i : i + 4].tobytes(), "big") for i in (16, 20))
-    if head == b"\x89PNG\r\n\x1a\n" and width * height > MAX_PIXELS:  # OpenCV takes memory before it looks at its limit
+    if head == b"\x89PNG\r\n\x1a\n" and width * height > MAX_PIXELS:
         raise BadFile(f"claims to be {width}x{height} pixels")
+
+    # decode
     try:
         image = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
     except cv2.error:
         image = None
     if image is None:
         raise BadFile("not an image that can be decoded")
+
+    # check what came out
     if image.dtype != np.uint8:
         raise BadFile(f"{image.dtype} pixels: convert to 8 bits, with one window for all slices")
     colour = image.ndim == 3
@@ -247,7 +286,7 @@ def read_slice(path: str | Path) -> tuple[np.ndarray, bool]:
 
 
 def to_square(image: np.ndarray, size: int) -> np.ndarray:
-    """Pad with black to a centred square, never stretch, then resize: uint8 [size, size]."""
+    """Pad grey uint8 [H, W] with black to a centred square (never stretch), then resize: uint8 [size, size]."""
     cv2 = import_cv2()
 
     h, w = image.shape
@@ -260,48 +299,96 @@ def to_square(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def fingerprint(slices: Sequence[Slice], times: bool = True) -> str:
-    """16 hex digits that change whenever a file is added, removed, renamed, or written.
+    """16 hex digits that change whenever a file is added, removed, renamed or modified.
 
-    Without `times` a rewritten file of the same length goes unnoticed, and so does a copy of the folder elsewhere.
+    Without `times` they ignore modification times: a copy of the folder elsewhere then has the same fingerprint, but a
+    file replaced by another of the same length is not noticed.
     """
-    digest = hashlib.sha256(str(CACHE_VERSION if times else 1).encode())  # runs resume whatever caches look like
+    # Caches depend on the version. Runs do not: they must stay resumable when only the cache format changes.
+    digest = hashlib.sha256(str(CACHE_VERSION if times else 1).encode())
     for s in slices:
-        digest.update(os.fsencode(f"\n{s.path}\t{s.stamp if times else s.stamp[0]}"))  # names need not be UTF-8
+        digest.update(os.fsencode(f"\n{s.path}\t{s.stamp if times else s.stamp[0]}"))  # file names need not be UTF-8
     return digest.hexdigest()[:16]
 
 
-def seal(notes: dict) -> int:
-    """CRC-32 of what the notes say: they are as they were written, or the cache is made again."""
+def notes_checksum(notes: Notes) -> int:
+    """CRC-32 of the notes, stored with them as "seal": if it does not match, the cache is damaged and made again."""
     return zlib.crc32(json.dumps(notes).encode())
 
 
-def read_cache(pixels: Path, notes_file: Path, shape: tuple[int, int, int], workers: int) -> dict | None:
-    """The notes of a cache, None if these or the pixels are not as they were written.
+def read_cache(pixels: Path, notes_file: Path, shape: tuple[int, int, int], workers: int) -> Notes | None:
+    """Read and verify a cache: its notes, or None if a file is missing or does not match its checksum.
 
-    Pixels pass at 3 GB/s and core, or as fast as the disk gives them; above 4 GB it is 64 pieces, evenly spread.
+    Checksums run at 3 GB/s per core, or at the speed of the disk. Above 4 GB only 64 evenly spaced chunks are checked.
     """
+    # the notes; a damaged file can hold any JSON or none, hence the many exceptions
     try:
-        notes = json.loads(notes_file.read_bytes())
-        if notes.pop("seal") != seal(notes) or pixels.stat().st_size != np.prod(shape):
+        content = json.loads(notes_file.read_bytes())
+        if content.pop("seal") != notes_checksum(content) or pixels.stat().st_size != np.prod(shape):
             return None
+        notes: Notes = content
     except (ValueError, RecursionError, TypeError, AttributeError, KeyError, FileNotFoundError):
         return None
-    data, crcs = np.memmap(pixels, np.uint8, mode="r", shape=shape), notes["crc"]
-    pieces = range(len(crcs)) if data.nbytes < 4e9 else np.linspace(0, len(crcs) - 1, 64, dtype=int)
-    with ThreadPoolExecutor(workers) as pool:  # crc32 lets the other threads run
-        same = pool.map(lambda i: zlib.crc32(data[CHUNK * i : CHUNK * (i + 1)]) == crcs[i], pieces)
+    # the pixels
+    data, checksums = np.memmap(pixels, np.uint8, mode="r", shape=shape), notes["crc"]
+    count = len(checksums)
+    chunks = range(count) if data.nbytes < 4e9 else np.linspace(0, count - 1, 64, dtype=int).tolist()
+    with ThreadPoolExecutor(workers) as pool:  # threads help because crc32 releases the GIL
+        same = pool.map(lambda i: zlib.crc32(data[CHUNK * i : CHUNK * (i + 1)].data) == checksums[i], chunks)
         return notes if all(same) else None
 
 
-def load_slices(root: Path, slices: Sequence[Slice], image_size: int, cache: Path) -> tuple[Tensor, dict]:
-    """Decoded slices uint8 [N, S, S], memory-mapped, and notes {bad: [[path, why]], colour: n, sizes: {WxH: n}, crc}.
+def write_cache(root: Path, slices: Sequence[Slice], image_size: int, pixels: Path, workers: int) -> Notes:
+    """Decode all slices in parallel, write their pixels to the file `pixels`, and return the notes about them.
 
-    The first call decodes in parallel and writes CACHE/<fingerprint>.u8, the notes last; the next ones check that file
-    and map it. Processes that start together wait for the one that decodes.
+    The pixels first go to a temporary file beside it, which is removed if writing fails (OSError).
     """
     cv2 = import_cv2()
+
+    def decode(s: Slice) -> tuple[np.ndarray, str, bool, str]:
+        """(pixels, why the file is bad or "", whether it was in colour, "WIDTHxHEIGHT")."""
+        try:
+            image, colour = read_slice(root / s.path)
+            return to_square(image, image_size), "", colour, f"{image.shape[1]}x{image.shape[0]}"
+        except BadFile as e:
+            return np.zeros((image_size, image_size), np.uint8), str(e), False, ""
+
+    cv2.setNumThreads(1)  # one image per thread is faster than many threads per image
+    bad: list[list[str]] = []
+    colours, sizes, checksums = 0, Counter[str](), list[int]()
+    tmp, bar = pixels.with_suffix(".tmp"), progress_bar(len(slices), what="decoding slices")
+    try:
+        with open(tmp, "wb") as f, ThreadPoolExecutor(workers) as pool, bar:
+            for i in range(0, len(slices), CHUNK):  # in chunks, so that memory stays small for any number of files
+                chunk = slices[i : i + CHUNK]
+                checksums.append(0)
+                for s, (image, why, colour, size) in zip(chunk, pool.map(decode, chunk)):
+                    f.write(image.data)
+                    checksums[-1] = zlib.crc32(image.data, checksums[-1])
+                    bad += [[s.path, why]] if why else []
+                    colours += colour
+                    sizes[size] += not why
+                    bar.update()
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, pixels)
+    except OSError as e:
+        tmp.unlink(missing_ok=True)
+        e.filename = e.filename or str(pixels)  # a full disk names no file
+        raise
+    return {"bad": bad, "colour": colours, "sizes": dict(sizes), "crc": checksums}
+
+
+def load_slices(root: Path, slices: Sequence[Slice], image_size: int, cache: Path) -> tuple[Tensor, Notes]:
+    """Decoded slices, uint8 [N, S, S], memory-mapped from the cache, and the notes about their files.
+
+    The first call decodes them into CACHE/slices-<root>-<size>-<fingerprint>.u8 and .json, and removes older caches of
+    this folder and size. Later calls verify those files and map them. If several processes start together, one decodes
+    and the others wait. Bad files do not raise an error here: they are in the notes.
+    """
     import filelock
 
+    # name the files: by the folder, the size, and the state of all files in it
     name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:8]
     base = cache / f"slices-{name}-{image_size}-{fingerprint(slices)}"
     pixels, notes_file = base.with_suffix(".u8"), base.with_suffix(".json")
@@ -309,69 +396,57 @@ def load_slices(root: Path, slices: Sequence[Slice], image_size: int, cache: Pat
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cache.mkdir(parents=True, exist_ok=True)
 
-    def decode(s: Slice) -> tuple[np.ndarray, str, bool, str]:
-        try:
-            image, colour = read_slice(root / s.path)
-            return to_square(image, image_size), "", colour, f"{image.shape[1]}x{image.shape[0]}"
-        except BadFile as e:
-            return np.zeros((image_size, image_size), np.uint8), str(e), False, ""
-
     with filelock.FileLock(cache / f"slices-{name}.lock"):
         notes = read_cache(pixels, notes_file, shape, workers)
         if notes is None:
             if notes_file.exists():
-                print(f"{pixels} or its notes are damaged: the slices are decoded again", file=sys.stderr)
-            for old in cache.glob(f"slices-{name}-{image_size}-*"):  # the files changed: what was cached is of no use
+                print(f"{pixels} or its .json file is damaged: the slices are decoded again", file=sys.stderr)
+            for old in cache.glob(f"slices-{name}-{image_size}-*"):  # made from earlier versions of the files
                 old.unlink()
-            cv2.setNumThreads(1)  # one image per thread is faster than many threads per image
-            bad, colours, sizes, crcs, tmp = [], 0, Counter(), [], base.with_suffix(".tmp")
-            bar = progress_bar(len(slices), what="decoding slices")
-            try:
-                with open(tmp, "wb") as f, ThreadPoolExecutor(workers) as pool, bar:
-                    for i in range(0, len(slices), CHUNK):  # in pieces: memory stays small whatever the number of files
-                        chunk = slices[i : i + CHUNK]
-                        crcs.append(0)
-                        for s, (image, why, colour, size) in zip(chunk, pool.map(decode, chunk)):
-                            f.write(image)
-                            crcs[-1] = zlib.crc32(image, crcs[-1])
-                            bad += [[s.path, why]] if why else []
-                            colours += colour
-                            sizes[size] += not why
-                            bar.update()
-                    f.flush()
-                    os.fsync(f.fileno())
-                os.replace(tmp, pixels)
-            except OSError as e:
-                tmp.unlink(missing_ok=True)
-                e.filename = e.filename or str(pixels)
-                raise
-            notes = {"bad": bad, "colour": colours, "sizes": dict(sizes), "crc": crcs}
-            write_atomic(notes_file, json.dumps(notes | {"seal": seal(notes)}).encode())
-    # copy-on-write, because torch has no read-only tensors; nobody writes
+            notes = write_cache(root, slices, image_size, pixels, workers)
+            # The notes come last: a cache with notes is complete.
+            write_atomic(notes_file, json.dumps({**notes, "seal": notes_checksum(notes)}).encode())
+    # Mapped copy-on-write because torch has no read-only tensors. Nobody writes to it.
     return torch.from_numpy(np.memmap(pixels, np.uint8, mode="c", shape=shape)), notes
 
 
-def load_splits(cfg: DataConfig, image_size: int) -> tuple[dict[str, ADNIDataset], str]:
-    """({"train": ..., "val": ..., perhaps "test": ...}, fingerprint of the data), checked, split by person.
+# ---------------------------------------------------------------------------------------------------------------------
+# The splits of a data set
 
-    UserError on: no data, an empty class, a person on both sides of a split, bad files (unless skip_bad_files).
+
+def load_splits(cfg: DataConfig, image_size: int) -> tuple[dict[str, ADNIDataset], str]:
+    """Scan, check, decode and split a data folder.
+
+    Returns ({"train": ..., "val": ..., and "test" if there is such a folder}, fingerprint of the data). Without a val/
+    folder, validation people are set aside from train/. Prints what is unusual about the files (colour, sizes).
+    UserError if there is no data, a class is empty, a person is in more than one split, or files are bad (unless
+    cfg.skip_bad_files).
     """
+    # list the files and check the people
     root = find_root(cfg.data, cfg.cache, image_size)
     slices = scan(root, cfg.subject_regex)
     for a, b in find_overlap(slices).values():
-        raise UserError(f"person {a.person} is on both sides of a split: {root / a.path} and {root / b.path}")
+        raise UserError(
+            f"person {a.person} is in two splits, with {root / a.path} and {root / b.path}: move all files of a person "
+            "into one split"
+        )
+
+    # decode, and stop at bad files
     images, notes = load_slices(root, slices, image_size, Path(cfg.cache))
     if notes["bad"] and not cfg.skip_bad_files:
         for path, why in notes["bad"][:20]:
             print(f"bad file: {root / path}: {why}", file=sys.stderr)
         n = len(notes["bad"])
         raise UserError(
-            f"{n} of {len(slices):,} files in {root} cannot be used: mend them, or go on with --skip-bad-files"
+            f"{n} of {len(slices):,} files in {root} cannot be used: replace or remove them, or leave them out with "
+            "--skip-bad-files"
         )
     if notes["colour"]:
-        print(f"{notes['colour']:,} colour images in {root} were turned grey")
+        print(f"{notes['colour']:,} colour images in {root} were converted to grey")
     if len(notes["sizes"]) > 1:
         print(f"sizes in {root}: " + ", ".join(f"{size} {n:,}" for size, n in notes["sizes"].items() if n))
+
+    # split: by folder, except that validation people may come from train/
     bad = {path for path, _ in notes["bad"]}
     has_val = any(s.split == "val" for s in slices)
     validation = set() if has_val else carve_validation(slices, cfg.val_fraction, cfg.seed)
@@ -385,15 +460,16 @@ def load_splits(cfg: DataConfig, image_size: int) -> tuple[dict[str, ADNIDataset
             splits[split] = ADNIDataset([slices[i] for i in rows], images, rows, classes)
     for split in ("train", "val"):
         if split not in splits:
-            raise UserError(f"{root} has no usable slices for {split}")
-    # A resumed run compares this: a cluster's fresh copy of the folder has other times and is the same data.
+            raise UserError(f"{root} has no usable slices for {split}: python dataset.py check lists bad files")
+    # A run compares this when it resumes. File times are left out: another copy of the folder is the same data.
     return splits, f"{fingerprint(slices, times=False)}-{len(splits['train'])}-{len(splits['val'])}"
 
 
 def carved_people(splits: dict[str, ADNIDataset]) -> str:
-    """12 hex digits that say which people of train/ were set aside to validate on; "" where the data has a val/ folder.
+    """12 hex digits that identify the people of train/ set aside for validation; "" if the data has a val/ folder.
 
-    Weights carry it: with another choice, people a network was trained on would be taken for unseen ones.
+    The header of the weights stores it. If other people were chosen later, an evaluation would take people that the
+    network was trained on for unseen ones.
     """
     val = splits["val"]
     if not val.files[0].startswith("train/"):
@@ -413,7 +489,7 @@ def split_rules(meta: dict[str, Any]) -> dict[str, Any]:
     try:
         return check_arguments(DataConfig, {k: rules[k] for k in SPLIT_RULES} if isinstance(rules, dict) else None)
     except (KeyError, ValueError) as e:
-        raise UserError(f"the weights do not say how their data was split: {e}: use those of another run") from None
+        raise UserError(f"the weights do not say how their data was split ({e}): use another run's weights") from None
 
 
 def load_splits_by_rules(
@@ -432,8 +508,8 @@ def load_splits_by_rules(
 
 def _other_data(data: str, splits: dict[str, ADNIDataset], meta: dict[str, Any]) -> UserError:
     return UserError(
-        f"{data} holds {splits['train'].summary()}, and the run was trained on {repr(meta.get('data'))[:200]} or with "
-        "other people held out: give the run's own --data"
+        f"{data} holds {splits['train'].summary()}, but the run was trained on {repr(meta.get('data'))[:200]} "
+        "or validated on other people: name the folder that the run was trained on with --data"
     )
 
 
@@ -449,20 +525,28 @@ def load_splits_as_trained(data: str, cache: str, meta: dict[str, Any], image_si
     return splits
 
 
-def read_images(folder: Path) -> tuple[Tensor, list[str], list[str]]:
-    """Generated images of a folder: (uint8 [N, S, S], class names, sentences about what was left out).
+# ---------------------------------------------------------------------------------------------------------------------
+# Generated images
 
-    predict.py's manifest.csv says which files count and of which class they are; without one all images below the
-    folder do, and the folder right above a file names its class.
+
+def read_images(folder: Path) -> tuple[Tensor, list[str], list[str]]:
+    """Read a folder of generated images: (uint8 [N, S, S], N class names, sentences about what was left out).
+
+    If the folder has a manifest.csv (predict.py writes one), it says which files count and their classes. Otherwise
+    all images at any depth count, and the folder right above a file is its class. Files that cannot be used, and files
+    of another size than most, are left out. UserError if there is no folder, no usable image, or a bad manifest.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: name one that holds generated images")
+
+    # list the files
     manifest = folder / "manifest.csv"
     if manifest.exists():
         files = [(folder / r["file"], r["class"]) for r in read_table(manifest, "file", "class")]
         home = os.path.realpath(folder)
         for path, _ in files:
-            if not Path(os.path.realpath(path)).is_relative_to(home):  # by .., from the root, or by a link
+            # A manifest may come from anyone. It must not reach other files by "..", an absolute path or a link.
+            if not Path(os.path.realpath(path)).is_relative_to(home):
                 raise UserError(f"{manifest} names {repr(str(path))[:200]}, outside of its folder: remove that row")
     else:
         found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_TYPES and p.is_file())
@@ -470,9 +554,11 @@ def read_images(folder: Path) -> tuple[Tensor, list[str], list[str]]:
     if not files:
         raise UserError(f"{folder} holds no images: name a folder of {'/'.join(t[1:] for t in IMAGE_TYPES)} slices")
 
+    # decode them
     def read(path: Path) -> np.ndarray | str:
-        if not os.path.isfile(path):  # nor is a pipe, which would be waited for
-            return f"{str(path)[:200]}: it is not there"
+        """The image, padded to a square, or a sentence saying why there is none."""
+        if not os.path.isfile(path):  # also false for a pipe, which would block
+            return f"{str(path)[:200]}: there is no such file"
         try:
             image = read_slice(path)[0]
             return to_square(image, max(image.shape))
@@ -480,10 +566,12 @@ def read_images(folder: Path) -> tuple[Tensor, list[str], list[str]]:
             return f"{path}: {e}"
 
     with ThreadPoolExecutor() as pool, progress_bar(len(files), what="reading images") as bar:
-        images = []
+        images: list[np.ndarray | str] = []
         for image in pool.map(read, [p for p, _ in files]):
             images.append(image)
             bar.update()
+
+    # leave out what cannot be used, and all sizes but the most common one
     problems, bad = [], [i for i in images if isinstance(i, str)]
     if bad:
         problems.append(f"{len(bad)} of {len(files)} files cannot be used and were left out, first {bad[0]}")
@@ -494,8 +582,8 @@ def read_images(folder: Path) -> tuple[Tensor, list[str], list[str]]:
     if len(sides) > 1:
         sizes = ", ".join(f"{n} of {s}x{s}" for s, n in sides.most_common())
         problems.append(f"{folder} holds images of several sizes ({sizes}): only those of {side}x{side} count")
-    kept = [i for i, image in enumerate(images) if not isinstance(image, str) and len(image) == side]
-    return torch.from_numpy(np.stack([images[i] for i in kept])), [files[i][1] for i in kept], problems
+    kept = [(i, image) for i, image in enumerate(images) if not isinstance(image, str) and len(image) == side]
+    return torch.from_numpy(np.stack([image for _, image in kept])), [files[i][1] for i, _ in kept], problems
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -503,19 +591,22 @@ def read_images(folder: Path) -> tuple[Tensor, list[str], list[str]]:
 
 
 def near_identical(a: np.ndarray, b: np.ndarray, threshold: float) -> list[tuple[float, int, int]]:
-    """Pairs (correlation, i, j) of slices a[i], b[j] that look the same: each b's best match, if above the threshold.
+    """Find slices of b that look the same as a slice of a: [(correlation, i, j)], the highest correlation first.
 
-    uint8 [N, S, S] thumbnails; correlation of grey values over the pixels where the mean image is not background.
+    a, b: uint8 thumbnails [N, S, S] and [M, S, S]. Each b[j] is compared with all of a, and its best match a[i] is
+    listed if the correlation of their grey values exceeds the threshold. Pixels that are background in the mean image
+    are ignored, because all slices agree there.
     """
     inside = np.concatenate([a, b]).mean(0) > 8
 
     def standardise(x: np.ndarray) -> np.ndarray:
+        """Rows of mean 0 and length 1, so that products of rows are correlations."""
         x = x[:, inside].astype(np.float32)
         x -= x.mean(1, keepdims=True)
         return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-6)
 
     a, pairs = standardise(a), []
-    for start in range(0, len(b), 256):  # in pieces: N x 256 correlations at a time
+    for start in range(0, len(b), 256):  # 256 rows at a time, to limit memory
         r = standardise(b[start : start + 256]) @ a.T
         best = r.argmax(1)
         pairs += [(float(r[k, i]), int(i), start + k) for k, i in enumerate(best) if r[k, i] > threshold]
@@ -523,43 +614,56 @@ def near_identical(a: np.ndarray, b: np.ndarray, threshold: float) -> list[tuple
 
 
 def check(cfg: CheckConfig) -> None:
-    """Print what a folder holds, and exit with 2 if training on it would be refused."""
+    """Print what a data folder holds: people and slices per class, sizes, bad files, overlaps, look-alikes.
+
+    UserError if training on it would be refused. The slices are decoded into the cache, at 64 pixels.
+    """
     root = find_root(cfg.folder, cfg.cache, 64)
     slices = scan(root, cfg.subject_regex)
     images, notes = load_slices(root, slices, 64, Path(cfg.cache))
+
+    # counts per split and class
     classes = sorted({s.label for s in slices})
     print(f"{root}: {len(slices):,} slices of {len({s.person for s in slices}):,} people, classes {', '.join(classes)}")
     for split in SPLITS:
-        of = [s for s in slices if s.split == split]
-        for label in classes if of else []:
-            mine = [s for s in of if s.label == label]
-            print(f"  {split:5} {label:8} {len(mine):8,} slices {len({s.person for s in mine}):6,} people")
+        in_split = [s for s in slices if s.split == split]
+        for label in classes if in_split else []:
+            in_class = [s for s in in_split if s.label == label]
+            people = {s.person for s in in_class}
+            print(f"  {split:5} {label:8} {len(in_class):8,} slices {len(people):6,} people")
     if not any(s.split == "val" for s in slices):
-        print("  no val/: validation people will be carved from train/, whole people, a share of each class")
+        print("  no val/ folder: training will set people of train/ aside for validation, a share of each class")
+
+    # the files: sizes, colour, bad ones
     print("sizes: " + ", ".join(f"{size} ({n:,})" for size, n in notes["sizes"].items() if n))
     if notes["colour"]:
-        print(f"colour images, turned grey: {notes['colour']:,}")
+        print(f"colour images, converted to grey: {notes['colour']:,}")
     print(f"bad files: {len(notes['bad'])}")
     for path, why in notes["bad"]:
         print(f"  {root / path}: {why}")
+
+    # people in more than one split
     overlap = find_overlap(slices)
-    print(f"people on both sides of a split: {len(overlap)}")
+    print(f"people in more than one split: {len(overlap)}")
     for person, (a, b) in overlap.items():
         print(f"  {person}: {root / a.path} and {root / b.path}")
+
+    # look-alikes: held-out slices that look like a training slice, perhaps the same patient under two numbers
     bad = {path for path, _ in notes["bad"]}
-    sides = {split: [i for i, s in enumerate(slices) if s.split == split and s.path not in bad] for split in SPLITS}
+    rows = {split: [i for i, s in enumerate(slices) if s.split == split and s.path not in bad] for split in SPLITS}
     for held_out in ("val", "test"):
-        if not sides[held_out] or not sides["train"]:
+        if not rows[held_out] or not rows["train"]:
             continue
-        pairs = near_identical(images[sides["train"]].numpy(), images[sides[held_out]].numpy(), cfg.near_identical)
+        pairs = near_identical(images[rows["train"]].numpy(), images[rows[held_out]].numpy(), cfg.near_identical)
         print(f"{held_out} slices that look like a training slice (correlation > {cfg.near_identical}): {len(pairs)}")
         for r, i, j in pairs[:20]:
-            a, b = slices[sides["train"][i]], slices[sides[held_out][j]]
+            a, b = slices[rows["train"][i]], slices[rows[held_out][j]]
             print(f"  {r:.4f}  {root / a.path}  {root / b.path}")
         if pairs:
             print("  perhaps one patient under two scan numbers: list them in subjects.csv (scan,patient)")
+
     if notes["bad"] or overlap:
-        raise UserError(f"{root} is not fit for training as it is: see the bad files and overlaps above")
+        raise UserError(f"{root} cannot be trained on as it is: fix the bad files and overlaps listed above")
     print("fit for training")
 
 

@@ -1,7 +1,9 @@
-"""The sections of an evaluation: each looks at the sets of images, and puts numbers beside their floors.
+"""The sections of an evaluation. Each one compares generated images with real ones and reports numbers with floors.
 
-The floor is the same number with people who were held out in the place of the generated images. Intervals (95 %) are by
-bootstrap over people. docs/evaluation.md says what each number means and what it cannot see.
+A section is a function that takes an `Evidence`, adds numbers to its report and may write pictures to its folder. The
+floor of a number is the same number with held-out people in place of the generated images: what other real people would
+get. The 95 % intervals come from a bootstrap over people. docs/evaluation.md says what each number means and what it
+cannot show.
 """
 
 from __future__ import annotations
@@ -31,41 +33,44 @@ if TYPE_CHECKING:
 
     from config import EvaluateConfig
 
-FEWEST = 128  # images behind a covariance of 64 features
+FEWEST = 128  # images that a Fréchet distance needs: twice the number of features, for a usable covariance
+# Possible values of each metric; intervals are cut to them. The kernel distance has no limits: its estimate is unbiased
+# and can be below 0.
 RANGES = {"precision": (0, 1), "recall": (0, 1), "coverage": (0, 1), "density": (0, math.inf), "frechet": (0, math.inf)}
 
 
 @dataclass
 class Images:
-    """One set of images. A generated image is a person of its own; a class that is not known is -1."""
+    """One set of images: the training slices, the held-out slices or the generated ones."""
 
     pixels: Tensor  # uint8 [N, S, S]
-    labels: Tensor  # int64 [N]
-    people: np.ndarray  # str [N]
+    labels: Tensor  # int64 [N], index of the class, -1 if it is not known
+    people: np.ndarray  # str [N], whose slice it is; every generated image counts as a person of its own
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, rows: np.ndarray | Tensor) -> Images:
+        """The images at these indices."""
         rows = torch.as_tensor(rows)
         return Images(self.pixels[rows], self.labels[rows], self.people[rows.numpy()])
 
     def sample(self, n: int, seed: int) -> Images:
-        """n of them, or all."""
+        """n of them at random in their old order, or all if there are fewer."""
         return self.take(np.sort(np.random.default_rng(seed).permutation(len(self))[:n]))
 
     def weights(self, cfg: EvaluateConfig, seed: int = 0) -> Tensor:
-        """Bootstrap weights over people, [N, 1 + resamples]."""
+        """Bootstrap weights over people, float64 [N, 1 + resamples]. Sets that are compared take different seeds."""
         return resample_people(self.people, cfg.resamples, cfg.seed + seed)
 
     def images(self) -> Tensor:
-        """float [N, 1, S, S] in [0, 1]."""
+        """The pixels as float [N, 1, S, S] in [0, 1]."""
         return self.pixels[:, None].float() / 255
 
 
 @dataclass
 class Evidence:
-    """Everything the sections look at, and what they found."""
+    """What the sections need, and what they found."""
 
     train: Images
     held_out: Images
@@ -73,38 +78,47 @@ class Evidence:
     classes: list[str]
     cfg: EvaluateConfig
     device: torch.device
-    out: Path
-    vae: VAE | None = None
-    latents: Tensor | None = None  # as drawn, [N, C, h, w]
-    source: str = ""  # where the generated images come from
+    out: Path  # folder for pictures
+    vae: VAE | None = None  # of the run; None when a folder of images is evaluated without a run
+    latents: Tensor | None = None  # the generated images' latents before decoding, [N, C, h, w]
+    source: str = ""  # where the generated images come from, in words
+    # {section: {metric: {value, floor, ci_low, ci_high, n}}}
     report: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)  # sentences about what could not be measured: exit code 2
+    notes: list[str] = field(default_factory=list)  # sentences that are no problem
 
     def put(
         self, section: str, metric: str, values: Tensor | np.ndarray, floor: Tensor | np.ndarray | float, n: int,
         low: float = -math.inf, high: float = math.inf,
     ) -> None:  # fmt: skip
-        """A number and its resamples, [1 + resamples], beside its floor; `low` and `high` are the metric's range."""
+        """Add a number to the report, with its interval.
+
+        values: [1 + resamples], the first from the data as they are. floor: likewise, or one number. n: how many images
+        are behind it. low and high: the range of the metric.
+        """
         value, ci_low, ci_high = interval(values, low, high)
-        floor = float(np.asarray(floor).flat[0])
-        self.record(section, metric, value, floor, ci_low, ci_high, n)
+        self.record(section, metric, value, float(np.asarray(floor).flat[0]), ci_low, ci_high, n)
 
     def record(
         self, section: str, metric: str, value: float, floor: float, ci_low: float, ci_high: float, n: int
     ) -> None:
+        """Add a number whose interval is known. If anything is not finite, add a note instead."""
         if not all(map(math.isfinite, (value, floor, ci_low, ci_high))):
-            return self.notes.append(f"{section}.{metric} is not defined for these images.")
+            self.notes.append(f"{section}.{metric} is not defined for these images.")
+            return
         numbers = {"value": value, "floor": floor, "ci_low": ci_low, "ci_high": ci_high, "n": n}
         self.report.setdefault(section, {})[metric] = {k: round(v, 6) for k, v in numbers.items()}
 
-    def equal(self) -> tuple[Images, Images, Images]:
-        """(train, held out, generated), the same number of each: distances depend on it."""
-        n = min(len(self.train), len(self.held_out), len(self.generated), self.cfg.count)
-        return tuple(s.sample(n, self.cfg.seed + i) for i, s in enumerate((self.train, self.held_out, self.generated)))
+    def sample_equally(self) -> tuple[Images, Images, Images]:
+        """Random samples (train, held out, generated) of one size, at most cfg.count.
 
-    def need(self, metric: str, least: int, *sets: Images) -> None:
-        """TooFew where a set is smaller than a metric needs."""
+        Distances between sets depend on the sizes of the sets, so values and floors need equal ones.
+        """
+        n, seed = min(len(self.train), len(self.held_out), len(self.generated), self.cfg.count), self.cfg.seed
+        return self.train.sample(n, seed), self.held_out.sample(n, seed + 1), self.generated.sample(n, seed + 2)
+
+    def require(self, metric: str, least: int, *sets: Images) -> None:
+        """Raise TooFew if one of the sets has fewer than `least` images."""
         for s in sets:
             if len(s) < least:
                 name = next(n for n in ("train", "held_out", "generated") if getattr(self, n) is s)
@@ -113,11 +127,15 @@ class Evidence:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The sections. Each raises TooFew where it cannot be had; the others still come.
+# The sections. A section that cannot be measured raises TooFew; evaluate.py reports that and goes on with the next.
 
 
 def damaged(x: Tensor, seed: int) -> dict[str, Tensor]:
-    """Positive controls, uint8 [N, S, S]: blurred (sigma 1.5 % of the side), noised (sd 0.1), pixels shuffled."""
+    """Positive controls: uint8 [N, S, S] images damaged in known ways, which every distance should notice.
+
+    "blurred" (Gaussian, sigma 1.5 % of the side), "noised" (standard deviation 0.1 of white), "shuffled" (the pixels,
+    by one permutation for all images).
+    """
     from torchvision.transforms.functional import gaussian_blur
 
     s, g = x.shape[-1], generator(seed, 9)
@@ -131,88 +149,114 @@ def damaged(x: Tensor, seed: int) -> dict[str, Tensor]:
 
 
 def distances(e: Evidence) -> None:
-    """Distances between sets in three kinds of features; controls are the held-out slices, damaged."""
-    train, held_out, generated = e.equal()
+    """Distances from the training slices in up to three feature spaces: sections random_vgg, autoencoder, inception.
+
+    Of the generated images and, as positive controls, of damaged held-out slices (sections <space>_blurred, ...).
+    Inception is used if cfg.inception_weights names its weights. Raises TooFew below 20 images of a set; below 128,
+    everything but the Fréchet distance is measured before it is raised.
+    """
+    # samples of equal size, and the controls
+    train, held_out, generated = e.sample_equally()
     n, side = len(train), min(64, train.pixels.shape[-1] // 16 * 16)
     if n < 20:
         raise TooFew(f"distances between sets need at least 20 images of each set, and there are {n}")
     sets = {"": generated.pixels, **{f"_{k}": v for k, v in damaged(held_out.pixels, e.cfg.seed).items()}}
     everything = [train.pixels, held_out.pixels, *sets.values()]
-    kinds = ["random_vgg", "autoencoder"] + ["inception"] * bool(e.cfg.inception_weights)
-    steps = 300
-    total = len(kinds) * n * len(everything) + 32 * steps
+    spaces = ["random_vgg", "autoencoder"] + ["inception"] * bool(e.cfg.inception_weights)
+    steps = 300  # of training the autoencoder, 32 images each
+    total = len(spaces) * n * len(everything) + 32 * steps
     with progress_bar(total, what="features") as bar:
-        for kind in kinds:
-            if kind == "random_vgg":
-                network, seen_at = features.random_vgg(e.device), side
-            elif kind == "autoencoder":
+        for space in spaces:
+            # the network, and the size at which it sees images
+            if space == "autoencoder":
                 network, seen_at = features.train_autoencoder(e.train.pixels, side, e.device, steps, bar.update), side
-            else:
+            elif space == "inception" and e.cfg.inception_weights:
                 network, seen_at = features.inception(e.cfg.inception_weights, e.device), 299
+            else:
+                network, seen_at = features.random_vgg(e.device), side
+            # features of all sets: training, held out, generated, controls
             f = [features.embed(network, pixels, seen_at, e.device, bar.update) for pixels in everything]
-            if kind != "inception":  # in units of the training features' own spread; FID is by definition not
+            # In units of the training features' standard deviation, so that distances are readable. FID and KID are
+            # defined on Inception's features as they are.
+            if space != "inception":
                 f = [(x - f[0].mean(0)) / f[0].var(0).mean().sqrt() for x in f]
-            measure(e, kind, (train, held_out, generated), f[0], f[1], dict(zip(sets, f[2:])))
+            compare_features(e, space, (train, held_out, generated), f[0], f[1], dict(zip(sets, f[2:])))
     if n < FEWEST:
-        raise TooFew(f"{kinds[0]}.frechet needs at least {FEWEST} images of each set, and there are {n}")
+        raise TooFew(f"{spaces[0]}.frechet needs at least {FEWEST} images of each set, and there are {n}")
 
 
-def measure(
+def compare_features(
     e: Evidence,
-    kind: str,
+    space: str,
     sets: tuple[Images, Images, Images],
     real: Tensor,
     held_out: Tensor,
     fakes: dict[str, Tensor],
 ) -> None:
-    """Every distance of `fakes` from the training features, and of the held-out ones: the floor."""
+    """Report all distances between features, float64 [N, D] each, with the training features `real`.
+
+    sets: the images (train, held out, generated) that the features come from. `held_out` gives the floor. `fakes`:
+    the generated images under "", the controls under "_<name>"; each goes to section <space><key>.
+    """
     train, others, generated = sets
     n, cfg = len(train), e.cfg
-    # A resample of Inception's 2048 features takes seconds where one of 64 takes milliseconds.
-    take = slice(None, 1 + (cfg.resamples if real.shape[1] <= 64 else min(20, cfg.resamples)))
-    wt, wo, wg = (s.weights(cfg, i)[:, take] for i, s in enumerate(sets))
+    # A resample of Inception's 2048 features takes seconds, one of 64 features milliseconds: take at most 20 of those.
+    columns = slice(None, 1 + (cfg.resamples if real.shape[1] <= 64 else min(20, cfg.resamples)))
+    w_train, w_others, w_generated = (s.weights(cfg, i)[:, columns] for i, s in enumerate(sets))
 
     def numbers(fake: Tensor, people: np.ndarray, w: Tensor) -> dict[str, Tensor]:
+        """{metric: [1 + resamples]} of one set against the training features."""
         found = {}
         if n >= FEWEST:
-            found["frechet"] = metrics.frechet(real, fake, wt, w)
-        found["kernel"] = metrics.kernel_distance(real, fake, wt, w)
-        return found | metrics.precision_recall(real, fake, train.people, people, wt, w)
+            found["frechet"] = metrics.frechet(real, fake, w_train, w)
+        found["kernel"] = metrics.kernel_distance(real, fake, w_train, w)
+        return found | metrics.precision_recall(real, fake, train.people, people, w_train, w)
 
-    floor = numbers(held_out, others.people, wo)
+    floor = numbers(held_out, others.people, w_others)
     for name, fake in fakes.items():
-        people, w = (others.people, wo) if name else (generated.people, wg)
+        # The controls are held-out slices: they come from several slices of each person, which the bootstrap must know.
+        people, w = (others.people, w_others) if name else (generated.people, w_generated)
         for metric, values in numbers(fake, people, w).items():
-            e.put(kind + name, metric, values, floor[metric], n, *RANGES.get(metric, (-math.inf, math.inf)))
+            e.put(space + name, metric, values, floor[metric], n, *RANGES.get(metric, (-math.inf, math.inf)))
 
 
-def strangers(s: Images, n: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Up to n disjoint pairs of images of different people, each float [n, 1, S, S] in [0, 1]."""
+def random_pairs(s: Images, n: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Up to n random pairs of images of different people, each float [n, 1, S, S] in [0, 1]. No image is used twice."""
     order = np.random.default_rng(seed).permutation(len(s))
     a, b = order[: len(order) // 2], order[len(order) // 2 : len(order) // 2 * 2]
-    ok = s.people[a] != s.people[b]
-    return s.take(a[ok][:n]).images(), s.take(b[ok][:n]).images()
+    different = s.people[a] != s.people[b]
+    return s.take(a[different][:n]).images(), s.take(b[different][:n]).images()
 
 
 def diversity(e: Evidence) -> None:
-    """Are generated images as unlike one another as people are; and PSNR/SSIM against unrelated real slices."""
+    """Sections diversity and unpaired: are generated images as different from one another as people are?
+
+    diversity.ms_ssim: mean MS-SSIM between random pairs of generated images; the floor is that between training people.
+    unpaired: PSNR and SSIM between generated and unrelated held-out slices; the floor is training against held-out.
+    """
     if e.train.pixels.shape[-1] < 48:
         raise TooFew(f"diversity.ms_ssim needs images of at least 48 pixels, and these have {e.train.pixels.shape[-1]}")
-    e.need("diversity.ms_ssim", 20, e.train, e.generated)
-    made, real = (strangers(s, 250, e.cfg.seed + i) for i, s in enumerate((e.generated, e.train)))
-    found = []
-    with progress_bar(len(made[0]) + len(real[0]), what="MS-SSIM") as bar:
-        for a, b in (made, real):
+    e.require("diversity.ms_ssim", 20, e.train, e.generated)
+
+    # MS-SSIM within the generated images, and within the training slices
+    similarity = []
+    pairs = [random_pairs(s, 250, e.cfg.seed + i) for i, s in enumerate((e.generated, e.train))]
+    with progress_bar(sum(len(a) for a, _ in pairs), what="MS-SSIM") as bar:
+        for a, b in pairs:
             parts = []
             for x, y in zip(a.split(50), b.split(50)):
                 parts.append(metrics.ms_ssim(x, y))
                 bar.update(len(x))
-            found.append(torch.cat(parts))
+            similarity.append(torch.cat(parts))
 
     def resampled(x: Tensor) -> Tensor:
+        """Mean [1 + resamples] of one number per pair; the pairs are independent, so pairs are resampled."""
         return weighted_mean(x, resample_people(range(len(x)), e.cfg.resamples, e.cfg.seed))
 
-    e.put("diversity", "ms_ssim", resampled(found[0]), found[1].mean(), len(found[0]), 0, 1)
+    of_generated, of_train = similarity
+    e.put("diversity", "ms_ssim", resampled(of_generated), of_train.mean(), len(of_generated), 0, 1)
+
+    # PSNR and SSIM between unrelated images of two sets
     n = min(250, len(e.generated), len(e.train), len(e.held_out))
     fake, real, others = (s.sample(n, e.cfg.seed + 5).images() for s in (e.generated, e.train, e.held_out))
     shuffle = torch.randperm(n, generator=generator(e.cfg.seed, 10))
@@ -221,69 +265,92 @@ def diversity(e: Evidence) -> None:
 
 
 def spectrum(e: Evidence) -> None:
-    """Power at each spatial frequency."""
-    sets = e.equal()
+    """Section spectrum: differences between the radial power spectra and the training slices', in dB.
+
+    distance_db: mean absolute difference over all frequencies. high_frequencies_db: mean signed difference in the upper
+    half of them; below 0 is too smooth, above 0 too noisy. Writes spectrum.png.
+    """
+    sets = e.sample_equally()
     n, cycles = len(sets[0]), sets[0].pixels.shape[-1] // 2 - 1
     power = [torch.cat([metrics.power_spectrum(x) for x in metrics.batches(s.pixels)]) for s in sets]
     weights = [s.weights(e.cfg, i) for i, s in enumerate(sets)]
-    mean = [10 * (p.T @ w) / w.sum(0) for p, w in zip(power, weights)]  # dB, [frequencies, R]
-    away = [m - mean[0] for m in mean]
+    # Mean spectra of train, held out and generated in dB, [frequencies, 1 + resamples], and how far each is from train.
+    mean = [10 * (p.T @ w) / w.sum(0) for p, w in zip(power, weights)]
+    _, of_held_out, of_generated = (m - mean[0] for m in mean)
     high = slice(cycles // 2, None)
-    e.put("spectrum", "distance_db", away[2].abs().mean(0), away[1].abs().mean(0), n, 0)
-    e.put("spectrum", "high_frequencies_db", away[2][high].mean(0), away[1][high].mean(0), n)
+    e.put("spectrum", "distance_db", of_generated.abs().mean(0), of_held_out.abs().mean(0), n, 0)
+    e.put("spectrum", "high_frequencies_db", of_generated[high].mean(0), of_held_out[high].mean(0), n)
     draw_spectrum(e.out / "spectrum.png", [m.numpy() for m in mean])
 
 
 def tell_apart(a: Images, b: Images, e: Evidence, bar: Callable[[int], object]) -> tuple[Tensor, Tensor]:
-    """(accuracy, AUC), each [R], of a CNN that tells set b from a, on people and samples it was not trained on.
+    """Two-sample test: (accuracy, AUC), each [1 + resamples], of a small CNN that tells set b from set a.
 
-    Two CNNs, each trained on one half of the people of both sets and scored on the others. Split by slice, it would
-    recognise people, and tell real from real.
+    Cross-validated over people: the people of both sets are halved, one CNN is trained on each half, and each is tested
+    on the other. With a split by slice the CNN would recognise people, and could even tell real from real. `bar` is
+    called with the number of images just processed. Raises TooFew if a set has fewer than four people.
     """
-    both = Images(
+    # one set of both: class 0 is a, class 1 is b. The prefix keeps a person of a from being one of b.
+    joined = Images(
         torch.cat([a.pixels, b.pixels]), torch.cat([torch.zeros(len(a)), torch.ones(len(b))]).long(),
         np.concatenate([np.char.add("a", a.people), np.char.add("b", b.people)]),
     )  # fmt: skip
     weights = torch.cat([a.weights(e.cfg, 0), b.weights(e.cfg, 1)])
-    half = np.zeros(len(both), dtype=int)
-    for side in "ab":
-        names = np.array(sorted({p for p in both.people.tolist() if p[0] == side}))
+
+    # halve the people of each set at random
+    half = np.zeros(len(joined), dtype=int)
+    for prefix in "ab":
+        names = np.array(sorted({p for p in joined.people.tolist() if p[0] == prefix}))
         if len(names) < 4:
             raise TooFew(f"the two-sample test needs at least 4 people in each set, and one set has {len(names)}")
-        odd = np.random.default_rng(e.cfg.seed).permutation(names)[::2]
-        half[np.isin(both.people, odd)] = 1
+        second_half = np.random.default_rng(e.cfg.seed).permutation(names)[::2]
+        half[np.isin(joined.people, second_half)] = 1
+
+    # train on one half, test on the other, and average
     accuracy, auc = [], []
     for fold in (0, 1):
-        fit, test = both.take(np.flatnonzero(half == fold)), torch.from_numpy(np.flatnonzero(half != fold))
-        judge = features.train_classifier(fit.pixels, fit.labels, 2, e.cfg.seed, e.device, 150, bar)
-        p, y, w = judge(both.pixels[test]), both.labels[test], weights[test]
+        train, test = joined.take(np.flatnonzero(half == fold)), torch.from_numpy(np.flatnonzero(half != fold))
+        classifier = features.train_classifier(train.pixels, train.labels, 2, e.cfg.seed, e.device, 150, bar)
+        p, y, w = classifier(joined.pixels[test]), joined.labels[test], weights[test]
         right = ((p[:, 1] > 0.5).long() == y).double()
+        # The mean over the two classes, so that 0.5 is chance even if the sets differ in size.
         accuracy.append((weighted_mean(right[y == 0], w[y == 0]) + weighted_mean(right[y == 1], w[y == 1])) / 2)
         auc.append(metrics.auc(p, y, w))
-    return sum(accuracy) / 2, sum(auc) / 2
+    return (accuracy[0] + accuracy[1]) / 2, (auc[0] + auc[1]) / 2
 
 
 def two_sample(e: Evidence) -> None:
-    """Can a small CNN tell generated from real? 0.5 is indistinguishable."""
-    train, held_out, generated = e.equal()
+    """Section two_sample: accuracy and AUC of a small CNN that tells generated images from training slices.
+
+    0.5: they cannot be told apart. 1: told apart every time. The floor is held-out against training slices.
+    """
+    train, held_out, generated = e.sample_equally()
     if len(train) < 40:
         raise TooFew(f"two_sample needs at least 40 images of each set, and there are {len(train)}")
     with progress_bar(4 * 150 * 32, what="two-sample test") as bar:
         floor = tell_apart(train, held_out, e, bar.update)
         found = tell_apart(train, generated, e, bar.update)
-    for name, values, of in zip(("accuracy", "auc"), found, floor):
-        e.put("two_sample", name, values, of, len(generated), 0, 1)
+    for name, values, floor_values in zip(("accuracy", "auc"), found, floor):
+        e.put("two_sample", name, values, floor_values, len(generated), 0, 1)
 
 
 def anatomical(e: Evidence) -> None:
-    """Areas, contrast and symmetry as distributions: all images, and class by class."""
+    """Sections anatomy, anatomy_<class> and class_difference: areas, contrast and symmetry, as distributions.
+
+    <measure>_d: Cohen's d, generated - training. <measure>_emd: earth mover's distance to the training slices, in
+    their standard deviations. class_difference: Cohen's d between the first class and the last, in the generated
+    images; the floor is the training slices'. A class with under 10 images in a set is left out. Writes anatomy.png.
+    """
     from scipy.stats import wasserstein_distance
 
+    # measure samples of the three sets
     sets = [s.sample(e.cfg.count, e.cfg.seed + i) for i, s in enumerate((e.train, e.held_out, e.generated))]
-    e.need("anatomy", 20, e.train, e.held_out, e.generated)
+    e.require("anatomy", 20, e.train, e.held_out, e.generated)
     with progress_bar(sum(map(len, sets)), what="anatomy") as bar:
         found = [anatomy.measure(s.pixels.numpy(), bar.update) for s in sets]
     weights = [s.weights(e.cfg, i).numpy() for i, s in enumerate(sets)]
+
+    # differences from the training slices: of all images (class -1), then class by class
     groups = {"anatomy": -1}
     if len(e.classes) > 1:
         groups |= {f"anatomy_{name}": c for c, name in enumerate(e.classes)}
@@ -292,6 +359,7 @@ def anatomical(e: Evidence) -> None:
         if min(map(len, rows)) < 10:
             continue
         for name in anatomy.MEASURES:
+            # values x and weights w of train (t), held out (h) and generated (g)
             (xt, wt), (xh, wh), (xg, wg) = ((f[name][r], w[r]) for f, r, w in zip(found, rows, weights))
             n = len(xg)
             e.put(section, f"{name}_d", anatomy.cohens_d(xg, xt, wg, wt), anatomy.cohens_d(xh, xt, wh, wt), n)
@@ -300,6 +368,8 @@ def anatomical(e: Evidence) -> None:
                 for x, w in ((xg, wg), (xh, wh))
             ]
             e.put(section, f"{name}_emd", np.array(emd[0]), np.array(emd[1]), n, 0)
+
+    # the difference between the classes, within each set
     if len(e.classes) > 1 and (sets[2].labels >= 0).any():
         first, last = 0, len(e.classes) - 1
         for name in anatomy.MEASURES:
@@ -307,13 +377,20 @@ def anatomical(e: Evidence) -> None:
             for s, f, w in zip(sets, found, weights):
                 a, b = (np.flatnonzero(s.labels.numpy() == c) for c in (first, last))
                 d.append(anatomy.cohens_d(f[name][a], f[name][b], w[a], w[b]) if min(len(a), len(b)) > 9 else None)
-            if d[2] is not None and d[0] is not None:
-                e.put("class_difference", f"{name}_d", d[2], d[0], len(sets[2]))
+            of_train, _, of_generated = d
+            if of_generated is not None and of_train is not None:
+                e.put("class_difference", f"{name}_d", of_generated, of_train, len(sets[2]))
     draw_anatomy(e.out / "anatomy.png", e.classes, sets, found)
 
 
 def class_fidelity(e: Evidence) -> None:
-    """Of what use the generated images are: a CNN trained on real, generated, or both tells classes of real people."""
+    """Section class_fidelity: AUC of classifiers that tell the classes apart, tested on held-out people.
+
+    train_on_real, train_on_generated, train_on_both: by what the classifier was trained on. real_to_generated: the one
+    trained on real slices, tested on the generated ones: do they show what their label says? The floor of all four is
+    train_on_real. Measures nothing if there is one class, or, with a note, if the generated images have no classes.
+    """
+    # is there enough of every class?
     if len(e.classes) == 1:
         return
     labels = e.generated.labels
@@ -327,87 +404,141 @@ def class_fidelity(e: Evidence) -> None:
             )
         if len(set(e.held_out.people[(e.held_out.labels == c).numpy()])) < 2:
             raise TooFew(f"class_fidelity needs two held-out people of class {name}")
+
+    # the training sets; a generated image of an unknown class teaches nothing
     known = e.generated.take(torch.nonzero(labels >= 0)[:, 0])
-    both = [torch.cat(pair) for pair in ((e.train.pixels, known.pixels), (e.train.labels, known.labels))]
+    train_sets = {
+        "train_on_real": (e.train.pixels, e.train.labels),
+        "train_on_generated": (known.pixels, known.labels),
+        "train_on_both": (torch.cat([e.train.pixels, known.pixels]), torch.cat([e.train.labels, known.labels])),
+    }
+
+    # Train three classifiers on each set and add up their probabilities: one alone depends much on its seed.
     weights = e.held_out.weights(e.cfg)
     seeds, steps, found = 3, 150, {}
     with progress_bar(3 * seeds * steps * 32, what="class fidelity") as bar:
-        for name, pixels, y in (
-            ("train_on_real", e.train.pixels, e.train.labels), ("train_on_generated", known.pixels, known.labels),
-            ("train_on_both", *both),
-        ):  # fmt: skip
-            judges = [
+        for name, (pixels, y) in train_sets.items():
+            classifiers = [
                 features.train_classifier(pixels, y, len(e.classes), e.cfg.seed + s, e.device, steps, bar.update)
                 for s in range(seeds)
             ]
-            found[name] = metrics.auc(sum(j(e.held_out.pixels) for j in judges), e.held_out.labels, weights)
-            if name == "train_on_real":  # do generated images show to it what their label says?
-                p = sum(j(known.pixels) for j in judges)
+            found[name] = metrics.auc(sum_of_probabilities(classifiers, e.held_out), e.held_out.labels, weights)
+            if name == "train_on_real":
+                p = sum_of_probabilities(classifiers, known)
                 found["real_to_generated"] = metrics.auc(p, known.labels, known.weights(e.cfg))
     for name, values in found.items():
         e.put("class_fidelity", name, values, found["train_on_real"], len(known), 0, 1)
 
 
-def memorisation(e: Evidence) -> None:
-    """Nearest training slice of each generated image, compared with how near people held out come."""
-    from scipy.stats import binomtest
+def sum_of_probabilities(classifiers: Sequence[Callable[[Tensor], Tensor]], images: Images) -> Tensor:
+    """float64 [N, classes]: each image's probabilities, added up over the classifiers."""
+    return sum((classifier(images.pixels) for classifier in classifiers), torch.zeros((), dtype=torch.float64))
 
+
+def memorisation(e: Evidence) -> None:
+    """Section memorisation: how many generated images are copies of a training slice (metrics.CopyDetector).
+
+    copy_rate, with the rate of held-out people as its floor. copy_rate_of_reconstructed: the rate of held-out slices
+    that went through the run's VAE, measured if the images have its size. <space>_distance: mean distance to the
+    nearest training slice, in units of the threshold. Writes memorisation.png, and, with cfg.training_pictures,
+    closest_pairs.png, which shows training slices.
+    """
+    # the distance of every generated image to its nearest training slice
     total = len(e.train) + len(e.held_out) + len(e.generated)
     with progress_bar(total, what="looking for copies") as bar:
         encode = None if e.vae is None else e.vae.embed
         detector = metrics.CopyDetector(e.train.pixels, e.held_out.pixels, encode, on_batch=bar.update)
         found, index = detector.distances(e.generated.pixels)
     others, cfg, n = detector.held_out, e.cfg, len(e.generated)
-    w = e.held_out.weights(cfg)
+    floor = copy_rate_of_held_out(e, detector)
+    e.record("memorisation", "copy_rate", *copy_rate(e, detector, found, floor), n)
 
-    def copies(d: dict[str, Tensor], at: dict[str, float]) -> float:
-        return metrics.is_copy({k: v / at[k] for k, v in d.items()}).double().mean().item()
-
-    def quantile(d: Tensor, weight: Tensor) -> float:
-        order = d.argsort()
-        share = weight[order].cumsum(0) / weight.sum()
-        return d[order][min(int(torch.searchsorted(share, detector.quantile)), len(d) - 1)].item()
-
-    # Two kinds of doubt: the threshold hangs on who was held out, the share on how many images were drawn.
-    rates = [copies(found, {k: quantile(d, w[:, r]) for k, d in others.items()}) for r in range(1, w.shape[1])]
-    low, high = (binomtest(round(q * n), n).proportion_ci() for q in np.quantile(rates, [0.025, 0.975]))
-    # Floor: each person held out, by the threshold of the others.
-    names, crossed = sorted(set(e.held_out.people)), 0.0
-    for fold in np.array_split(np.random.default_rng(cfg.seed).permutation(names), min(10, len(names))):
-        mine = torch.from_numpy(np.isin(e.held_out.people, fold))
-        at = {k: d[~mine].quantile(detector.quantile).item() for k, d in others.items()}
-        crossed += copies({k: d[mine] for k, d in others.items()}, at) * mine.double().mean().item()
-    rate, floor = metrics.is_copy(found).double().mean().item(), crossed
-    e.record("memorisation", "copy_rate", rate, floor, min(low.low, rate), max(high.high, rate), n)
-    # Unsharp images are closer to everything: how much of the copy rate is that?
+    # A blurred image is closer to everything. How much of the copy rate can the VAE's blur explain?
     if e.vae is not None and e.vae.config["image_size"] == e.train.pixels.shape[-1]:
         with progress_bar(len(e.held_out), what="held out, through the VAE") as bar:
-            seen = []
+            parts = []
             for x in metrics.batches(e.held_out.pixels):
-                seen.append(torch.from_numpy(to_uint8(e.vae.decode(e.vae.encode(2 * x.to(e.device) - 1)[0]))))
+                parts.append(torch.from_numpy(to_uint8(e.vae.decode(e.vae.encode(2 * x.to(e.device) - 1)[0]))))
                 bar.update(len(x))
-        seen = torch.cat(seen)
-        near = metrics.is_copy(detector.distances(seen)[0]).double()
-        e.put("memorisation", "copy_rate_of_reconstructed", weighted_mean(near, w), floor, len(near), 0, 1)
-    for name, d in found.items():
-        e.put("memorisation", f"{name}_distance", weighted_mean(d, e.generated.weights(cfg)), others[name].mean(), n, 0)
+        copies = metrics.is_copy(detector.distances(torch.cat(parts))[0]).double()
+        rates = weighted_mean(copies, e.held_out.weights(cfg))
+        e.put("memorisation", "copy_rate_of_reconstructed", rates, floor, len(copies), 0, 1)
+
+    # mean distances, and pictures
+    for space, d in found.items():
+        means = weighted_mean(d, e.generated.weights(cfg))
+        e.put("memorisation", f"{space}_distance", means, others[space].mean(), n, 0)
     draw_memorisation(e.out / "memorisation.png", found, others)
     if cfg.training_pictures:
         draw_pairs(e.out / "closest_pairs.png", e, torch.stack(list(found.values())).amin(0), index)
 
 
+def share_of_copies(distances: dict[str, Tensor], thresholds: dict[str, float]) -> float:
+    """Share of images that are closer than the threshold in any space. distances: {space: [N]}."""
+    return metrics.is_copy({space: d / thresholds[space] for space, d in distances.items()}).double().mean().item()
+
+
+def copy_rate(
+    e: Evidence, detector: metrics.CopyDetector, found: dict[str, Tensor], floor: float
+) -> tuple[float, float, float, float]:
+    """(copy rate, floor, lower end, upper end of its 95 % interval) of the generated images' distances `found`.
+
+    The interval covers two sources of doubt: the threshold depends on who was held out (bootstrap over people), and the
+    rate on how many images were drawn (binomial interval).
+    """
+    from scipy.stats import binomtest
+
+    def quantile(d: Tensor, weight: Tensor) -> float:
+        """The detector's quantile of the distances d [N], each counted `weight` times."""
+        order = d.argsort()
+        share = weight[order].cumsum(0) / weight.sum()
+        return d[order][min(int(torch.searchsorted(share, detector.quantile)), len(d) - 1)].item()
+
+    n, w = len(e.generated), e.held_out.weights(e.cfg)
+    rate = metrics.is_copy(found).double().mean().item()
+    # the rate by the threshold of each resample of the held-out people
+    rates = [
+        share_of_copies(found, {space: quantile(d, w[:, r]) for space, d in detector.held_out.items()})
+        for r in range(1, w.shape[1])
+    ]
+    # the binomial intervals of the lowest and the highest of these rates
+    low, high = (binomtest(round(q * n), n).proportion_ci() for q in np.quantile(rates, [0.025, 0.975]))
+    return rate, floor, min(low.low, rate), max(high.high, rate)
+
+
+def copy_rate_of_held_out(e: Evidence, detector: metrics.CopyDetector) -> float:
+    """Copy rate of the held-out slices: the floor. Each person is tested against the threshold of the others.
+
+    The detector's own threshold is no use for that: in each space, 1 % of the slices that it comes from are below it.
+    """
+    names, rate = sorted(set(e.held_out.people)), 0.0
+    # ten folds of people, or as many as there are people
+    for fold in np.array_split(np.random.default_rng(e.cfg.seed).permutation(names), min(10, len(names))):
+        inside = torch.from_numpy(np.isin(e.held_out.people, fold))
+        thresholds = {space: d[~inside].quantile(detector.quantile).item() for space, d in detector.held_out.items()}
+        in_fold = {space: d[inside] for space, d in detector.held_out.items()}
+        rate += share_of_copies(in_fold, thresholds) * inside.double().mean().item()
+    return rate
+
+
 @torch.no_grad()
 def latent_spread(e: Evidence) -> None:
-    """Standard deviation of the latents as drawn, per channel; training latents have 1. Samplers lose it first."""
-    if e.latents is None:
+    """Section latent_spread: standard deviation of the generated latents, per channel. Training latents have 1.
+
+    A sampler that is too coarse loses spread here before anything shows in the images. The floor is the held-out
+    slices' latents, as posterior samples. Measures nothing if a folder of images is evaluated.
+    """
+    if e.latents is None or e.vae is None:
         return
-    drawn = torch.stack([e.latents.mean((2, 3)), e.latents.square().mean((2, 3))], 1)  # first two moments [N, 2, C]
-    real = []
+    # first and second moments of each image's latent, [N, 2, C]; in closed form for the posterior of real slices
+    of_generated = torch.stack([e.latents.mean((2, 3)), e.latents.square().mean((2, 3))], 1)
+    parts = []
     for x in metrics.batches(e.held_out.pixels):
         mean, std = e.vae.encode(2 * x.to(e.device) - 1)
-        real.append(torch.stack([mean.mean((2, 3)), (mean.square() + std.square()).mean((2, 3))], 1).cpu())
+        parts.append(torch.stack([mean.mean((2, 3)), (mean.square() + std.square()).mean((2, 3))], 1).cpu())
+    # standard deviations over all images and positions, [C, 1 + resamples]
     spread = []
-    for moments, s in ((drawn, e.generated), (torch.cat(real), e.held_out)):
+    for moments, s in ((of_generated, e.generated), (torch.cat(parts), e.held_out)):
         w = s.weights(e.cfg)
         first, second = torch.einsum("nkc,nr->kcr", moments.double(), w) / w.sum(0)
         spread.append((second - first.square()).clamp(min=0).sqrt())
@@ -418,23 +549,29 @@ def latent_spread(e: Evidence) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
 
-COLOURS = {"train": "#555555", "held out": "#0072b2", "generated": "#d55e00"}  # told apart by the colour-blind
+# These colours can also be told apart by colour-blind readers (Okabe & Ito).
+COLOURS = {"train": "#555555", "held out": "#0072b2", "generated": "#d55e00"}
 
 
 def figure(width: float, height: float) -> Figure:
+    """An empty matplotlib figure, in inches. Not by pyplot, which would keep it in memory and want a display."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def save(fig: Figure, path: Path) -> None:
+    """Write the figure as PNG, atomically."""
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", dpi=130)
     write_atomic(path, buffer.getvalue())
 
 
 def draw_spectrum(path: Path, means: Sequence[np.ndarray]) -> None:
-    """Mean spectra in dB, [frequencies, 1 + resamples], with their intervals."""
+    """Plot the mean spectra of train, held out and generated, with 95 % intervals.
+
+    means: in dB, [frequencies, 1 + resamples] each.
+    """
     fig = figure(5, 3.4)
     ax = fig.add_subplot()
     for (name, colour), m in zip(COLOURS.items(), means):
@@ -447,15 +584,22 @@ def draw_spectrum(path: Path, means: Sequence[np.ndarray]) -> None:
     save(fig, path)
 
 
-def draw_anatomy(path: Path, classes: Sequence[str], sets: Sequence[Images], found: Sequence[dict]) -> None:
-    """Histograms, one row per class, one column per measure."""
+def draw_anatomy(
+    path: Path, classes: Sequence[str], sets: Sequence[Images], found: Sequence[dict[str, np.ndarray]]
+) -> None:
+    """Plot histograms of the measures: a row for each class, a column for each measure, a line for each set.
+
+    found: for each set, anatomy.measure of its images. Without generated images of known classes there is one row.
+    """
     known = [c for c in range(len(classes)) if (sets[2].labels == c).sum() > 9]
     rows = known if len(classes) > 1 and known else [-1]
     fig = figure(2.7 * len(anatomy.MEASURES), 2.3 * len(rows))
     for i, c in enumerate(rows):
         for j, (name, title) in enumerate(anatomy.MEASURES.items()):
             ax = fig.add_subplot(len(rows), len(anatomy.MEASURES), 1 + i * len(anatomy.MEASURES) + j)
-            bins = np.linspace(*np.quantile(np.concatenate([f[name] for f in found]), [0.002, 0.998]), 30)
+            # the same bins for all sets; a few outliers may fall outside
+            low, high = np.quantile(np.concatenate([f[name] for f in found]), [0.002, 0.998])
+            bins = np.linspace(low, high, 30).tolist()
             for (label, colour), s, f in zip(COLOURS.items(), sets, found):
                 x = f[name][(s.labels.numpy() == c) | (c < 0)]
                 ax.hist(x, bins, density=True, histtype="step", color=colour, label=label, lw=1.3)
@@ -469,11 +613,15 @@ def draw_anatomy(path: Path, classes: Sequence[str], sets: Sequence[Images], fou
 
 
 def draw_memorisation(path: Path, found: dict[str, Tensor], others: dict[str, Tensor]) -> None:
-    """Histograms of the distance to the nearest training slice, in units of the threshold."""
+    """Plot histograms of the distances to the nearest training slice, in units of the threshold; one for each space.
+
+    found: {space: [N]} of the generated images; others: of the held-out slices.
+    """
     fig = figure(4.2 * len(found), 3.1)
     for i, name in enumerate(found):
         ax = fig.add_subplot(1, len(found), i + 1)
-        bins = np.linspace(0, max(found[name].quantile(0.995), others[name].quantile(0.995)).item() * 1.02, 40)
+        end = max(found[name].quantile(0.995), others[name].quantile(0.995)).item() * 1.02
+        bins = np.linspace(0, end, 40).tolist()
         for label, d in (("held out", others[name]), ("generated", found[name])):
             ax.hist(d.numpy(), bins, density=True, histtype="stepfilled", alpha=0.45, color=COLOURS[label], label=label)
         ax.axvline(1, color="black", lw=1)
@@ -483,17 +631,22 @@ def draw_memorisation(path: Path, found: dict[str, Tensor], others: dict[str, Te
 
 
 def draw_pairs(path: Path, e: Evidence, distance: Tensor, index: Tensor) -> None:
-    """The eight generated images closest to a training slice, those slices, and the difference."""
+    """Show the eight generated images that are closest to a training slice, those slices, and the differences.
+
+    distance [N]: of each generated image, in units of the threshold. index int64 [N]: of its nearest training slice.
+    The picture shows slices of people.
+    """
     closest = distance.argsort()[:8]
     fig = figure(1.35 * len(closest), 4.5)
     for column, k in enumerate(closest.tolist()):
         made, real = e.generated.pixels[k].int(), e.train.pixels[index[k]].int()
-        for row, (image, name) in enumerate(
-            ((made, "generated"), (real, "nearest\ntraining slice"), (made - real, "difference"))
-        ):
+        rows = ((made, "generated"), (real, "nearest\ntraining slice"), (made - real, "difference"))
+        for row, (image, name) in enumerate(rows):
             ax = fig.add_subplot(3, len(closest), 1 + row * len(closest) + column)
-            how = {"cmap": "gray", "vmin": 0, "vmax": 255} if row < 2 else {"cmap": "RdBu_r", "vmin": -255, "vmax": 255}
-            ax.imshow(image, **how)
+            if name == "difference":
+                ax.imshow(image.numpy(), cmap="RdBu_r", vmin=-255, vmax=255)
+            else:
+                ax.imshow(image.numpy(), cmap="gray", vmin=0, vmax=255)
             ax.set_xticks([]), ax.set_yticks([])
             ax.set_ylabel(name if column == 0 else "", fontsize=9)
             ax.set_title(f"{distance[k]:.2f}" if row == 0 else "", fontsize=9)
@@ -501,5 +654,7 @@ def draw_pairs(path: Path, e: Evidence, distance: Tensor, index: Tensor) -> None
     save(fig, path)
 
 
+# In the order of the report. evaluate.py calls each with the Evidence.
 SECTIONS = (distances, diversity, spectrum, two_sample, anatomical, class_fidelity, memorisation, latent_spread)
+# Files that sections and evaluate.py write, in the order of the report.
 PICTURES = ("generated.png", "spectrum.png", "anatomy.png", "memorisation.png", "closest_pairs.png")

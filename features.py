@@ -1,6 +1,7 @@
-"""Networks that look at images on behalf of the metrics. None is downloaded; all are the same on every run of a seed.
+"""Networks used by the evaluation: feature extractors, and a small classifier that is trained on the spot.
 
-Images come as uint8 [N, S, S]. Networks are small, because evidence has to be cheap enough to be gathered every time.
+Nothing is downloaded, and the same seed gives the same network on every run. Images come as uint8 [N, S, S]. The
+networks are small so that an evaluation is cheap enough to run after every training.
 """
 
 from __future__ import annotations
@@ -13,19 +14,20 @@ from torch import Tensor, nn
 
 from utils import UserError
 
-DIM = 64  # of the embeddings: few enough for a covariance of a few hundred images to have full rank
-Progress = Callable[[int], object]
+# Features per image. Few enough that a few hundred images give a covariance matrix of full rank.
+DIM = 64
+Progress = Callable[[int], object]  # is called with the number of images just processed
 
 
 def scaled(images: Tensor, side: int, device: torch.device) -> Tensor:
-    """uint8 [B, S, S] -> float [B, 1, side, side] in [-1, 1]: averaged down, never enlarged."""
+    """uint8 [B, S, S] -> float [B, 1, side, side] in [-1, 1] on the device. Shrinks by averaging, never enlarges."""
     x = images.to(device)[:, None].float() / 127.5 - 1
     return F.interpolate(x, size=(side, side), mode="area") if x.shape[-1] > side else x
 
 
 @torch.no_grad()
 def embed(network: nn.Module, images: Tensor, side: int, device: torch.device, progress: Progress) -> Tensor:
-    """Features float64 [N, D], on the CPU."""
+    """Features of uint8 [N, S, S] images, seen at `side` pixels: float64 [N, D] on the CPU."""
     out = []
     for part in images.split(64):
         out.append(network(scaled(part, side, device)).double().cpu())
@@ -33,32 +35,46 @@ def embed(network: nn.Module, images: Tensor, side: int, device: torch.device, p
     return torch.cat(out)
 
 
-def random_vgg(device: torch.device) -> nn.Module:
-    """VGG-16 with random weights of a fixed seed and 64 outputs: a measure that no data set has biased.
+# ---------------------------------------------------------------------------------------------------------------------
+# Feature extractors that need no training
 
-    Naeem et al. 2020, section 5, found such embeddings sound away from natural images. Grey [B, 1, s, s] in [-1, 1].
+
+def random_vgg(device: torch.device) -> nn.Module:
+    """VGG-16 with random weights from a fixed seed: grey [B, 1, s, s] in [-1, 1] -> features [B, 64].
+
+    Features of a network that was trained on photographs are biased towards photographs. Naeem et al. 2020 (section 5)
+    found random embeddings to be a sound choice for images unlike ImageNet.
     """
     from torchvision.models import vgg16
 
+    # Seed inside a fork, so that the caller's random state stays as it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         vgg = vgg16(weights=None, num_classes=DIM)
         grey = nn.Conv2d(1, 3, 1, bias=False)
-    nn.init.constant_(grey.weight, 2.0)  # to three channels, about as spread as natural images are after whitening
-    return nn.Sequential(grey, vgg).eval().to(device, memory_format=torch.channels_last)
+    # VGG expects three channels with about the spread of whitened photographs, about twice that of ours.
+    nn.init.constant_(grey.weight, 2.0)
+    return nn.Sequential(grey, vgg).eval().to(device).to(memory_format=torch.channels_last)
 
 
 def inception(weights: str, device: torch.device) -> nn.Module:
-    """InceptionV3 as FID has it (torchmetrics, torch-fidelity), from a file of its weights; grey in [-1, 1]."""
+    """The InceptionV3 that FID and KID are defined with, as torchmetrics and torch-fidelity have it.
+
+    weights: path of its weights file. The network maps grey [B, 1, s, s] in [-1, 1] to features [B, 2048].
+    Raises UserError if the file cannot be loaded as these weights. torch-fidelity loads it by torch.load, and some
+    versions unpickle it without weights_only: give it a file you trust.
+    """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     try:
         network = FrechetInceptionDistance(feature=2048, feature_extractor_weights_path=weights).inception
-    except Exception as e:  # whatever a file can be that is not these weights; torch.load runs no code from it
+    except Exception as e:  # a wrong file can fail in any way
         reason = next(iter(str(e).splitlines()), type(e).__name__)
         raise UserError(f"{weights} does not hold the weights of FID's InceptionV3 ({reason[:120]})") from None
 
     class Grey(nn.Module):
+        """Inception takes uint8 RGB: repeat the grey channel."""
+
         def __init__(self) -> None:
             super().__init__()
             self.network = network
@@ -69,43 +85,55 @@ def inception(weights: str, device: torch.device) -> nn.Module:
     return Grey().eval().to(device)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks that are trained on the images
+
+
 def _down(cin: int, cout: int) -> nn.Sequential:
-    """Convolution that halves the sides."""
+    """Convolution, batch norm, ReLU; halves height and width."""
     return nn.Sequential(nn.Conv2d(cin, cout, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(cout), nn.ReLU())
 
 
-def _fit(
-    network: nn.Module, images: Tensor, index: Callable[[torch.Generator], Tensor], side: int,
+def _train(
+    network: nn.Module, images: Tensor, pick: Callable[[torch.Generator], Tensor], side: int,
     loss: Callable[[Tensor, Tensor], Tensor], steps: int, lr: float, seed: int, device: torch.device,
     progress: Progress,
 ) -> None:  # fmt: skip
-    """Adam with a one-cycle learning rate; slices are mirrored and shifted by up to 3 % at random."""
+    """Train the network in place with Adam and a one-cycle learning rate, then put it into eval mode.
+
+    pick(generator) -> indices int64 [B] of the next batch; loss(x, indices) -> scalar, for x [B, 1, side, side] in
+    [-1, 1]. Augmentation: one random shift of up to 3 % for the batch, and each image is mirrored half of the time.
+    """
     optimizer = torch.optim.Adam(network.parameters(), lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     g = torch.Generator().manual_seed(seed)
-    network.train().to(device, memory_format=torch.channels_last)
+    network.train().to(device).to(memory_format=torch.channels_last)
     for _ in range(steps):
-        i = index(g)
-        x = scaled(images[i], side, device)
+        index = pick(g)
+        x = scaled(images[index], side, device)
+        # Augment. All random numbers come from one generator on the CPU: the same on every device.
         most = max(1, round(0.03 * x.shape[-1]))
         dy, dx = torch.randint(-most, most + 1, (2,), generator=g).tolist()
         x = x.roll((dy, dx), (2, 3))
-        x = torch.where((torch.rand(len(i), generator=g) < 0.5).to(device)[:, None, None, None], x.flip(3), x)
+        x = torch.where((torch.rand(len(index), generator=g) < 0.5).to(device)[:, None, None, None], x.flip(3), x)
+        # Step.
         optimizer.zero_grad()
-        loss(x.contiguous(memory_format=torch.channels_last), i).backward()
+        loss(x.contiguous(memory_format=torch.channels_last), index).backward()
         optimizer.step()
         schedule.step()
-        progress(len(i))
+        progress(len(index))
     network.eval()
 
 
 def train_autoencoder(images: Tensor, side: int, device: torch.device, steps: int, progress: Progress) -> nn.Module:
-    """The encoder of a small autoencoder: features [B, 64] that are about these images. Batches of 32.
+    """Train a small autoencoder on the images and return its encoder: [B, 1, side, side] in [-1, 1] -> [B, 64].
 
-    side: a multiple of 16, at most the images' own.
+    Unlike `random_vgg`, its features are specific to these images. images: uint8 [N, S, S]; side: a multiple of 16, at
+    most S. Each step takes a batch of 32 images. The global random state is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
+        # Four halvings of the side, then one linear layer to 64 numbers; the decoder is the mirror image.
         widths, rest = (16, 32, 64, 64), side // 16
         encoder = nn.Sequential(
             *[_down(a, b) for a, b in zip((1, *widths), widths)], nn.Flatten(), nn.Linear(64 * rest**2, DIM)
@@ -113,30 +141,31 @@ def train_autoencoder(images: Tensor, side: int, device: torch.device, steps: in
         up: list[nn.Module] = [nn.Linear(DIM, 64 * rest**2), nn.Unflatten(1, (64, rest, rest))]
         for cin, cout in ((64, 64), (64, 32), (32, 16), (16, 1)):
             up += [nn.Conv2d(cin, 4 * cout, 3, padding=1), nn.PixelShuffle(2), nn.ReLU()]
-        network = nn.Sequential(encoder, *up[:-1])
+        network = nn.Sequential(encoder, *up[:-1])  # no ReLU at the end: pixels can be negative
 
-        def loss(x: Tensor, i: Tensor) -> Tensor:
+        def loss(x: Tensor, index: Tensor) -> Tensor:
             return F.mse_loss(network(x), x)
 
-        _fit(
-            network, images, lambda g: torch.randint(len(images), (32,), generator=g), side, loss, steps, 3e-3, 0,
-            device, progress,
-        )  # fmt: skip
+        def pick(g: torch.Generator) -> Tensor:
+            return torch.randint(len(images), (32,), generator=g)
+
+        _train(network, images, pick, side, loss, steps, 3e-3, 0, device, progress)
     return encoder
 
 
 def train_classifier(
     images: Tensor, labels: Tensor, classes: int, seed: int, device: torch.device, steps: int, progress: Progress,
 ) -> Callable[[Tensor], Tensor]:  # fmt: skip
-    """A small CNN told to tell the classes apart; returns uint8 [N, S, S] -> probabilities float64 [N, classes].
+    """Train a small CNN to classify the images and return it: uint8 [N, S, S] -> probabilities float64 [N, classes].
 
-    labels int64 [N]; every class is drawn equally often, 32 images a step. At most 128 pixels are looked at.
+    labels int64 [N]. Every batch has about 32 images, with equally many of each class however rare it is. Images larger
+    than 128 pixels are shrunk to 128. The global random state is left as it was.
     """
-    of = [torch.nonzero(labels == c)[:, 0] for c in range(classes)]
+    of_class = [torch.nonzero(labels == c)[:, 0] for c in range(classes)]
 
-    def index(g: torch.Generator) -> Tensor:
-        share = -(-32 // classes)
-        return torch.cat([i[torch.randint(len(i), (share,), generator=g)] for i in of])
+    def pick(g: torch.Generator) -> Tensor:
+        share = -(-32 // classes)  # rounded up
+        return torch.cat([rows[torch.randint(len(rows), (share,), generator=g)] for rows in of_class])
 
     widths = (16, 32, 64, 64)
     with torch.random.fork_rng(devices=[]):
@@ -146,8 +175,8 @@ def train_classifier(
             nn.Dropout(0.2), nn.Linear(widths[-1], classes),
         )  # fmt: skip
 
-        def loss(x: Tensor, i: Tensor) -> Tensor:
-            return F.cross_entropy(network(x), labels[i].to(device), label_smoothing=0.1)
+        def loss(x: Tensor, index: Tensor) -> Tensor:
+            return F.cross_entropy(network(x), labels[index].to(device), label_smoothing=0.1)
 
-        _fit(network, images, index, 128, loss, steps, 3e-3, seed, device, progress)
+        _train(network, images, pick, 128, loss, steps, 3e-3, seed, device, progress)
     return lambda unseen: embed(network, unseen, 128, device, lambda n: None).softmax(1)

@@ -1,6 +1,7 @@
-"""RUN/report.html: all of a run on one page that needs nothing else: python report.py --run NAME.
+"""Write RUN/report.html: python report.py --run NAME puts everything about a run on one self-contained page.
 
-The training scripts write it again whenever they draw their curves. Sections and curves are those of wandb's panels.
+Numbers, curves, pictures and evidence, all inside one HTML file that needs no other file and no network. The training
+scripts also rewrite it whenever they draw their curves. Its sections and curves match wandb's panels.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ import numpy as np
 from utils import UserError, evenly_spaced, git_commit, read_jsonl, run_script
 from weights import read_meta, write_atomic
 
-STAGES = {"vae": "VAE", "diffusion": "U-Net"}
-MAX_FRAMES = 24  # of a slider: what a browser opens at once
-BY_TIMESTEP = "loss by timestep, "
+STAGES = {"vae": "VAE", "diffusion": "U-Net"}  # folder of the run -> heading
+MAX_FRAMES = 24  # most pictures in a slider: every one of them is inside the page, and a browser loads all at once
+BY_TIMESTEP = "loss by timestep, "  # metrics.jsonl keys: this, then "train/t=202" or "val/t=202"
 
+# The page has its style and its one script inside, so that it works offline and asks no server for anything.
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --page: #fff; --line: #d0d7de; --soft: #57606a; --note: #fff4e0 }
 @media (prefers-color-scheme: dark) {
@@ -43,6 +45,7 @@ table { border-collapse: collapse } td.number { font-variant-numeric: tabular-nu
 .note { background: var(--note); padding: .6rem 1rem; border-radius: .4rem }
 input[type=range] { width: min(30rem, 100%) } summary { cursor: pointer } pre { overflow-x: auto }
 """
+# Moving a slider shows its picture number `value` and hides the others.
 SLIDE = """
 for (const f of document.querySelectorAll("figure[data-frames]")) {
   const images = f.querySelectorAll("img"), slider = f.querySelector("input"), out = f.querySelector("output");
@@ -55,19 +58,30 @@ for (const f of document.querySelectorAll("figure[data-frames]")) {
 """
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Pieces of HTML. Names of runs, classes and settings can contain anything, so every text is escaped.
+
+
 def data_uri(png: bytes) -> str:
+    """A PNG as an address that contains the picture itself."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def picture(png: bytes, what: str, caption: str = "", kind: str = "") -> str:
-    """A figure with its text for those who cannot see it."""
+    """A <figure> with the picture, `what` as its alternative text, and a caption (default: the same text).
+
+    kind: CSS class; "plot" keeps a white background in dark mode.
+    """
     what, caption = html.escape(what), html.escape(caption or what)
     tag = f' class="{kind}"' if kind else ""
     return f'<figure><img{tag} src="{data_uri(png)}" alt="{what}"><figcaption>{caption}</figcaption></figure>'
 
 
 def slider(frames: Sequence[Path], what: str) -> str:
-    """Pictures EPOCH.png of some epochs, one at a time."""
+    """A <figure> that shows one of the pictures EPOCH.png at a time, the last one first.
+
+    With more than MAX_FRAMES, evenly spaced ones.
+    """
     keep = evenly_spaced(len(frames), MAX_FRAMES)
     images = "".join(
         f'<img src="{data_uri(path.read_bytes())}" alt="epoch {int(path.stem)}"{" hidden" * (i < len(keep) - 1)}>'
@@ -80,7 +94,7 @@ def slider(frames: Sequence[Path], what: str) -> str:
 
 
 def table(rows: Mapping[str, object], head: Sequence[str] = ()) -> str:
-    """Two columns, or as many as the values have."""
+    """A <table> with a row for each name: the name, then its value, or one cell for each item of a list or tuple."""
     text = f"<tr>{''.join(f'<th>{html.escape(h)}</th>' for h in head)}</tr>" if head else ""
     for name, value in rows.items():
         cells = value if isinstance(value, (list, tuple)) else [value]
@@ -90,29 +104,41 @@ def table(rows: Mapping[str, object], head: Sequence[str] = ()) -> str:
 
 
 def _number(value: object) -> str:
+    """Four significant digits for a float, anything else as it is."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _interval(n: Mapping[str, float]) -> str:
+    """The 95 % interval of a number in report.json, for example "[1.2, 3.4]"."""
     return f"[{_number(n['ci_low'])}, {_number(n['ci_high'])}]"
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Sections of the page
+
+
 def plot_by_timestep(rows: Sequence[Mapping[str, float]]) -> bytes | None:
-    """The last epoch's loss over the timestep, and validation's at earlier epochs in fainter lines."""
+    """PNG of the loss over the timestep, or None if the rows of metrics.jsonl hold none.
+
+    Training loss of the last epoch, and validation loss of up to five epochs, the earlier the fainter.
+    """
     from matplotlib.figure import Figure
 
+    # Not every row has these losses; those of the VAE never do.
     named = [r for r in rows if any(k.startswith(BY_TIMESTEP) for k in r)]
     if not named:
         return None
     figure = Figure(figsize=(6.4, 3.2), layout="constrained")
     ax = figure.add_subplot()
     for kind, colour in (("train", "tab:blue"), ("val", "tab:orange")):
-        earlier = evenly_spaced(len(named), 5) if kind == "val" else [-1]
-        some = [named[i] for i in earlier]
-        for n, row in enumerate(some, 1):
-            place = {int(k.rpartition("=")[2]): v for k, v in row.items() if k.startswith(f"{BY_TIMESTEP}{kind}/t=")}
+        epochs = evenly_spaced(len(named), 5) if kind == "val" else [-1]
+        shown = [named[i] for i in epochs]
+        for n, row in enumerate(shown, 1):
+            prefix = f"{BY_TIMESTEP}{kind}/t="
+            loss = {int(k.removeprefix(prefix)): v for k, v in row.items() if k.startswith(prefix)}  # by timestep
             label = f"{kind}, epoch {row['epoch']:g}"
-            ax.plot([*place], [*place.values()], ".-", color=colour, alpha=(n / len(some)) ** 1.5, label=label)
+            ax.plot([*loss], [*loss.values()], ".-", color=colour, alpha=(n / len(shown)) ** 1.5, label=label)
+    # Losses at small and at large timesteps differ by orders of magnitude, hence the logarithmic axis.
     ax.set(xlabel="timestep (0: clean, 999: noise)", ylabel="loss", yscale="log")
     ax.grid(alpha=0.3)
     ax.legend(fontsize=7, frameon=False)
@@ -122,13 +148,20 @@ def plot_by_timestep(rows: Sequence[Mapping[str, float]]) -> bytes | None:
 
 
 def stage(folder: Path, people: bool) -> str:
-    """What one stage left: its numbers, curves, pictures over the epochs, configuration."""
+    """The section about one stage, RUN/vae or RUN/diffusion: numbers, curves, pictures over the epochs, configuration.
+
+    "" if the stage has no numbers yet. Without `people`, no slice of the data and none of the paths on this machine.
+    """
+    # read the numbers and the weights' header
     rows = read_jsonl(folder / "metrics.jsonl")
     if not rows:
         return ""
     last = rows[-1]
+    # While the training runs there is no final.safetensors yet.
     files = [folder / f"{name}.safetensors" for name in ("final", "best")]
     meta = next((read_meta(f) for f in files if f.exists()), {})
+
+    # the table: where the training stands, its best epoch, its speed, what it ran on
     best = min((r for r in rows if "loss/val" in r), key=lambda r: r["loss/val"], default=last)
     speeds = [r["images per s"] for r in rows if "images per s" in r]
     facts: dict[str, object] = {"epochs": f"{last.get('epoch', 0):g}", "steps": f"{last['step']:,}"}
@@ -140,27 +173,34 @@ def stage(folder: Path, people: bool) -> str:
         )
     facts |= {k: meta[k] for k in ("data", "hardware", "commit") if meta.get(k)}
     text = [table(facts)]
+
+    # curves
     curves = folder / "curves.png"
     if curves.exists():
         text.append(picture(curves.read_bytes(), f"Curves of the {STAGES[folder.name]} over the epochs", kind="plot"))
     if by_timestep := plot_by_timestep(rows):
         text.append(picture(by_timestep, "Loss by timestep", kind="plot"))
+
+    # pictures over the epochs: the VAE's show real slices of people, the U-Net's only generated ones
     frames = [p for p in sorted(folder.glob("frames/*.png")) if p.stem.isdecimal()]
-    real = folder.name == "vae"
-    if frames and (people or not real):
-        what = "Slices, their reconstructions, and the error" if real else "The same seeds"
+    shows_people = folder.name == "vae"
+    if frames and (people or not shows_people):
+        what = "Slices, their reconstructions, and the error" if shows_people else "The same seeds"
         text.append(slider(frames, what))
     if (strip := folder / "denoising.png").exists():
         text.append(picture(strip.read_bytes(), "Denoising: x_t above, the estimate of the clean image below"))
+
+    # configuration; for a page to publish without paths, which can name people or projects
     if meta.get("config"):
-        told = {k: v for k, v in meta["config"].items() if people or k not in ("data", "cache", "checkpoints")}
-        config = html.escape(json.dumps(told, indent=1))
+        settings = {k: v for k, v in meta["config"].items() if people or k not in ("data", "cache", "checkpoints")}
+        config = html.escape(json.dumps(settings, indent=1))
         text.append(f"<details><summary>Configuration</summary><pre>{config}</pre></details>")
     return f"<h2>{STAGES[folder.name]}</h2>" + "\n".join(text)
 
 
 def evidence(folder: Path) -> str:
-    """What evaluate.py and tsne.py found, if they were run."""
+    """The section about what evaluate.py and tsne.py found in this run's folder. "" if neither was run."""
+    # numbers: {section: {metric: {value, floor, ci_low, ci_high, n}}}; the blurred controls are left out
     text, file = [], folder / "report" / "report.json"
     found = json.loads(file.read_bytes()) if file.exists() else {}
     rows = {
@@ -175,6 +215,7 @@ def evidence(folder: Path) -> str:
             "<p>The floor is the same number with people who were held out (<code>report/report.md</code>).</p>"
         )
         text.append(table(rows, ["", "generated", "floor", "interval"]))
+    # pictures
     shown = {"generated": "Generated slices", "spectrum": "Power spectrum", "anatomy": "Anatomy"}
     shown |= {"memorisation": "Distances to the closest training slice"}
     for name, what in shown.items():
@@ -185,11 +226,21 @@ def evidence(folder: Path) -> str:
     return "<h2>Evidence</h2>" + "\n".join(text) if text else ""
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+
+
 def write_report(home: Path, people: bool = True, out: Path | None = None) -> Path | None:
-    """RUN/report.html, or OUT; None where the run has no numbers yet. Without `people`, no slice of the data."""
+    """Write the page of the run in folder `home` and return its path; None if the run has no numbers yet.
+
+    people: show slices of the data, which are of people. Without, the page can be shared, and its default name is
+    report-without-people.html instead of report.html.
+    """
+    # the sections; the page needs at least one stage
     stages = [stage(home / name, people) for name in STAGES]
     if not any(stages):
         return None
+    # a note at the top says whether the page may be shared
     warning = (
         "This page shows slices of the people in the training data. Keep it as you keep the data; "
         "<code>python report.py --no-training-pictures</code> makes one without them."
@@ -207,20 +258,22 @@ def write_report(home: Path, people: bool = True, out: Path | None = None) -> Pa
 {evidence(home)}
 </main><script>{SLIDE}</script></body></html>
 """
+    # Another default name: a training rewrites report.html with slices of people, and must not overwrite this one.
     out = out or home / ("report.html" if people else "report-without-people.html")
-    write_atomic(out, page.encode("utf-8", "replace"))
+    write_atomic(out, page.encode("utf-8", "replace"))  # a file name that is not UTF-8 shows a "?"
     return out
 
 
 def refresh_report(home: Path) -> None:
-    """The same from within a training, which a damaged file beside it must not end."""
+    """Write the page from within a training. Whatever goes wrong is printed and does not end the training."""
     try:
         write_report(home)
-    except Exception as e:
-        print(f"{home / 'report.html'} is not written anew ({type(e).__name__}: {e})", file=sys.stderr)
+    except Exception as e:  # for example a damaged report.json or picture
+        print(f"{home / 'report.html'} was not updated ({type(e).__name__}: {e})", file=sys.stderr)
 
 
 def main(cfg: ReportConfig) -> None:
+    """Write the page and print its path. UserError if there is no such run, or if it has no numbers yet."""
     home = Path(cfg.checkpoints) / cfg.run
     if not home.is_dir():
         raise UserError(f"there is no run {home}: name one with --run")

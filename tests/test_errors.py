@@ -56,7 +56,7 @@ def test_one_person_on_both_sides(phantoms: Path, tmp_path: Path):
     file = next((data / "train" / "AD").glob("*.png"))
     shutil.copy(file, data / "val" / "AD" / file.name)
     sentence = pre_train(data, tmp_path)
-    assert "both sides of a split" in sentence and f"val/AD/{file.name}" in sentence and "train/AD/" in sentence
+    assert "is in two splits" in sentence and f"val/AD/{file.name}" in sentence and "train/AD/" in sentence
 
 
 def test_image_size_the_model_cannot_take(phantoms: Path, tmp_path: Path):

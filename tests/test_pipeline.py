@@ -402,7 +402,7 @@ def test_the_vae_says_who_is_held_out_whatever_the_seed_of_the_training(phantoms
     for file in (data / "train" / "AD").glob(f"{first}_*"):
         file.unlink()
     refused = run_any("train.py", *where(tmp_path, data, "r"), *TINY_UNET, "--epochs", "2", "--seed", "1")
-    assert refused.returncode == 2 and "with other people held out" in refused.stderr
+    assert refused.returncode == 2 and "or validated on other people" in refused.stderr
 
 
 def test_a_u_net_of_another_vae_is_left_out_of_the_map(copied: Path, phantoms: Path):

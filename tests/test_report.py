@@ -85,7 +85,7 @@ def test_a_damaged_file_beside_a_run_does_not_end_a_training(trained: Path, tmp_
     for damage in ('{"a":', "[1]", '{"x": {"y": {"value": 1.0, "ci_low": 1}}}'):
         (home / "report" / "report.json").write_text(damage)
         refresh_report(home)
-        assert "is not written anew" in capsys.readouterr().err
+        assert "was not updated" in capsys.readouterr().err
 
 
 def test_a_run_without_numbers_is_a_sentence(tmp_path: Path):

@@ -269,7 +269,7 @@ def make(kind: str, folder: Path) -> None:
 REASONS = {
     "torn": "end-of-stream", "flipped": "CRC", "short": "shorter than its header", "nothing": "", "text": "gzipped",
     "4-D": "4-D", "empty": "empty", "flat": "one intensity", "colour": "", "huge": "larger than",
-    "lying": "orientation", "slab": "less than a head", "freesurfer": "not read", "gap": "missing",
+    "lying": "orientation", "slab": "less than a head", "freesurfer": "not supported", "gap": "missing",
     "localizer": "orientations", "repeated": "one position", "no dicom": "",
 }  # fmt: skip
 
@@ -371,8 +371,8 @@ def test_odd_folders(tmp_path: Path):
         found, rows = slices(tmp_path / "out"), table(tmp_path / "out")
         assert len(found) == 6 and all(len(images) == 4 for images in found.values())
         assert len({r["patient"] for r in rows if r["scan"].startswith("flat")}) == 3
-        assert [r["left_out"] for r in rows if r["left_out"]] == ["no file: a link to nowhere?"]
-        assert "2 scans do not say whose they are" in done.stdout
+        assert [r["left_out"] for r in rows if r["left_out"]] == ["not a file, or a broken link"]
+        assert "2 scans have no patient in their path or header" in done.stdout
 
 
 def test_a_path_that_names_two_subjects_is_not_guessed_at(tmp_path: Path):
@@ -463,9 +463,9 @@ WRONG: dict[str, Callable[[Path], list]] = {
     "--window needs": lambda p: [p / "in", p / "o", "--window", "99", "1"],
     "--spacing 0": lambda p: [p / "in", p / "o", "--spacing", "0"],
     "needs the columns": lambda p: [p / "in", p / "o", "--table", p / "full/x.csv"],
-    "are of a table": lambda p: [p / "in", p / "o", "--groups", "AD"],
+    "--groups needs a table": lambda p: [p / "in", p / "o", "--groups", "AD"],
     "cannot be the name of a folder": lambda p: [p / "in", p / "o", "--class-name", "../x"],
-    "no slice came out": lambda p: [p / "bad", p / "o"],
+    "no slice could be cut": lambda p: [p / "bad", p / "o"],
 }
 
 
