@@ -114,12 +114,13 @@ class Ranks:
         return [min(n, batch * -(-r * steps // self.size)) for r in range(self.size + 1)]
 
     def micro_batches(
-        self, batch: int, micro: int, *networks: nn.Module
+        self, batch: int, micro: int, *networks: Any
     ) -> Iterator[tuple[slice, float, AbstractContextManager]]:
         """Split this rank's rows of a batch into micro-batches: yields (rows of its share, loss weight, context).
 
         With these weights the gradients of the micro-batches' mean losses add up to the gradient of the batch's mean
-        loss. Forward and backward run inside the context, which lets DDP exchange gradients in the last one only.
+        loss. Forward and backward run inside the context, which lets DDP exchange gradients in the last one only;
+        `networks` are what `wrap_ddp` returned.
         """
         share = self.share(batch)
         n = share.stop - share.start
@@ -128,7 +129,6 @@ class Ranks:
             context = ExitStack()
             if self.size > 1 and rows.stop < n:
                 for network in networks:
-                    assert isinstance(network, nn.parallel.DistributedDataParallel)
                     context.enter_context(network.no_sync())
             yield rows, (rows.stop - start) * self.size / batch, context
 

@@ -126,7 +126,6 @@ class Run:
         self.ranks = Ranks(device)
         self.folder = Path(cfg.checkpoints) / cfg.run / stage
         self.ranks.run_on_rank0(self._open)
-        self.rows = self.ranks.batch_rows(plan.batch)
         self.log: NullLog = NullLog()
         self.watch = NonFiniteWatch(device)
         self.bar: Any = None
@@ -207,6 +206,7 @@ class Run:
         # Beside a step there must be room for the gradient buckets of DDP and the best weights, and, in a run that is
         # new, for the two moments of AdamW, which are made in its first step.
         copies = 2 if self.resumed else 4
+        self.rows = self.ranks.batch_rows(self.plan.batch)
         share = self.rows.stop - self.rows.start
         self.micro = find_micro_batch(self.cfg.micro_batch, share, model, copies, trial)
         compile_networks(self.cfg.compile, networks, lambda: trial(self.micro), self.device)

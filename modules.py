@@ -369,9 +369,15 @@ def sample_steps(
         yield t_prev, x, x0
 
 
-def sample(denoise: Denoiser, x: Tensor, scheduler: NoiseScheduler_Fast_DDPM, **how: Any) -> Tensor:
+def sample(
+    denoise: Denoiser,
+    x: Tensor,
+    scheduler: NoiseScheduler_Fast_DDPM,
+    timesteps: Sequence[int] | None = None,
+    **how: Any,
+) -> Tensor:
     """The clean latents [B, C, H, W] at the end of `sample_steps`, which takes the same arguments."""
-    for _, x_t, _ in sample_steps(denoise, x, scheduler, **how):  # noqa: B007 - the last one is what is wanted
+    for _, x_t, _ in sample_steps(denoise, x, scheduler, timesteps, **how):  # noqa: B007 - the last one is what is wanted
         pass
     return x_t
 

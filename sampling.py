@@ -120,18 +120,15 @@ class ImageSampler:
         z = sample(self.model.denoiser(y, self.guidance), x, self.model.scheduler, generator=noise, **self.how)
         return to_pixels(self.vae.decode(z)), z
 
-    def _start(self, seed: int, indices: Sequence[int], y: Tensor) -> tuple[Tensor, Tensor, list[torch.Generator]]:
-        """Noise and labels of a whole batch: a smaller one would be rounded differently by the networks."""
-        missing = self.batch - len(indices)
-        x, noise = start_noise(seed, [*indices, *[0] * missing], self.vae.latent_shape)
-        return x, F.pad(y, (0, missing)), noise
-
     def __call__(self, seed: int, indices: Sequence[int], y: Tensor) -> tuple[Tensor, Tensor]:
         """(uint8 [B, S, S], latents [B, C, h, w]) for up to `batch` indices and their labels y, int64 [B] on the CPU.
 
         Returns before a GPU is done with them.
         """
-        n, (x, y, noise) = len(indices), self._start(seed, indices, y)
+        # Always a whole batch, because networks round smaller ones differently.
+        n, missing = len(indices), self.batch - len(indices)
+        x, noise = start_noise(seed, [*indices, *[0] * missing], self.vae.latent_shape)
+        y = F.pad(y, (0, missing))
         if self.replay is None:
             pixels, z = self._images(x.to(self.device), y.to(self.device), noise)
             return pixels[:n], z[:n]
@@ -139,11 +136,10 @@ class ImageSampler:
         return pixels[:n].clone(), z[:n].clone()
 
     def steps(self, seed: int, indices: Sequence[int], y: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """The same, step by step: (t, x_t, x0) as `sample_steps` yields them, latents [B, C, h, w]."""
-        n, (x, y, noise) = len(indices), self._start(seed, indices, y)
+        """Any number of images step by step: (t, x_t, x0) as `sample_steps` yields them, latents [B, C, h, w]."""
+        x, noise = start_noise(seed, indices, self.vae.latent_shape)
         denoise = self.model.denoiser(y.to(self.device), self.guidance)
-        for t, x_t, x0 in sample_steps(denoise, x.to(self.device), self.model.scheduler, generator=noise, **self.how):
-            yield t, x_t[:n], x0[:n]
+        return sample_steps(denoise, x.to(self.device), self.model.scheduler, generator=noise, **self.how)
 
 
 def copy_detector(data: str, cache: str, vae: VAE, meta: dict[str, Any]) -> tuple[CopyDetector, Tensor]:

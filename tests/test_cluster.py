@@ -58,7 +58,7 @@ def largest_difference(a: Path, b: Path) -> float:
 
 @settings(deadline=None, derandomize=True, max_examples=60)
 @given(n=st.integers(0, 70), size=st.integers(1, 40), micro=st.integers(1, 20))
-def test_shares_and_portions_are_the_whole_once(n: int, size: int, micro: int):
+def test_shares_and_micro_batches_are_the_whole_once(n: int, size: int, micro: int):
     def rank(r: int) -> cluster.Ranks:
         ranks = cluster.Ranks(torch.device("cpu"))
         ranks.rank, ranks.size = r, size
@@ -75,14 +75,14 @@ def test_shares_and_portions_are_the_whole_once(n: int, size: int, micro: int):
 
     rows = [i for r in range(size) for i in range(n)[rank(r).share(n)]]
     assert rows == list(range(n)) and (not n or rank(0).share(n).stop > 0)
-    cuts = rank(0).cuts(n, micro)
+    cuts = rank(0).row_bounds(n, micro)
     assert cuts[0] == 0 and cuts[-1] == n and all(c % micro == 0 or c == n for c in cuts) and cuts == sorted(cuts)
     # weights times means of portions, averaged over the ranks as DDP does, are the mean of the batch
     values, mean = torch.arange(float(n)).square(), 0.0
     for r in range(size):
         mine, passes = values[rank(r).share(n)], []
         networks = Network(), Network()
-        for part, weight, passing in rank(r).portions(n, micro, *networks):
+        for part, weight, passing in rank(r).micro_batches(n, micro, *networks):
             assert 0 < len(mine[part]) <= micro
             mean += weight * mine[part].mean().item() / size
             with passing:
@@ -197,7 +197,7 @@ def test_what_rank_0_refuses_ends_all_ranks(trained: Path, phantoms: Path, tmp_p
     (tmp_path / "c" / "vae").mkdir(parents=True)
     (tmp_path / "c" / "vae" / "last.pt").write_bytes(b"torn")
     for flags, sentence in (
-        ([], "is being worked on by process 4 on node9"), (["--run", "b"], "--batch-size 1 does"),
+        ([], "is being worked on by process 4 on node9"), (["--run", "b"], "--batch-size 1 is less"),
         (["--run", "c"], "last.pt cannot be read"),
     ):  # fmt: skip
         ranks = start_ranks("pre_train.py", *where(tmp_path, phantoms), *TINY_VAE, "--batch-size", "1", *flags)

@@ -143,7 +143,7 @@ def test_the_teacher_stops_at_the_students_timesteps(num_steps: int):
         accepted.append(teacher_steps)
         assert grid == make_grid("student", teacher_steps, ABAR).tolist()
         assert grid[::-1][:: teacher_steps // num_steps] == make_grid("student", num_steps, ABAR)[::-1].tolist()
-    assert 16 // num_steps * num_steps in accepted and teacher_steps not in accepted
+    assert 16 // num_steps * num_steps in accepted and (teacher_steps in accepted) == (num_steps < 3)
 
 
 def test_a_student_is_generated_from_in_its_own_steps_by_every_script(student: Path, phantoms: Path, tmp_path: Path):
