@@ -396,7 +396,7 @@ def test_a_vae_that_saw_the_people_held_out_is_refused(phantoms: Path, tmp_path:
 # t-SNE, command lines
 
 
-@pytest.mark.parametrize("generated", [6, pytest.param(128, marks=pytest.mark.full)])
+@pytest.mark.parametrize("generated", [6, 128])
 def test_tsne_draws_a_map_and_measures_the_separation_by_person(
     generated: int, trained: Path, six: Path, phantoms: Path, tmp_path: Path
 ):
