@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ def draw_map(
 
 
 def main(cfg: TsneConfig) -> None:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # else its threads burn CPU while they wait for each other
     from openTSNE import TSNE
 
     device = pick_device(cfg.device)

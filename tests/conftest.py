@@ -16,10 +16,12 @@ from pathlib import Path
 
 # Before torch: one thread per test process, and the same results on every machine.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "passive"  # openTSNE's threads would spend 20 s waiting for one another
 os.environ["WANDB_MODE"] = "offline"
+ENVIRONMENT = dict(os.environ)  # before any of our files is imported
 
-import pytest
-from filelock import FileLock
+import pytest  # noqa: E402
+from filelock import FileLock  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))

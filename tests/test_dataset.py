@@ -325,6 +325,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
 
+@pytest.mark.full  # test_fuzz.py has the short form: headers that claim large sides
 def test_pictures_too_large_for_memory_are_not_decoded(tmp_path: Path):
     files = huge_pictures(tmp_path)
     lifted = {"OPENCV_IO_MAX_IMAGE_PIXELS": str(2**30)}

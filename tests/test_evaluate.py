@@ -88,6 +88,7 @@ def test_diversity_sees_one_image_repeated(look, sets):
     assert dull["value"] > 0.999 > real["ci_high"]
 
 
+@pytest.mark.full
 def test_two_sample_test_is_at_chance_on_people_and_sure_of_damage(look, sets):
     real, soft = (look(evidence.two_sample, s)["two_sample"] for s in (sets[2], blurred(sets[2])))
     assert 0.25 < real["auc"]["value"] < 0.75 and 0.25 < real["auc"]["floor"] < 0.75
@@ -120,6 +121,7 @@ def test_anatomy_sees_shifted_ventricles_by_class(look, sets):
     assert pale["anatomy"]["contrast_d"]["value"] < -2 and pale["anatomy"]["contrast_emd"]["value"] > 2
 
 
+@pytest.mark.full
 def test_class_fidelity_sees_swapped_labels(look, sets):
     made = people(0, 200, 160, slices=1)
     swapped = look(evidence.class_fidelity, replace(made, labels=1 - made.labels))["class_fidelity"]
@@ -196,6 +198,7 @@ def report(data: Path) -> Path:
     return data / "report"
 
 
+@pytest.mark.full  # evaluate.py in short: test_report_of_a_run_that_is_too_small_for_some_metrics
 def test_report_of_a_folder(report: Path):
     numbers = json.loads((report / "report.json").read_text())
     sections = set("random_vgg random_vgg_blurred autoencoder autoencoder_shuffled diversity unpaired spectrum".split())
@@ -220,6 +223,7 @@ def test_report_of_a_folder(report: Path):
     assert numbers["autoencoder_noised"]["coverage"]["value"] < 0.8 * numbers["autoencoder"]["coverage"]["value"]
 
 
+@pytest.mark.full  # evaluate.py in short: test_report_of_a_run_that_is_too_small_for_some_metrics
 def test_report_for_people(report: Path):
     text = (report / "report.md").read_text()
     for word in (

@@ -187,6 +187,7 @@ def weights(tmp_path):
     path.unlink()  # 95 MB
 
 
+@pytest.mark.full
 def test_inception_gives_the_frechet_distance_of_torchmetrics(weights, heads):
     from torchmetrics.image import FrechetInceptionDistance
 

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, made_once, python
+from conftest import ENVIRONMENT, ROOT, made_once, python
 
 FILES = sorted(p.stem for p in ROOT.glob("*.py"))
 SCRIPTS = {"pre_train", "train", "distil", "predict", "evaluate", "tsne", "app"}
@@ -86,7 +86,7 @@ for name in names:
 def said_by_imports() -> dict[str, str]:
     def try_all(folder: Path) -> None:
         (folder / "empty").mkdir(parents=True)
-        done = python(IMPORT, ROOT, *FILES, cold=True, cwd=folder / "empty")
+        done = python(IMPORT, ROOT, *FILES, cold=True, cwd=folder / "empty", env=ENVIRONMENT)
         assert done.returncode == 0, done.stderr[-3000:]
         (folder / "said").write_text(done.stdout)
 

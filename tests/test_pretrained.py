@@ -35,6 +35,15 @@ def test_plain_predict_draws_brains_from_the_repository_alone(tmp_path: Path):
     assert np.abs(drawn[0].astype(int) - drawn[1]).mean() > 5  # and not one and the same
 
 
+def test_phantoms_follow_their_class(tmp_path: Path):
+    """The short form of the test below."""
+    flags = ["--run", "pretrained/phantoms", "--num-images", "16", "--guidance", "2.5", "--out", tmp_path / "out"]
+    run("predict.py", *flags)
+    by_class = {name: anatomy.measure(x)["ventricle_fraction"] for name, x in images(tmp_path / "out").items()}
+    assert list(by_class) == ["AD", "NC"] and by_class["AD"].mean() - by_class["NC"].mean() > 0.003
+
+
+@pytest.mark.full
 def test_phantoms_follow_their_class_and_more_so_with_guidance(tmp_path: Path):
     difference = []
     for guidance in ("1", "2.5"):

@@ -160,20 +160,6 @@ def test_compiled_networks_give_the_eager_values_and_gradients(dtype: torch.dtyp
         assert error(a, b) < tolerance or error(a, c) < error(b, c)
 
 
-def test_a_compiled_layer_gives_the_eager_values_and_gradients():
-    """The short form of the test above."""
-    layer, x = awake(nn.Sequential(nn.Linear(8, 8), nn.SiLU())), torch.randn(4, 8, generator=generator(1))
-
-    def everything() -> list[torch.Tensor]:
-        y = layer(x)
-        return [y, *torch.autograd.grad(y.square().mean(), [*layer.parameters()])]
-
-    eager = everything()
-    assert compile_networks("on", [layer], everything, cpu) and "forward" in vars(layer)
-    for a, b in zip(everything(), eager):
-        torch.testing.assert_close(a, b)
-
-
 def test_a_network_that_cannot_be_compiled_stays_as_it_is(capsys: pytest.CaptureFixture):
     """The short form of the test below."""
     layer = nn.Linear(8, 8)
@@ -245,7 +231,8 @@ def test_a_file_that_cannot_be_written_stops_drawing_in_one_sentence(trained: Pa
     assert done.returncode == 2 and "error: " in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("preset", ["small", pytest.param("adni", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("preset", ["small", "adni"])
 @pytest.mark.parametrize("peer", ["diffusers", "MONAI"])
 def test_peers_are_matched_in_size(preset: str, peer: str):
     python = ROOT / ".venv-bench" / "bin" / "python"  # make bench-env

@@ -77,7 +77,7 @@ os.environ.clear()
 os.environ.update(job["env"])
 encoding, _, errors = os.environ.get("PYTHONIOENCODING", "utf-8:strict").partition(":")
 sys.stdout.reconfigure(encoding=encoding, errors=errors)
-sys.stderr.reconfigure(encoding=encoding)
+sys.stderr.reconfigure(encoding=encoding, errors="backslashreplace")
 os.chdir(job["cwd"])
 script, *words = job["argv"]
 sys.path[:0] = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
