@@ -52,6 +52,7 @@ class Ranks:
             os.environ["MASTER_ADDR"] = nodes[0]
             job, step = int(os.environ["SLURM_JOB_ID"]), int(os.environ["SLURM_STEP_ID"])
             os.environ["MASTER_PORT"] = str(20_000 + (97 * job + step) % 20_000)
+        # NCCL knows only GPUs, so a second group carries what lies on the host.
         nccl = device.type == "cuda"
         dist.init_process_group("nccl" if nccl else "gloo", rank=self.rank, world_size=self.size)
         self.host = dist.new_group(backend="gloo") if nccl else dist.group.WORLD
@@ -69,6 +70,7 @@ class Ranks:
                 result = call()
             except (UserError, OSError) as e:
                 problem = e
+        # All ranks learn here whether rank 0 failed; otherwise they would wait for it forever.
         if self.sum(torch.tensor(float(problem is not None))):
             raise problem or SystemExit(2)
         return result
@@ -155,6 +157,7 @@ class Ranks:
 
     def check_same(self, *facts: object) -> None:
         """UserError if the ranks do not hold the same facts (data, step ...), that is, if they do not share a disk."""
+        # For equal numbers, and only for them, size * (sum of squares) is (sum) squared. float64 holds both exactly.
         number = derive_seed(*facts) % 2**20
         total, squares = self.sum(torch.tensor([number, number**2], dtype=torch.float64)).tolist()
         if squares * self.size != total**2:
@@ -162,6 +165,7 @@ class Ranks:
 
     def all_gather_rows(self, rows: Tensor, bounds: list[int]) -> None:
         """Fill `rows`, a tensor on the host, on every rank: rank r holds rows bounds[r] to bounds[r + 1]."""
+        # As bytes, because Gloo does not know every dtype.
         for r in range(self.size if self.size > 1 else 0):
             if bounds[r] < bounds[r + 1]:
                 dist.broadcast(rows[bounds[r] : bounds[r + 1]].view(torch.uint8), r, group=self.host)
@@ -200,6 +204,7 @@ class RunLock:
         except OSError:  # a file system without locks: only the heartbeat counts
             locks = False
 
+        # A record stays behind when its process was killed, so it counts only while it is being touched.
         # Read who holds the run, or held it last, and decide whether that still counts.
         try:
             other = json.loads(os.pread(self.file, 4096, 0))
@@ -263,7 +268,7 @@ class StopSignal:
     NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def __init__(self) -> None:
-        self.name = ""
+        self.name = ""  # of the first signal
         for s in self.NUMBERS[:2]:
             signal.signal(s, self._stop)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler cannot interrupt the wait for other ranks

@@ -46,10 +46,12 @@ def pick_device(name: str) -> torch.device:
 
 def pick_amp_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """The dtype for autocast, None for float32. `auto`: bf16 where the hardware computes in it, else fp16 on CUDA."""
+    # What is asked for by name
     if precision == "fp16" and device.type == "cpu":
         raise UserError("--precision fp16 needs a GPU: take fp32, bf16 or auto on a CPU")
     if precision != "auto":
         return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    # auto: where a dtype is emulated it is slower than float32
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "cpu":
@@ -108,7 +110,7 @@ def compile_networks(
         raise
     except Exception as e:
         for network in networks:
-            del network.forward
+            del network.forward  # the compiled one, which hid the class's own
         reason = next((line for line in str(e).splitlines() if line.strip()), "")[:160]
         print(f"torch.compile cannot be used here, going on without ({type(e).__name__}: {reason})", file=sys.stderr)
         return False
@@ -167,6 +169,7 @@ def shuffled_batches(n: int, batch: int, step: int, *seed: int) -> Iterator[Tens
 
     Every epoch, n // batch steps, has a permutation of its own that depends on (*seed, epoch) alone.
     """
+    # The first epoch may begin in the middle, where a run resumes.
     epoch, place = divmod(step, n // batch)
     while True:
         order = torch.randperm(n, generator=generator(*seed, epoch))
@@ -183,6 +186,7 @@ def gather_batches(tensors: Sequence[Tensor], order: Iterable[Tensor], device: t
     if device.type != "cuda":
         for index in order:
             yield [t[index].to(device) for t in tensors]
+    # Already on the GPU: only the index travels.
     elif tensors[0].is_cuda:
         for index in order:
             index = index.pin_memory().to(device, non_blocking=True)
@@ -229,6 +233,7 @@ def training_cost(model: nn.Module, *inputs: Tensor) -> tuple[int, float, float]
     """
     from torch.utils.flop_counter import FlopCounterMode
 
+    # What autograd saves for the backward pass, each tensor counted once; the weights themselves are not activations.
     saved: dict[tuple, int] = {}
 
     def pack(t: Tensor) -> Tensor:

@@ -48,6 +48,7 @@ def teacher_grid(teacher_steps: int, num_steps: int) -> list[int]:
     """
     if teacher_steps % num_steps:
         raise UserError(f"--teacher-steps {teacher_steps} is no multiple of --num-steps {num_steps}")
+    # Both grids come from the same rule, so it is enough to compare them.
     abar = NoiseScheduler_Fast_DDPM().abar
 
     def meets_student(steps: int) -> bool:
@@ -134,6 +135,7 @@ def evaluate(model: StableDiffusion, data: Trajectories, ranks: Ranks) -> dict[s
     order = order[ranks.share(len(order))]
     with eval_mode(model):
         for index, (states, y) in zip(order, gather_batches([data.states, data.labels], order, data.device)):
+            # The loss of every step of the student, then its own way from noise to image.
             for entry in range(steps):
                 entries = torch.full((len(index),), entry, device=data.device)
                 total[0] += student(states, y, entries).sum().item() / steps
@@ -146,6 +148,7 @@ def evaluate(model: StableDiffusion, data: Trajectories, ranks: Ranks) -> dict[s
 
 def show_samples(model: StableDiffusion, vae: VAE, data: Trajectories, folder: Path, epoch: int, last: bool) -> None:
     """Add a frame to FOLDER/samples.gif: the teacher's images above, the student's of the same noise below."""
+    # Eight trajectories of the validation set, always the same
     states, y = next(gather_batches([data.states, data.labels], [torch.arange(8)], data.device))
     with eval_mode(model, vae):
         z = sample(model.denoiser(y), states[:, 0].float(), model.scheduler)
@@ -161,6 +164,7 @@ def vae_of_teacher(cfg: DistilConfig) -> tuple[Path, bytes]:
     theirs, own = (Path(cfg.checkpoints) / run / "vae" / "best.safetensors" for run in (cfg.teacher, cfg.run))
     if theirs.resolve() == own.resolve():
         raise UserError(f"--run {cfg.run} is the teacher: give the student another --run")
+    # The student's latents are the teacher's, so another VAE would decode them to something else.
     data = theirs.read_bytes()
     if own.exists() and own.read_bytes() != data:
         raise UserError(f"run {cfg.run} has a VAE of its own ({own}): give the student another --run")
@@ -208,6 +212,7 @@ def main(cfg: DistilConfig) -> None:
         train = generate(cfg.trajectories, 11, "generating trajectories")
         val = generate(256, 12, "generating others to validate on")
 
+        # A step of n images whose result is thrown away: it shows what fits the memory and what can be compiled.
         def trial(n: int) -> None:
             states, y = train.states[:n].to(device), train.labels[:n].to(device)
             scaler.scale(student(states, y, torch.zeros(n, dtype=torch.int64, device=device)).mean()).backward()

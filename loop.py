@@ -173,6 +173,7 @@ class Run:
         state = self.ranks.rank0_first(lambda: load_state(self.folder / "last.pt"))
         if state:
             check_same_run(self.cfg, fingerprint, source, state, self.folder)
+            # A part that only the run or only this command has: --adversarial was turned on or off.
             saved = {name for name, value in state.items() if isinstance(value, dict)} - {"config"}
             for name in sorted(saved ^ {*self.parts}):
                 how = "with" if name in saved else "without"
@@ -182,11 +183,13 @@ class Run:
             self.step, self.evaluated, self.best = state["step"], state["evaluated"], state["best"]
             self.sums = state["sums"].to(self.device)
             self.resumed = True
+            # A run that was killed after its last step, but before its last file was written, is not finished.
             self.finished = self.step >= self.plan.steps and (self.folder / "final.safetensors").exists()
             if self.finished:
                 print(f"{self.folder} is finished: {self.cfg.epochs} epochs; more with --epochs, again with --fresh")
             else:
                 print(f"resuming {self.folder} at epoch {self.step / self.plan.steps_per_epoch:.2f}")
+        # Ranks that see another disk would silently train something else.
         self.ranks.check_same(fingerprint, self.step)
         return state
 
@@ -201,6 +204,7 @@ class Run:
         """
         hardware = describe_hardware(self.device)
         self.meta = {**meta, "config": asdict(self.cfg), "commit": git_commit(), "hardware": hardware}
+        # Only now, because opening the log drops the rows after the step at which the run resumes.
         if self.ranks.is_main:
             self.log = RunLog(self.folder, self.cfg, log_name or self.folder.name, self.step)
         # Beside a step there must be room for the gradient buckets of DDP and the best weights, and, in a run that is
@@ -210,6 +214,7 @@ class Run:
         share = self.rows.stop - self.rows.start
         self.micro = find_micro_batch(self.cfg.micro_batch, share, model, copies, trial)
         compile_networks(self.cfg.compile, networks, lambda: trial(self.micro), self.device)
+        # The clock starts after everything that happens once, so that images/s are those of the steps.
         batch = self.plan.batch
         self.bar = progress_bar(self.plan.steps * batch, self.step * batch)
         self.saved_at = self.clock = time.time()
@@ -229,6 +234,7 @@ class Run:
         130 after Ctrl-C, else with 75.
         """
         while self.step < epoch * self.plan.steps_per_epoch:
+            # A signal can reach one rank alone, and all of them must leave at the same step.
             leaving = self.ranks.any_rank(self.stop, self.step)
             if leaving or time.time() - self.saved_at > 60 * self.cfg.save_minutes:
                 self.save()
@@ -244,6 +250,7 @@ class Run:
         Where the norm is not finite the optimiser skipped the step, and it adds nothing. After 20 such steps in a row
         the run is saved and ends with a UserError.
         """
+        # All of it stays on the device, because reading a number from a GPU would wait for the step to finish.
         added = torch.cat([*(n.flatten() for n in numbers), norm.view(1), torch.ones_like(norm).view(1)])
         self.sums += torch.where(norm.isfinite(), added, 0.0)
         self.step += 1
@@ -271,6 +278,7 @@ class Run:
         the learning rate and skipped steps. `pictures` are files of the folder that were written in this epoch; they go
         to wandb, those that show `people` only where somebody asked for it, and the curves and the report are redrawn.
         """
+        # Numbers that every training logs.
         speed = (self.step - self.clock_step) * self.plan.batch / max(1e-9, time.time() - self.clock)
         *_, norm, taken = self.sums.tolist()
         optimizer: Any = self.parts["optimizer"]
@@ -283,10 +291,12 @@ class Run:
         if self.device.type == "cuda":
             numbers["GPU memory (GB)"] = torch.cuda.max_memory_allocated(self.device) / 1e9
 
+        # The best weights are copied now and written with the next save, so that the file fits the state.
         if better or numbers["loss/val"] < self.best:
             self.best = min(self.best, numbers["loss/val"])
             self.best_so_far = deepcopy(module), {**self.meta, "epoch": numbers["epoch"], "metrics": dict(numbers)}
 
+        # Log, line on the terminal, report.
         self.log.log(self.step, numbers)
         for name in pictures:
             self.log.picture(self.step, Path(name).stem, self.folder / name, people)
@@ -295,6 +305,7 @@ class Run:
         if pictures and self.ranks.is_main:
             refresh_report(self.folder.parent)
         self.bar.write(epoch_line(numbers))
+        # Begin anew with the next epoch; the time of the evaluation does not count.
         self.evaluated = self.clock_step = self.step
         self.clock = time.time()
         self.sums.zero_()
@@ -306,6 +317,7 @@ class Run:
         self.saved_at = time.time()
         if not self.ranks.is_main:
             return
+        # Weights first: if a kill comes between the two writes, the resumed run writes the same weights again.
         if self.best_so_far:
             save_weights(self.folder / "best.safetensors", *self.best_so_far)
             self.best_so_far = None
@@ -357,6 +369,7 @@ class EMA(nn.Module, Generic[Network]):
         averaged: list[Tensor] = [*self.module.parameters()]
         current: list[Tensor] = [*model.parameters()]
         n = int(self.n_averaged)
+        # The first time the copy is replaced, so that the random initial weights do not linger in the average.
         weight = 1 - min(self.decay, (1 + n) / (10 + n)) if n else 1.0
         if taken.device.type == "cpu":
             if not taken:
@@ -393,6 +406,7 @@ def optimise(
     in any precision, and nobody waits for the GPU to find out. A `discriminator` of the same optimiser is clipped by
     itself, and both networks step or neither does.
     """
+    # Clipping needs gradients at their true scale; the scaler remembers whether it met one that is not finite.
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf")).detach()
     if discriminator is not None:
@@ -402,6 +416,7 @@ def optimise(
         scaler.step(optimizer)
         scaler.update()
     elif optimizer.defaults["fused"]:
+        # A fused optimiser reads this flag on the device and skips the step; Lookahead hides it as `inner`.
         fused: Any = getattr(optimizer, "inner", optimizer)
         fused.found_inf = 1 - norm.isfinite().float()
         optimizer.step()
@@ -422,6 +437,7 @@ class NonFiniteWatch:
 
     def stuck_at(self, norm: Tensor, step: int) -> int:
         """Return the step at which `patience` such steps in a row were reached, else 0. May lag 20 steps."""
+        # Count on the device, and look every ten steps at a copy that was started ten steps before.
         self.count = torch.where(norm.isfinite(), 0, self.count + 1)
         self.since = torch.where((self.count == self.patience) & (self.since == 0), step, self.since)
         seen = 0
@@ -461,6 +477,7 @@ def find_micro_batch(
             return n
         except torch.OutOfMemoryError:
             room = []
+        # Give the memory back before half as many are tried.
         if n == 1:
             raise UserError("not even one image fits the GPU's memory: take smaller --channels, or a larger GPU")
         model.zero_grad(set_to_none=True)

@@ -42,6 +42,7 @@ def zero_init(layer: nn.Module) -> nn.Module:
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """Sinusoids of the timestep: int64 [B] -> float32 [B, dim] (Vaswani et al. 2017, section 3.5)."""
+    # dim / 2 frequencies from 1 down to 1 / 10,000, equally spaced in the logarithm.
     freqs = torch.exp(-math.log(10_000) / (dim // 2) * torch.arange(dim // 2, device=t.device, dtype=torch.float32))
     args = t.float()[:, None] * freqs[None]  # [B, dim/2]
     return torch.cat([args.cos(), args.sin()], dim=1)
@@ -63,6 +64,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         h = self.norm2(self.conv1(F.silu(self.norm1(x))))  # [B, cout, H, W]
+        # What depends on timestep and class acts on every channel as a whole.
         if self.emb is not None:
             scale, shift = self.emb(emb)[:, :, None, None].chunk(2, dim=1)  # each [B, cout, 1, 1]
             h = torch.addcmul(shift, h, 1 + scale)
@@ -74,6 +76,7 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, channels: int, norm_group: int = 1, head_dim: int = 64):
         super().__init__()
+        # As many heads of about head_dim channels as divide the channels.
         self.heads = max(h for h in range(1, max(1, channels // head_dim) + 1) if channels % h == 0)
         self.norm, self.qkv = group_norm(channels, norm_group), nn.Conv2d(channels, 3 * channels, 1)
         self.proj = zero_init(nn.Conv2d(channels, channels, 1))
@@ -130,6 +133,7 @@ class UNet(nn.Module):
             in_channels=in_channels, resolution=resolution, channels=list(channels), blocks=blocks,
             attention=list(attention), num_classes=num_classes, dropout=dropout, norm_group=norm_group, patch=patch,
         )  # fmt: skip
+        # What does not divide would fail inside the first forward pass, with a message about tensors.
         if channels[0] % 2:
             raise ValueError(f"the first width must be even, not {channels[0]}")
         if resolution % patch:
@@ -176,6 +180,7 @@ class UNet(nn.Module):
         self.out = zero_init(nn.Conv2d(width, in_channels * patch**2, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        # One embedding of timestep and class, which all blocks get.
         emb = self.time(timestep_embedding(t, self.config["channels"][0]))  # [B, E]
         if self.label is not None:
             emb = emb + self.label(y)
@@ -210,6 +215,7 @@ def make_grid(grid: str, num_steps: int, alphas_cumprod: np.ndarray) -> np.ndarr
     student: what a distilled network takes: equal steps in log-SNR without the clean end, so one step is possible.
     ValueError on an unknown name or an impossible count.
     """
+    # Grids that take any count
     last = len(alphas_cumprod) - 1
     if grid == "full":
         return np.arange(last + 1)
@@ -217,9 +223,11 @@ def make_grid(grid: str, num_steps: int, alphas_cumprod: np.ndarray) -> np.ndarr
         return make_grid("logsnr", num_steps + 1, alphas_cumprod)[1:]
     if not 2 <= num_steps <= last + 1:
         raise ValueError(f"a grid has 2 to {last + 1} steps, not {num_steps}")
+    # Grids of 2 to 1000 timesteps
     if grid == "uniform":
         return np.rint(np.linspace(0, last, num_steps)).astype(np.int64)
     if grid == "nonuniform":
+        # The paper's ten are given as they were published; other counts follow their pattern, 40 % below 699.
         if num_steps == 10 and last == 999:
             return np.array([0, 199, 399, 599, 699, 799, 849, 899, 949, 999])
         low, knee = max(1, round(0.4 * num_steps)), round(0.7 * last)
@@ -271,6 +279,7 @@ class NoiseScheduler_Fast_DDPM(nn.Module):
             "num_train_timesteps": num_train_timesteps, "beta_start": beta_start, "beta_end": beta_end,
             "num_steps": num_steps, "grid": grid,
         }  # fmt: skip
+        # In float64: a product of a thousand factors, whose last value, 4e-5, decides how noisy the start is.
         self.abar = np.cumprod(1 - np.linspace(beta_start, beta_end, num_train_timesteps, dtype=np.float64))
         if not 1e-8 < self.abar[-1] < self.abar[0] < 1:
             raise ValueError(f"noise from {beta_start:g} to {beta_end:g} leaves nothing of an image, or all of it")
@@ -296,6 +305,7 @@ class NoiseScheduler_Fast_DDPM(nn.Module):
 
     def sample_timesteps(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
         """Random timesteps of the grid, int64 [B], in antithetic pairs (Fast-DDPM): entry i comes with entry S-1-i."""
+        # Pairs of a clean and a noisy timestep make the mean loss of a batch vary less.
         n, device = len(self.timesteps), self.timesteps.device
         draw_on = generator.device if generator is not None else device
         i = torch.randint(0, n, ((batch + 1) // 2,), generator=generator, device=draw_on).to(device)
@@ -319,6 +329,7 @@ class NoiseScheduler_Fast_DDPM(nn.Module):
 
         eta 0 is deterministic, 1 is ancestral DDPM; the noise of eta > 0 comes from `generator`.
         """
+        # The estimate of the clean image, then a step back to the noise level of t_prev, with the same noise or new.
         abar_t, abar_p = self.abar[t], self.abar[t_prev] if t_prev >= 0 else 1.0
         x0 = (x - math.sqrt(1 - abar_t) * eps) / math.sqrt(abar_t)
         noise_sd = eta * math.sqrt((1 - abar_p) / (1 - abar_t) * (1 - abar_t / abar_p))  # eq. 16
@@ -349,6 +360,7 @@ def sample_steps(
     solver = solver or scheduler.default_solver
     ts = [int(t) for t in (scheduler.fast_timesteps if timesteps is None else timesteps)][::-1]  # descending
     abar = scheduler.abar
+    # dpm++2m extrapolates from the two latest estimates of the clean image.
     x0_last: Tensor | None = None
     h_last = 0.0
     for t, t_prev in zip(ts, [*ts[1:], -1]):
@@ -415,6 +427,7 @@ class StableDiffusion(nn.Module):
 
         z are clean latents, t int64 [B], noise like z, y as the U-Net takes it.
         """
+        # Noisy latents, the prediction, and what it should have been; then the clean latents that it implies.
         alpha, sigma = self.scheduler.alpha_sigma(t)
         x_t = self.scheduler.add_noise(z, noise, t)
         out = self.network(x_t, t, y)
@@ -446,6 +459,7 @@ class StableDiffusion(nn.Module):
             other = self.num_classes if from_class is None else from_class
             none = torch.full((len(x),), other, device=x.device)
             ts = torch.full((len(x),), t, device=x.device)
+            # The network's output, guided or not, and from it the estimates of noise and clean latents.
             if y is not None and guidance != 1.0:
                 both = self.network(x.repeat(2, 1, 1, 1), ts.repeat(2), torch.cat([y, none]))
                 with_class, without = both.chunk(2)
@@ -483,6 +497,7 @@ def load_diffusion(path: Path, device: torch.device) -> tuple[StableDiffusion, d
     tensors, meta = load_weights(path, "diffusion")
     try:
         scheduler = NoiseScheduler_Fast_DDPM(**check_arguments(NoiseScheduler_Fast_DDPM, meta.get("scheduler")))
+        # On the meta device: weights are put in below, and a header that asks for a huge network costs nothing.
         unet = build_network(UNet, meta.get("model"), tensors)
         model = StableDiffusion(unet, scheduler, str(meta.get("prediction")))
         if not meta.get("classes") or model.num_classes not in (0, len(meta["classes"])):
@@ -526,7 +541,7 @@ class Lookahead(Optimizer):
 
     def __init__(self, inner: Optimizer, k: int = 5, alpha: float = 0.5):
         super().__init__(inner.param_groups, inner.defaults)
-        self.inner, self.k, self.alpha, self.count = inner, k, alpha, 0
+        self.inner, self.k, self.alpha, self.count = inner, k, alpha, 0  # count: steps so far
         self.param_groups = inner.param_groups  # the same list: the LR schedule writes it, the inner optimiser reads it
         self.slow = [p.detach().clone() for group in self.param_groups for p in group["params"]]
 

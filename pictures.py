@@ -31,6 +31,7 @@ def to_uint8(x: Tensor) -> np.ndarray:
 
 def image_grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarray:
     """Images uint8 [N, H, W] -> one uint8 picture, row by row with thin grey lines between; square by default."""
+    # 64 is the grey of the lines between the images
     n, h, w = images.shape
     columns = columns or int(np.ceil(np.sqrt(n)))
     rows = -(-n // columns)
@@ -63,6 +64,7 @@ def save_gif(path: Path, frames: Sequence[np.ndarray], seconds: float = 0.25) ->
     """Write uint8 [H, W] frames as a looping GIF that stays on its last frame for two seconds."""
     from PIL import Image
 
+    # Pillow writes to memory, so that only write_atomic touches the disk.
     images, buffer = [Image.fromarray(f) for f in frames], io.BytesIO()
     durations = [int(1000 * seconds)] * (len(images) - 1) + [2000]
     images[0].save(buffer, "GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)
@@ -77,11 +79,13 @@ def add_gif_frame(folder: Path, name: str, frame: np.ndarray, epoch: int, last: 
     """
     cv2 = import_cv2()
 
+    # Every frame is a file of its own, so that a resumed run has the frames of before.
     write_atomic(folder / "frames" / f"{epoch:05d}.png", png_bytes(frame))
     write_atomic(folder / f"{name}.png", png_bytes(frame))
     paths = sorted((folder / "frames").glob("*.png"))
     if not last and len(paths).bit_count() != 1:
         return
+    # A frame that is damaged or of another size is left out.
     frames = [cv2.imdecode(np.frombuffer(p.read_bytes() or b"\0", np.uint8), cv2.IMREAD_GRAYSCALE) for p in paths]
     save_gif(folder / f"{name}.gif", [f for f in frames if f is not None and f.shape == frame.shape])
 
@@ -100,6 +104,7 @@ def visualise_denoising_process(
     steps: (t, x_t, x0) with latents [N, C, h, w]; decode: latents -> images in [-1, 1]. In the PNG each image has two
     rows, x_t above and the estimate of the clean image below; time runs to the right in at most ten columns.
     """
+    # All x_t for the GIF; the estimates are decoded only at the steps that the PNG shows.
     x_t = np.stack([to_uint8(decode(x)) for _, x, _ in steps])  # [S, N, H, W]
     columns = evenly_spaced(len(steps), 10)
     x0 = np.stack([to_uint8(decode(steps[i][2])) for i in columns])  # [10, N, H, W]
@@ -111,11 +116,13 @@ def plot_curves(rows: Sequence[Mapping[str, float]], path: Path) -> None:
     """Plot numbers over the epochs to a PNG, a panel per group: "loss/train" and "loss/val" share the panel "loss"."""
     from matplotlib.figure import Figure
 
+    # Which numbers share a panel
     groups: dict[str, list[str]] = {}
     for name in dict.fromkeys(k for r in rows for k in r if k not in ("step", "epoch")):
         groups.setdefault(name.split("/")[0], []).append(name)
     if not groups:
         return
+    # One panel after the other
     columns = min(4, len(groups))
     lines = -(-len(groups) // columns)
     figure = Figure(figsize=(3.6 * columns, 2.6 * lines), layout="constrained")
@@ -130,6 +137,7 @@ def plot_curves(rows: Sequence[Mapping[str, float]], path: Path) -> None:
         ax.tick_params(labelsize=8)
         ax.grid(alpha=0.3)
         values = [r[n] for r in rows for n in names if n in r]
+        # Losses fall by orders of magnitude, but a logarithmic axis has no place for zero.
         if group.startswith("loss") and min(values) > 0:
             ax.set_yscale("log")
         if len(names) > 1:

@@ -47,6 +47,7 @@ def augment(x: Tensor, u: Tensor, cfg: PretrainConfig) -> Tensor:
     """
     x = x + 1  # black is 0, which is what grid_sample pads with
     if cfg.flip or cfg.shift or cfg.rotate:
+        # Rotation, mirroring and shift are one affine map, so that images are interpolated once.
         angle = u[:, 0] * cfg.rotate * torch.pi / 180
         mirror = torch.where(u[:, 1] < 0, -1.0, 1.0) if cfg.flip else torch.ones_like(angle)
         theta = torch.stack(
@@ -118,6 +119,7 @@ def save_with_latents(run: Run, ema: EMA[VAE], train: ADNIDataset, facts: dict, 
     """
     final_file, ranks = run.folder / "final.safetensors", run.ranks
     earlier = load_vae(final_file, device)[0] if run.resumed and final_file.exists() else None
+    # The averaged weights of the best epoch, in a network of their own, beside those of the last epoch
     tensors, header = ranks.rank0_first(lambda: load_weights(run.folder / "best.safetensors", "vae"))
     best = VAE(**ema.module.config).to(device).to(memory_format=torch.channels_last)
     best.load_state_dict(tensors)
@@ -198,6 +200,7 @@ def main(cfg: PretrainConfig) -> None:
         train.images, val.images = (to_device_if_it_fits(d.images, device) for d in (train, val))
         shown = val.batch(torch.tensor(evenly_spaced(len(val), 8)), device)
 
+        # A step of n images whose result is thrown away: it shows what fits the memory and what can be compiled.
         def trial(n: int) -> None:
             x, noise = train.batch(torch.zeros(n, dtype=torch.int64), device), torch.zeros(n, *vae.latent_shape)
             with_discriminator = discriminator if cfg.adversarial else None
@@ -257,6 +260,7 @@ def main(cfg: PretrainConfig) -> None:
                 show_reconstructions(ema.module, shown, folder, epoch, run.is_last(epoch))
             run.end_epoch(numbers, ema.module, adversarial, pictures, people=True)
 
+        # The end: write the state, then measure the latents, without which no U-Net can be trained.
         run.save()
         split = {name: getattr(cfg, name) for name in SPLIT_RULES}
         facts = {"data": train.summary(), "held_out": carved_people(splits), "split": split}

@@ -63,6 +63,7 @@ class RunLog(NullLog):
         mode = cfg.wandb
         if mode == "auto":
             mode = "online" if logged_in_to_wandb() else "offline"
+        # The id is kept beside the log, so that a resumed run goes on in the same wandb run.
         id_file = self.folder / "wandb_id"
         if not id_file.exists():
             write_atomic(id_file, uuid.uuid4().hex[:8].encode())
@@ -71,6 +72,7 @@ class RunLog(NullLog):
             resume="allow", dir=str(self.folder), config=asdict(cfg),
             settings=wandb.Settings(silent=True, init_timeout=60),
         )  # fmt: skip
+        # A server that cannot be reached must not stop a training: log offline then.
         try:
             self.wandb = wandb.init(mode=mode, **facts)
         except Exception as e:
@@ -89,6 +91,7 @@ class RunLog(NullLog):
             print(f"wandb is off for the rest of this run ({type(e).__name__}: {reason})", file=sys.stderr)
 
     def log(self, step: int, row: Mapping[str, float]) -> None:
+        # On disk first: wandb may fail.
         row = {"step": step, **{k: round(float(v), 8) for k, v in row.items()}}
         self.rows.append(row)
         with open(self.path, "a") as f:
@@ -108,6 +111,7 @@ class RunLog(NullLog):
 
     def close(self) -> None:
         if self.wandb is not None:
+            # In a thread, because wandb has no time limit of its own here.
             ending = threading.Thread(target=self._guard, args=(self.wandb.finish,), daemon=True)
             ending.start()
             ending.join(self.PATIENCE)
@@ -117,6 +121,7 @@ class RunLog(NullLog):
 
 def logged_in_to_wandb() -> bool:
     """Is there a wandb key in the environment, or in ~/.netrc where `wandb login` puts it? Opens no connection."""
+    # The two places where wandb itself looks
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").partition("//")[2].strip("/")

@@ -96,6 +96,8 @@ def step_randomness(
     Returns: uniform [B] for mirroring, posterior noise [B, C, h, w], which labels to hide (bool [B]), entries of the
     grid of timesteps (int64 [B]), diffusion noise [B, C, h, w].
     """
+    # Always all of them in this order, whether this run uses them or not: a step then has the same numbers with and
+    # without mirroring or classes.
     u = torch.rand(2, batch, generator=g, device=g.device)
     noise = torch.randn(2, batch, *shape, generator=g, device=g.device)
     entries = torch.searchsorted(model.scheduler.timesteps, model.scheduler.sample_timesteps(batch, g))
@@ -110,6 +112,7 @@ def loss_by_timestep(
     `network` is a StableDiffusion, perhaps wrapped for DDP. `entries` int64 [B] are places in the grid of timesteps.
     """
     loss, _ = network(z, timesteps[entries], noise, y)
+    # Timesteps are put into `bins` bins of neighbours; scatter_add_ needs no wait for the GPU.
     counted = torch.stack([loss.detach(), torch.ones_like(loss)])
     bin_of = (entries * bins // len(timesteps)).expand(2, -1)
     return loss, torch.zeros(2, bins, device=z.device).scatter_add_(1, bin_of, counted)
@@ -134,6 +137,7 @@ def evaluation_losses(
     Validation uses the same noise and timesteps at every call.
     """
     timesteps, bins, shape = model.scheduler.timesteps, trained.shape[1], val.moments.shape[3:]
+    # Validation, each rank its share of the batches
     sums, order = torch.zeros(2, bins, device=val.device), torch.arange(len(val)).split(64)
     order = order[ranks.share(len(order))]
     with eval_mode(model):
@@ -143,6 +147,7 @@ def evaluation_losses(
             z = sample_posterior(moments, mirror, posterior_noise)
             entries = (index.to(val.device) * 7919 + 13) % len(timesteps)  # a prime stride spreads slices over the grid
             sums += loss_by_timestep(model, timesteps, z, y, entries, noise, bins)[1]
+    # The mean over all timesteps, and one number for each bin, named by the first timestep in it
     numbers = {}
     for name, (total, count) in (("train", trained), ("val", ranks.sum(sums))):
         numbers[f"loss/{name}"] = (total.sum() / count.sum()).item()
@@ -197,6 +202,7 @@ def show_samples(
         if ranks.is_main:
             visualise_denoising_process([(t, x_t[:4], x0[:4]) for t, x_t, x0 in steps], vae.decode, folder)
             add_gif_frame(folder, "samples", image_grid(to_uint8(images)), epoch, last)
+    # Slices to compare with, the same at every call
     g = generator(cfg.seed, 7)
     strangers, real = (unit(d.batch(torch.randint(len(d), (n,), generator=g), device)) for d in (val, train))
     (p, s), (p_real, s_real) = unpaired(unit(images), strangers), unpaired(real, strangers)
@@ -225,6 +231,7 @@ def print_plan(
     cfg: TrainConfig, vae: VAE, unet: UNet, splits: dict[str, ADNIDataset], plan: Plan, device: torch.device
 ) -> None:
     """Say what a run would do: data, network, cost, and where it writes."""
+    # On the meta device, where a forward pass of one latent costs neither time nor memory
     train, labels = splits["train"], torch.empty(1, dtype=torch.int64, device="meta")
     z = torch.empty(1, *vae.latent_shape, device="meta")
     cost = training_cost(unet.to("meta"), z, labels, *([labels] if unet.label is not None else []))
@@ -275,6 +282,7 @@ def main(cfg: TrainConfig) -> None:
         latents = Latents(vae, train, cfg.batch_size, ranks, cfg, "encoding training slices")
         val_latents = Latents(vae, val, cfg.batch_size, ranks, replace(cfg, flip=False), "encoding validation slices")
 
+        # A step of n images whose result is thrown away: it shows what fits the memory and what can be compiled.
         def trial(n: int) -> None:
             moments, y = next(latents.batches([torch.zeros(n, dtype=torch.int64)]))
             randomness = step_randomness(model, n, vae.latent_shape, cfg, generator(0, device=device))

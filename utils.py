@@ -42,7 +42,7 @@ def run_script(main: Callable[[Any], None], cfg: Any) -> None:
         smaller = "--micro-batch auto (the same steps with fewer images at a time) or " if splits else ""
         sys.exit(_complain(f"the GPU's memory is full: take {smaller}--batch-size {max(1, batch // 2)}"))
     except OSError as e:
-        if e.filename is None and e.strerror is None:
+        if e.filename is None and e.strerror is None:  # raised by code and not by the system: a bug
             raise
         where = e.filename or "a file"
         sys.exit(
@@ -91,6 +91,7 @@ def generator(*numbers: object, device: torch.device | str = "cpu") -> torch.Gen
 
 def progress_bar(total: int, done: int = 0, what: str = "", unit: str = " images") -> tqdm:
     """A bar with images/s and time left, on rank 0. In a log file, where it cannot redraw itself, one line a minute."""
+    # Smoothing over about 20 updates: a speed that follows every step cannot be read.
     return tqdm(
         total=total, initial=done, desc=what or None, unit=unit, unit_scale=total >= 10_000, dynamic_ncols=True,
         smoothing=0.05, mininterval=0.5 if sys.stderr.isatty() else 60, leave=not what, delay=0.5,
@@ -107,6 +108,7 @@ def read_jsonl(path: Path) -> list[dict]:
         return all(isinstance(v, float) or (type(v) is int and abs(v) < 2**63) for v in row.values())
 
     rows = []
+    # A job that was killed can leave half a line at the end.
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             row = json.loads(line)

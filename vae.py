@@ -58,6 +58,7 @@ class VAE(nn.Module):
             image_size=image_size, downsample=downsample, latent_channels=latent_channels, channels=list(channels),
             blocks=blocks, attention=attention,
         )  # fmt: skip
+        # What the levels do not halve, the stem does, by folding patch x patch pixels into channels.
         patch, rest = divmod(downsample, 2 ** (len(channels) - 1))
         if rest or patch < 1 or downsample & (downsample - 1):
             raise ValueError(f"{len(channels)} levels cannot give a downsampling of {downsample}")
@@ -131,6 +132,7 @@ class VAE(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """Normalised latents -> images in [-1, 1]."""
+        # The inverse of `encode`; the rotation is orthogonal, so its inverse is its transpose.
         z = z * self.latent_std[:, None, None] + self.latent_mean[:, None, None]
         return self.reconstruct(rotate(self.latent_rotation.T, z)).clamp(-1, 1)
 
@@ -162,6 +164,7 @@ class VAE(nn.Module):
 
         `add` sums a tensor over the ranks, each of which has its own batches.
         """
+        # Sums of all first and second moments at once, by a constant 1 as one more channel.
         c = self.config["latent_channels"]
         sums = torch.zeros(c + 1, c + 1, dtype=torch.float64)  # of (z, 1) (z, 1)^T
         for x in batches:
@@ -170,6 +173,7 @@ class VAE(nn.Module):
             z = torch.cat([mean, torch.ones_like(mean[:1])])  # [C + 1, B h w]
             sums += z @ z.T
             sums.diagonal()[:c] += logvar.exp().sum(1)  # E[z^2] = mean^2 + variance
+        # Mean and covariance, and the principal axes of the covariance.
         sums = add(sums)
         mean = sums[:c, c] / sums[c, c]
         variance, axes = torch.linalg.eigh(sums[:c, :c] / sums[c, c] - mean[:, None] * mean)
@@ -194,6 +198,7 @@ class PatchDiscriminator(nn.Module):
     def __init__(self, channels: Sequence[int] = (32, 64, 128)):
         super().__init__()
         layers: list[nn.Module] = []
+        # Three times half the resolution; the first level sees grey values.
         for cin, cout in zip((1, *channels), channels):
             layers += [nn.Conv2d(cin, cout, 4, stride=2, padding=1), group_norm(cout, 8), nn.LeakyReLU(0.2)]
         self.net = nn.Sequential(*layers, nn.Conv2d(channels[-1], 1, 3, padding=1))
@@ -216,6 +221,7 @@ def adversarial_gradient(discriminator: nn.Module, x_hat: Tensor, gradient: Tens
     (Défossez et al. 2022, section 3.4, here per image). So the two keep their balance however well the discriminator
     does.
     """
+    # The discriminator's own gradient at the images, and the norms of both gradients per image.
     x = x_hat.detach().requires_grad_()
     (g,) = torch.autograd.grad(-discriminator(x).mean(), x)
     norm, own = (v.flatten(1).norm(dim=1).view(-1, 1, 1, 1) for v in (gradient, g))
@@ -225,6 +231,7 @@ def adversarial_gradient(discriminator: nn.Module, x_hat: Tensor, gradient: Tens
 def focal_frequency(x_hat: Tensor, x: Tensor) -> Tensor:
     """Squared error of the spectra, each frequency weighted by its error (Jiang et al. 2021, eq. 4-6): a scalar."""
     distance = (torch.fft.fft2(x_hat.float(), norm="ortho") - torch.fft.fft2(x.float(), norm="ortho")).abs()
+    # The weight is no variable of the loss: only the distance is pulled down.
     weight = distance.detach()
     weight = weight / weight.amax(dim=(2, 3), keepdim=True).clamp(min=1e-12)
     return (weight * distance.square()).mean()

@@ -80,6 +80,7 @@ def load_state(path: Path) -> dict | None:
     A damaged file is renamed to `*.torn.pt`, and the state before it is returned. UserError if there is none, or if
     another version of the code wrote the file.
     """
+    # The newest state that can be read, with its checksums compared.
     torn = False
     for p in (path, path.with_suffix(".prev.pt")):
         if not p.exists():
@@ -93,6 +94,7 @@ def load_state(path: Path) -> dict | None:
             print(f"{p} cannot be read ({type(e).__name__}); trying the one before it", file=sys.stderr)
             torn = True
             continue
+        # A state of another version is whole, so it is refused and not put aside.
         if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
             raise UserError(
                 f"{p} was written by another version of this code: finish the run with that version, or use --fresh"
@@ -149,6 +151,7 @@ def load_weights(path: Path, kind: str) -> tuple[dict[str, Tensor], dict]:
     """
     from safetensors import SafetensorError, safe_open
 
+    # Read header and tensors.
     if not path.is_file():
         raise UserError(f"there are no weights at {path}: train the run first, or name another with --run")
     try:
@@ -161,6 +164,7 @@ def load_weights(path: Path, kind: str) -> tuple[dict[str, Tensor], dict]:
             f"{path} is not a safetensors file of this project (damaged, or a pickle, which is never opened): "
             "use the best.safetensors or final.safetensors that training wrote"
         ) from None
+    # Check what the file says of itself.
     if not isinstance(meta, dict) or meta.get("format") != FORMAT or meta.get("kind") != kind:
         raise UserError(f"{path} does not hold {kind} weights of this version: use a file that training wrote")
     if "digest" in header and header["digest"] != weights_digest(header["meta"], tensors):
@@ -182,6 +186,7 @@ def load_into(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None
     UserError if they are of another architecture.
     """
     try:
+        # load_state_dict(assign=True) checks names and shapes, but not types.
         for name, own in module.state_dict().items():
             if name in tensors and tensors[name].dtype != own.dtype:
                 raise RuntimeError(f"{name} is of type {tensors[name].dtype}")
@@ -197,6 +202,7 @@ def build_network(network: type[Network], header: object, tensors: Mapping[str, 
     ValueError if there is no such network.
     """
     settings = check_arguments(network, header)
+    # Without this, a header could ask for so many layers that making them takes minutes, even without memory.
     if not 0 < settings.get("blocks", 1) * len(settings.get("channels", [1])) <= len(tensors):
         raise ValueError(f"{len(tensors)} tensors are too few for its levels and blocks")
     with torch.device("meta"):
