@@ -7,8 +7,11 @@ The two classes only borrow their names: "AD" people have, on average, wider ven
 cortex than "NC" people, and the classes overlap. Use them to test a pipeline, never to say anything about a disease.
 
 Everything is drawn in head coordinates: x right, y towards the back of the head, 1 = half the head's length.
-The cortex is a distance transform: sulci are curves, and grey matter is whatever lies within a cortical thickness of
-one, so that the ribbon folds around every curve and white matter is left over as gyral blades.
+Sulci are curves. Every pixel's distance to the nearest curve says what it shows: fluid within the sulcus, then grey
+matter as far as the cortex is thick, then white matter. So the cortex folds around every curve.
+
+Images smaller than 128 pixels have fewer and wider folds, as few as half of them from 64 pixels down: narrower ones
+would be lost between pixels. The person, the outline and everything deep in the brain stay the same at every size.
 """
 
 import csv
@@ -24,6 +27,7 @@ import numpy as np
 from anatomy import cohens_d, ventricle_fraction
 
 CLASSES = ("AD", "NC")
+DRAWING = 2  # counted up whenever the same seed draws other pictures, so that no old data set is taken for a new one
 WM, GM, CSF = 203.0, 128.0, 36.0  # grey levels of the three tissues before bias and noise
 
 # Lateral ventricle at four levels, low to high, by 11 stations front to back: y, x of the medial edge, width.
@@ -81,7 +85,7 @@ def _between(z: float, keys: np.ndarray) -> np.ndarray:
 
 
 class _Person:
-    """All random numbers of one person, drawn once, so that the slices differ by level alone."""
+    """All random numbers of one person but the scanner's noise. Its slices differ by their level alone."""
 
     OUTER, MEDIAL = 22, 10  # sulci per hemisphere from the outline, and from the interhemispheric fissure
 
@@ -96,10 +100,10 @@ class _Person:
         self.ventricle = float(np.exp(0.05 + 0.23 * severity + rng.normal(0, 0.11)))
         self.sulcus = float(np.clip(0.0085 + 0.0014 * severity + rng.normal(0, 0.0018), 0.004, 0.018))
         self.cortex = float(np.clip(0.041 - 0.0013 * severity + rng.normal(0, 0.0018), 0.033, 0.05))
-        self.size = 0.365 * float(np.clip(rng.normal(1, 0.035), 0.9, 1.08))
+        self.size = 0.40 * float(np.clip(rng.normal(1, 0.035), 0.9, 1.06))
         self.aspect = float(np.clip(rng.normal(0.80, 0.022), 0.74, 0.86))
         self.angle = np.deg2rad(np.clip(rng.normal(0, 2.5), -6, 6))
-        self.shift = np.clip(rng.normal(0, 0.008, 2), -0.02, 0.02)
+        self.shift = np.clip(rng.normal(0, 0.006, 2), -0.012, 0.012)
         self.egg = rng.normal([0.05, 0.0], [0.02, 0.01])  # narrower front; left-right asymmetry
         self.asymmetry = rng.normal(0, 0.10)
         self.contrast, self.noise = rng.uniform(0.92, 1.06), rng.uniform(2.5, 5.5)
@@ -129,21 +133,25 @@ class _Person:
         x = np.sign(x) * np.abs(x) ** 0.86 * half * bulge
         return np.stack([x, y * (1 - 0.02 * z)], -1)
 
-    def sulci(self, z: float) -> tuple[list[np.ndarray], np.ndarray]:
-        """Curves of all sulci at level z, each [points, 2]; angles where they open and how wide in [0, 1]: [2, n]."""
-        o, m = self.OUTER, self.MEDIAL
+    def sulci(self, z: float, coarse: float) -> tuple[list[np.ndarray], np.ndarray]:
+        """All sulci at level z: a list of curves, each [points, 2], and their mouths on the outline, [2, n].
+
+        A mouth is the angle where a sulcus opens and how wide, in [0, 1]. With `coarse` 1 there are OUTER + MEDIAL
+        sulci in each hemisphere, with 2 half as many.
+        """
+        o, m = round(self.OUTER / coarse), round(self.MEDIAL / coarse)
         n = o + m
+        medial = ((np.arange(m) + 0.5) * self.MEDIAL / m).astype(int)  # which of the MEDIAL places are left
         curves, mouths = [], []
         s = np.linspace(0, 1, 14)
         for h, sign in enumerate((1.0, -1.0)):
-            k = slice(h * n, (h + 1) * n)
+            k = h * (self.OUTER + self.MEDIAL) + np.concatenate([np.arange(o), self.OUTER + medial])
             wave = np.sin(2 * np.pi * (self.wiggle[k, 0] + (0.25 + 0.35 * self.wiggle[k, 1]) * z))
             # Around the outline deep and shallow sulci alternate; front to back along the fissure.
             theta = (np.arange(o) + 0.5 + 0.28 * self.place[k][:o] + 0.12 * wave[:o]) / o * (np.pi - 0.24) + 0.12
             start = self.outline(sign * theta, z)
-            front = np.linspace(-0.93, -0.60, m // 2 - 1)
-            back = np.linspace(0.47, 0.93, m - m // 2 + 1)
-            y = np.concatenate([front, back]) + 0.022 * self.place[k][o:] + 0.008 * wave[o:]
+            y = np.concatenate([np.linspace(-0.93, -0.60, 4), np.linspace(0.47, 0.93, 6)])[medial]
+            y = y + 0.022 * self.place[k][o:] + 0.008 * wave[o:]
             start = np.concatenate([start, np.stack([np.zeros(m), y], -1)])
             aim = start[:o] * [0.25, 0.45] - start[:o]  # inwards, towards the middle of the hemisphere
             heading = np.concatenate([np.arctan2(aim[:, 1], aim[:, 0]), np.where(sign > 0, 0.0, np.pi) * np.ones(m)])
@@ -166,13 +174,20 @@ class _Person:
 
 
 def _draw_slice(p: _Person, z: float, size: int) -> tuple[np.ndarray, dict]:
-    """One slice at level z in [0, 1]: uint8 [size, size] and its true areas."""
+    """One slice at level z in [0, 1]: the image, uint8 [size, size], and its true areas by name.
+
+    Shapes are drawn on a canvas with k x k pixels for every pixel of the image, then averaged.
+    """
     import cv2
 
-    k = -(-384 // size)  # the canvas has whole pixels per pixel of the image, so that areas average exactly
-    mx, my = int(size * 0.13), int(size * 0.08)
+    # --- canvas and helpers
+    k = -(-384 // size)
+    mx, my = int(size * 0.09), int(size * 0.05)
     w, h = (size - 2 * mx) * k, (size - 2 * my) * k
     scale = p.size * size * k  # canvas pixels per head unit
+    # In a small image the folds of a real brain would be as narrow as a pixel. It gets fewer and wider ones instead.
+    coarse = min(max(128 / size, 1), 2)
+    sulcus, cortical = p.sulcus + 0.010 * (coarse - 1), p.cortex * (0.5 + 0.5 * coarse)
     field = p.field(z)
     c, s = np.cos(p.angle), np.sin(p.angle)
     turn = np.array([[c, -s], [s, c]]) * scale
@@ -197,13 +212,13 @@ def _draw_slice(p: _Person, z: float, size: int) -> tuple[np.ndarray, dict]:
         """A canvas at the size of the image, float32."""
         return cv2.resize(canvas, (w // k, h // k), interpolation=cv2.INTER_AREA).astype(np.float32, copy=False)
 
-    # --- cortex: outline, fissure and sulci are the pial surface; tissue follows from the distance to it
-    curves, mouths = p.sulci(z)
+    # --- surface of the brain: the outline, the fissure between the hemispheres, sulci, insula
+    curves, mouths = p.sulci(z, coarse)
     mouths = np.concatenate([mouths, [[0, np.pi], [1.5, 1.5]]], 1)
     theta = np.linspace(-np.pi, np.pi, 360, endpoint=False)
     gap = np.abs((theta[:, None] - mouths[:1] + np.pi) % (2 * np.pi) - np.pi)
-    dents = (np.exp(-((gap / 0.04) ** 2)) * mouths[1]).max(1)
-    hull = p.outline(theta, z) * (1 - (0.018 + p.sulcus) * dents[:, None])
+    dents = (np.exp(-((gap / (0.04 * coarse)) ** 2)) * mouths[1]).max(1)
+    hull = p.outline(theta, z) * (1 - (0.018 + sulcus) * dents[:, None])
     bow = np.linspace(-1, 1, 9)
     # The interhemispheric fissure ends on the corpus callosum in front and behind.
     for end, sign in ((-0.56 + 0.05 * z, 1), (0.40 - 0.04 * z, -1)):
@@ -215,21 +230,23 @@ def _draw_slice(p: _Person, z: float, size: int) -> tuple[np.ndarray, dict]:
     cv2.polylines(surface, np.split(place(np.concatenate(curves)), lengths), False, 0, 1, 8, 4)
     sylvian = np.clip(1.5 - 1.7 * z, 0, 1)  # insula and Sylvian fissure fade upwards
     if sylvian > 0.1:
-        thick = max(1, round(scale * p.sulcus * 1.6 * sylvian))
+        thick = max(1, round(scale * sulcus * 1.6 * sylvian))
         for sign in (1, -1):
             middle = np.array([0.5, -0.1])
             sway = np.sin(np.linspace(0, 9, 30) + 6 * p.wiggle[sign, 0] + z)[:, None] * [0.018, 0.0]
             insula = (_smooth(_INSULA, 30) + sway - middle) * [1, sylvian] + middle
             for curve in (insula, (_smooth(_STEM, 20) + sway[:20, ::-1])[: int(20 * sylvian)]):
                 cv2.polylines(surface, [place(curve * [sign, 1])], False, 0, thick, 8, 4)
+
+    # --- fluid and cortex, by the distance to the surface
     distance = cv2.distanceTransform(surface, cv2.DIST_L2, 5)
     distance *= np.float32(1 / scale)
     # Where sulci are wide, the cortex is thin.
     texture = cv2.resize(field[..., 2], (w, h), interpolation=cv2.INTER_CUBIC)
-    distance -= texture * np.float32(0.22 * p.sulcus)
-    csf = np.clip((p.sulcus + 0.005 - distance) * np.float32(1 / 0.010), 0, 1)
-    texture *= np.float32(-0.12 * p.cortex / 0.02)
-    texture += (p.sulcus + p.cortex + 0.010 - distance) * np.float32(1 / 0.02)
+    distance -= texture * np.float32(0.22 * sulcus)
+    csf = np.clip((sulcus + 0.005 - distance) * np.float32(1 / 0.010), 0, 1)
+    texture *= np.float32(-0.12 * cortical / 0.02)
+    texture += (sulcus + cortical + 0.010 - distance) * np.float32(1 / 0.02)
     cortex = np.clip(texture, 0, 1, out=texture)
 
     # --- deep structures, painted over white matter; wide ventricles push their neighbours aside
@@ -283,6 +300,7 @@ def _draw_slice(p: _Person, z: float, size: int) -> tuple[np.ndarray, dict]:
     inside = shrink(brain) >= 127.5
     out[my : size - my, mx : size - mx] = np.where(inside, np.clip(image, 1, 255), 0).astype(np.uint8)
 
+    # --- true areas, from the shapes on the canvas
     head = brain > 127
     pixels = float(brain.sum()) / 255
     sulci = float(csf[head & (ventricle == 0)].sum())
@@ -293,7 +311,7 @@ def _draw_slice(p: _Person, z: float, size: int) -> tuple[np.ndarray, dict]:
 
 
 def draw_person(seed: int, index: int, slices: int = 8, size: int = 256) -> tuple[str, np.ndarray, list[dict]]:
-    """Draw one synthetic person, the same for a given (seed, index) whoever else is drawn.
+    """Draw one synthetic person. It depends on (seed, index) alone, not on who else is drawn.
 
     Returns the class name, uint8 images [slices, size, size] from the level of the thalamus up to the roof of the
     lateral ventricles, and one row per slice: level in [0, 1], brain_area and ventricle_area in pixels of the image,
@@ -352,12 +370,14 @@ def make_dataset(
     import cv2
     from tqdm import tqdm
 
+    # who goes to val: the same share of each class
     val = set()
     for c in range(len(CLASSES)):
         members = np.random.default_rng([seed, c]).permutation(np.arange(c, people, len(CLASSES)))
         val.update(members[: int(np.clip(round(val_fraction * len(members)), 1, len(members) - 1))].tolist())
     work, threads = None, cv2.getNumThreads()
     try:
+        # folders, beside OUT and under another name until all is drawn
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise Unusable(f"{out} exists and is not empty; choose another folder or remove it first")
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -365,6 +385,7 @@ def make_dataset(
         for split in ("train", "val"):
             for name in CLASSES:
                 (work / split / name).mkdir(parents=True)
+        # images, one person per task
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         cv2.setNumThreads(1)  # one person per core is faster than one row of pixels per core
         # Threads suffice: numpy and OpenCV release the interpreter lock while they draw.
@@ -381,6 +402,7 @@ def make_dataset(
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+        # true areas, a note on what this is, and the final name
         with open(work / "anatomy.csv", "w", newline="") as f:
             table = csv.DictWriter(f, rows[0])
             table.writeheader()
