@@ -116,7 +116,7 @@ def find_root(data: str, cache: str, image_size: int) -> Path:
 
         import phantom
 
-        root = Path(cache) / f"phantoms-{image_size}"
+        root = Path(cache) / f"phantoms-v{phantom.DRAWING}-{image_size}"
         root.parent.mkdir(parents=True, exist_ok=True)
         # Of several processes that start together, one draws and the others wait.
         with filelock.FileLock(f"{root}.lock"):

@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dataset
+import phantom
 from config import DataConfig
 from dataset import BadFile, Slice, carve_validation, find_overlap, load_splits, read_slice, scan, to_square
 from utils import UserError
@@ -418,6 +419,9 @@ def test_words_for_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     root = dataset.find_root("phantom", str(tmp_path), 32)
     assert len(list((root / "train" / "AD").glob("*.png"))) > 100 and (root / "anatomy.csv").exists()
     assert dataset.find_root("phantom", str(tmp_path), 32) == root  # drawn once
+    # The folder's name says which drawing it holds, and make demo measures that folder.
+    assert root.name == f"phantoms-v{phantom.DRAWING}-32"
+    assert f"cache/phantoms-v{phantom.DRAWING}-64/train" in (ROOT / "Makefile").read_text()
     with pytest.raises(UserError, match="/home/groups/comp3710/ADNI/AD_NC"):
         dataset.find_root("rangpur", str(tmp_path), 32)
     monkeypatch.setenv("ADNI_ROOT", "/somewhere")
