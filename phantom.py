@@ -112,10 +112,16 @@ class _Person:
         # Fold noise [level, y, x, channel]: displacement of curves (2), width of sulci.
         folds = gaussian_filter(rng.standard_normal((6, 11, 11, 3)), (0, 0.7, 0.7, 0), mode="wrap")
         self.folds = (folds / folds.std((0, 1, 2))).astype(np.float32)
+        self.traits = self.draw_traits(rng)
+        # What all people have in common: every sulcus has a place and a shape of its own that people vary.
+        self.common = self.draw_traits(np.random.default_rng(1))
+
+    def draw_traits(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Random traits of all sulci of both hemispheres, each [n], and wiggle [n, 3]."""
         n = 2 * (self.OUTER + self.MEDIAL)
-        self.depth, self.tilt, self.place = rng.lognormal(0, 0.25, n), rng.normal(0, 0.2, n), rng.uniform(-1, 1, n)
-        self.curl, self.wiggle = rng.normal(0, 0.5, n), rng.uniform(0, 1, (n, 3))
-        self.fork, self.side = rng.uniform(0.45, 0.9, n), rng.choice([-1.0, 1.0], n)
+        traits = {"depth": rng.lognormal(0, 0.25, n), "tilt": rng.normal(0, 0.2, n), "place": rng.uniform(-1, 1, n)}
+        traits |= {"curl": rng.normal(0, 0.5, n), "wiggle": rng.uniform(0, 1, (n, 3))}
+        return traits | {"fork": rng.uniform(0.45, 0.9, n), "side": rng.choice([-1.0, 1.0], n)}
 
     def field(self, z: float) -> np.ndarray:
         """The fold noise at level z: [11, 11, 3], about unit variance."""
@@ -144,28 +150,32 @@ class _Person:
         medial = ((np.arange(m) + 0.5) * self.MEDIAL / m).astype(int)  # which of the MEDIAL places are left
         curves, mouths = [], []
         s = np.linspace(0, 1, 14)
+        # Wide folds leave a person less room to differ: at 2, a quarter of the difference from what people share.
+        own = coarse**-2.0
+        t = {name: own * mine + (1 - own) * self.common[name] for name, mine in self.traits.items()}
+        t["side"] = np.sign(t["side"])
         for h, sign in enumerate((1.0, -1.0)):
             k = h * (self.OUTER + self.MEDIAL) + np.concatenate([np.arange(o), self.OUTER + medial])
-            wave = np.sin(2 * np.pi * (self.wiggle[k, 0] + (0.25 + 0.35 * self.wiggle[k, 1]) * z))
+            wave = np.sin(2 * np.pi * (t["wiggle"][k, 0] + (0.25 + 0.35 * t["wiggle"][k, 1]) * z))
             # Around the outline deep and shallow sulci alternate; front to back along the fissure.
-            theta = (np.arange(o) + 0.5 + 0.28 * self.place[k][:o] + 0.12 * wave[:o]) / o * (np.pi - 0.24) + 0.12
+            theta = (np.arange(o) + 0.5 + 0.28 * t["place"][k][:o] + 0.12 * wave[:o]) / o * (np.pi - 0.24) + 0.12
             start = self.outline(sign * theta, z)
             y = np.concatenate([np.linspace(-0.93, -0.60, 4), np.linspace(0.47, 0.93, 6)])[medial]
-            y = y + 0.022 * self.place[k][o:] + 0.008 * wave[o:]
+            y = y + 0.022 * t["place"][k][o:] + 0.008 * wave[o:]
             start = np.concatenate([start, np.stack([np.zeros(m), y], -1)])
             aim = start[:o] * [0.25, 0.45] - start[:o]  # inwards, towards the middle of the hemisphere
             heading = np.concatenate([np.arctan2(aim[:, 1], aim[:, 0]), np.where(sign > 0, 0.0, np.pi) * np.ones(m)])
             base = np.concatenate([np.where(np.arange(o) % 2, 0.10, 0.27), np.where(np.arange(m) % 2, 0.075, 0.125)])
-            length = base * self.depth[k] * (1 + 0.35 * wave)
+            length = base * t["depth"][k] * (1 + 0.35 * wave)
             length[:o] *= 0.6 + 0.4 * np.sin(theta)  # shallower at the poles, where neighbours would meet
             length = np.clip(length, 0.02, np.where(np.arange(n) < o, 0.36, 0.2))
-            bend = self.curl[k, None] * s + 0.4 * np.sin(2 * np.pi * (self.wiggle[k, 2:3] + 1.2 * s))
-            path = heading[:, None] + self.tilt[k, None] + bend
+            bend = t["curl"][k, None] * s + 0.4 * np.sin(2 * np.pi * (t["wiggle"][k, 2:3] + 1.2 * s))
+            path = heading[:, None] + t["tilt"][k, None] + bend
             step = np.stack([np.cos(path), np.sin(path)], -1) * (length / len(s))[:, None, None]
             trunk = start[:, None] + np.cumsum(step, 1) - step[:, :1]
             # A side branch makes the T and Y shapes of real sulci.
-            at = (self.fork[k] * (len(s) - 1)).astype(int)
-            turn = path[np.arange(n), at][:, None] + (self.side[k] * 1.15)[:, None] - 0.6 * self.side[k][:, None] * s
+            at = (t["fork"][k] * (len(s) - 1)).astype(int)
+            turn = path[np.arange(n), at][:, None] + (t["side"][k] * 1.15)[:, None] - 0.6 * t["side"][k][:, None] * s
             step = np.stack([np.cos(turn), np.sin(turn)], -1) * (0.38 * length / len(s))[:, None, None]
             branch = trunk[np.arange(n), at][:, None] + np.cumsum(step, 1)
             curves += list(trunk) + list(branch[length > 0.1])
@@ -233,7 +243,7 @@ def _draw_slice(p: _Person, z: float, size: int) -> tuple[np.ndarray, dict]:
         thick = max(1, round(scale * sulcus * 1.6 * sylvian))
         for sign in (1, -1):
             middle = np.array([0.5, -0.1])
-            sway = np.sin(np.linspace(0, 9, 30) + 6 * p.wiggle[sign, 0] + z)[:, None] * [0.018, 0.0]
+            sway = np.sin(np.linspace(0, 9, 30) + 6 * p.traits["wiggle"][sign, 0] + z)[:, None] * [0.018, 0.0]
             insula = (_smooth(_INSULA, 30) + sway - middle) * [1, sylvian] + middle
             for curve in (insula, (_smooth(_STEM, 20) + sway[:20, ::-1])[: int(20 * sylvian)]):
                 cv2.polylines(surface, [place(curve * [sign, 1])], False, 0, thick, 8, 4)
