@@ -27,7 +27,7 @@ import numpy as np
 from anatomy import cohens_d, ventricle_fraction
 
 CLASSES = ("AD", "NC")
-DRAWING = 2  # counted up whenever the same seed draws other pictures, so that no old data set is taken for a new one
+DRAWING = 2  # counted up when the same seed draws other pictures, so that no old data set is taken for a new one
 WM, GM, CSF = 203.0, 128.0, 36.0  # grey levels of the three tissues before bias and noise
 
 # Lateral ventricle at four levels, low to high, by 11 stations front to back: y, x of the medial edge, width.
@@ -56,8 +56,10 @@ _CAUDATE = np.array(  # thickness of the caudate beside the same stations
         [0.0, 0.015, 0.030, 0.036, 0.036, 0.032, 0.022, 0.01, 0, 0, 0],
     ]
 )
-_PUTAMEN = [(0.21, -0.36), (0.32, -0.29), (0.375, -0.14), (0.375, 0.0), (0.315, 0.17)]
-_PUTAMEN = np.array(_PUTAMEN + [(0.285, 0.05), (0.255, -0.06), (0.215, -0.22)])
+_PUTAMEN = np.array(
+    [(0.21, -0.36), (0.32, -0.29), (0.375, -0.14), (0.375, 0.0), (0.315, 0.17), (0.285, 0.05), (0.255, -0.06),
+     (0.215, -0.22)]
+)  # fmt: skip
 _INSULA = np.array([(0.60, -0.40), (0.49, -0.31), (0.455, -0.16), (0.465, 0.0), (0.475, 0.12), (0.54, 0.20)])
 _STEM = np.array([(0.90, -0.20), (0.74, -0.16), (0.62, -0.12), (0.52, -0.13), (0.465, -0.10)])
 
@@ -100,10 +102,10 @@ class _Person:
         self.ventricle = float(np.exp(0.05 + 0.23 * severity + rng.normal(0, 0.11)))
         self.sulcus = float(np.clip(0.0085 + 0.0014 * severity + rng.normal(0, 0.0018), 0.004, 0.018))
         self.cortex = float(np.clip(0.041 - 0.0013 * severity + rng.normal(0, 0.0018), 0.033, 0.05))
-        self.size = 0.40 * float(np.clip(rng.normal(1, 0.035), 0.9, 1.06))
+        self.size = 0.365 * float(np.clip(rng.normal(1, 0.035), 0.9, 1.08))
         self.aspect = float(np.clip(rng.normal(0.80, 0.022), 0.74, 0.86))
         self.angle = np.deg2rad(np.clip(rng.normal(0, 2.5), -6, 6))
-        self.shift = np.clip(rng.normal(0, 0.006, 2), -0.012, 0.012)
+        self.shift = np.clip(rng.normal(0, 0.008, 2), -0.02, 0.02)
         self.egg = rng.normal([0.05, 0.0], [0.02, 0.01])  # narrower front; left-right asymmetry
         self.asymmetry = rng.normal(0, 0.10)
         self.contrast, self.noise = rng.uniform(0.92, 1.06), rng.uniform(2.5, 5.5)
@@ -190,13 +192,15 @@ def _draw_slice(p: _Person, z: float, size: int) -> tuple[np.ndarray, dict]:
     """
     import cv2
 
+    # In a small image the folds of a real brain would be as narrow as a pixel. It gets fewer and wider ones instead, and
+    # the head fills more of the image: `coarse` is 1 from 128 pixels up and 2 from 64 down.
+    coarse = min(max(128 / size, 1), 2)
+
     # --- canvas and helpers
     k = -(-384 // size)
-    mx, my = int(size * 0.09), int(size * 0.05)
+    mx, my = (int(size * (margin - 0.05 * (coarse - 1))) for margin in (0.13, 0.08))
     w, h = (size - 2 * mx) * k, (size - 2 * my) * k
-    scale = p.size * size * k  # canvas pixels per head unit
-    # In a small image the folds of a real brain would be as narrow as a pixel. It gets fewer and wider ones instead.
-    coarse = min(max(128 / size, 1), 2)
+    scale = (0.9 + 0.1 * coarse) * p.size * size * k  # canvas pixels per head unit
     sulcus, cortical = p.sulcus + 0.010 * (coarse - 1), p.cortex * (0.5 + 0.5 * coarse)
     field = p.field(z)
     c, s = np.cos(p.angle), np.sin(p.angle)
@@ -293,7 +297,7 @@ def _draw_slice(p: _Person, z: float, size: int) -> tuple[np.ndarray, dict]:
     ventricle, brain = cover([(ventricles, 255)]), cover([([hull], 255)])
 
     # --- grey levels, at the size of the image; white matter dims towards the cortex
-    image = WM - 14 * np.clip(1 - shrink(distance) / 0.16, 0, 1)
+    image: np.ndarray = WM - 14 * np.clip(1 - shrink(distance) / 0.16, 0, 1)
     image -= cv2.GaussianBlur(shrink(nuclei), (0, 0), 0.009 * scale / k)
     image += (GM * p.contrast - image) * shrink(cortex)
     image += (CSF - image) * np.maximum(shrink(csf), shrink(ventricle) / 255)

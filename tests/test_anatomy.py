@@ -76,11 +76,11 @@ def test_order_and_progress():
 @pytest.mark.parametrize("size", [128, 64])
 def test_less_contrast_between_grey_and_white_measures_as_less(size, monkeypatch):
     measured = []
-    for grey in (110.0, 128.0, 154.0):  # white is 203: contrast 0.30, 0.23, 0.14
+    for grey in (110.0, 128.0, 160.0):  # white is 203: contrast 0.30, 0.23, 0.12
         monkeypatch.setattr(phantom, "GM", grey)
         measured.append(anatomy.measure(draw(size, range(10))[0]))
     more, usual, less = (m["contrast"] for m in measured)
-    # Found: 0.25, 0.21, 0.15 at 128 pixels and 0.25, 0.21, 0.15 at 64.
+    # Found: 0.25, 0.21, 0.16 at 128 pixels and 0.23, 0.22, 0.17 at 64.
     # Partial volume at the sulci counts as grey, which compresses the scale.
     assert (less < usual).all() and (more > less).all()
     assert more.mean() > 1.02 * usual.mean() and less.mean() < 0.9 * usual.mean()
