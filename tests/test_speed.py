@@ -183,7 +183,9 @@ def test_without_a_compiler_training_goes_on_and_says_so(trained: Path, phantoms
     shutil.copytree(trained / "tiny" / "vae", tmp_path / "c" / "tiny" / "vae")
     where = ["--data", phantoms, "--checkpoints", tmp_path / "c", "--cache", tmp_path / "cache", "--run", "tiny"]
     env = {**os.environ, "CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
-    done = run("train.py", *where, *TINY_UNET, "--epochs", "2", "--sample-every", "2", "--compile", "on", env=env)
+    done = run(
+        "train.py", *where, *TINY_UNET, "--epochs", "2", "--sample-every", "2", "--compile", "on", env=env, cold=True
+    )
     assert done.stderr.count("torch.compile cannot be used here, going on without") == 1
     of = read_jsonl(trained / "tiny" / "diffusion" / "metrics.jsonl")[-1]
     again = read_jsonl(tmp_path / "c" / "tiny" / "diffusion" / "metrics.jsonl")[-1]
