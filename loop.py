@@ -218,6 +218,7 @@ class Run:
         batch = self.plan.batch
         self.bar = progress_bar(self.plan.steps * batch, self.step * batch)
         self.saved_at = self.clock = time.time()
+        self.plotted_at = 0.0
         self.clock_step = self.step
         self.stop.begin()
 
@@ -276,7 +277,7 @@ class Run:
 
         `numbers` must hold "loss/train" and "loss/val"; it is completed with the epoch, the speed, the gradient norm,
         the learning rate and skipped steps. `pictures` are files of the folder that were written in this epoch; they go
-        to wandb, those that show `people` only where somebody asked for it, and the curves and the report are redrawn.
+        to wandb, those that show `people` only where somebody asked for it, and the curves and the report are written.
         """
         # Numbers that every training logs.
         speed = (self.step - self.clock_step) * self.plan.batch / max(1e-9, time.time() - self.clock)
@@ -296,14 +297,16 @@ class Run:
             self.best = min(self.best, numbers["loss/val"])
             self.best_so_far = deepcopy(module), {**self.meta, "epoch": numbers["epoch"], "metrics": dict(numbers)}
 
-        # Log, line on the terminal, report.
+        # Log, report, line on the terminal. Curves take a second, so where epochs are short they are plotted twice a
+        # minute only.
         self.log.log(self.step, numbers)
         for name in pictures:
             self.log.picture(self.step, Path(name).stem, self.folder / name, people)
-        if pictures:
+        if pictures and (self.is_last(int(numbers["epoch"])) or time.time() - self.plotted_at > 30):
             self.log.plot()
-        if pictures and self.ranks.is_main:
-            refresh_report(self.folder.parent)
+            if self.ranks.is_main:
+                refresh_report(self.folder.parent)
+            self.plotted_at = time.time()
         self.bar.write(epoch_line(numbers))
         # Begin anew with the next epoch; the time of the evaluation does not count.
         self.evaluated = self.clock_step = self.step

@@ -192,8 +192,8 @@ def _draw_slice(p: _Person, z: float, size: int) -> tuple[np.ndarray, dict]:
     """
     import cv2
 
-    # In a small image the folds of a real brain would be as narrow as a pixel. It gets fewer and wider ones instead, and
-    # the head fills more of the image: `coarse` is 1 from 128 pixels up and 2 from 64 down.
+    # In a small image the folds of a real brain would be as narrow as a pixel. It gets fewer and wider ones, and a head
+    # that fills more of the image: `coarse` is 1 from 128 pixels up and 2 from 64 down.
     coarse = min(max(128 / size, 1), 2)
 
     # --- canvas and helpers

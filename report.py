@@ -200,13 +200,13 @@ def stage(folder: Path, people: bool) -> str:
 
 def evidence(folder: Path) -> str:
     """The section about what evaluate.py and tsne.py found in this run's folder. "" if neither was run."""
-    # numbers: {section: {metric: {value, floor, ci_low, ci_high, n}}}; the blurred controls are left out
+    # numbers: {section: {metric: {value, floor, ci_low, ci_high, n}}}; the damaged controls are left out
     text, file = [], folder / "report" / "report.json"
     found = json.loads(file.read_bytes()) if file.exists() else {}
     rows = {
         f"{name}, {space}".replace("_", " "): (n["value"], n.get("floor", ""), _interval(n))
         for space, numbers in found.items()
-        if isinstance(numbers, dict) and "blurred" not in space
+        if isinstance(numbers, dict) and not space.endswith(("_blurred", "_noised", "_shuffled"))
         for name, n in numbers.items()
         if isinstance(n, dict) and isinstance(n.get("value"), float) and "ci_low" in n
     }
