@@ -492,13 +492,26 @@ def split_rules(meta: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"the weights do not say how their data was split ({e}): use another run's weights") from None
 
 
+def phantom_drawing(data: str) -> dict[str, int]:
+    """What the header of a run's weights says about its phantoms: which drawing they are of. Empty for other data."""
+    import phantom
+
+    return {"phantoms": phantom.DRAWING} if data == "phantom" else {}
+
+
 def load_splits_by_rules(
     data: str, cache: str, meta: dict[str, Any], image_size: int
 ) -> tuple[dict[str, ADNIDataset], str]:
     """What `load_splits` returns, with people split by the rules of the run whose weights carry this header.
 
-    UserError if other people are held out than in that run, because `data` is not what it was trained on.
+    UserError if other people are held out than in that run, because `data` is not what it was trained on, or if its
+    phantoms were drawn otherwise.
     """
+    if (drawing := phantom_drawing(data).get("phantoms")) and meta.get("phantoms", 1) != drawing:
+        raise UserError(
+            f"the run was trained on phantoms of drawing {meta.get('phantoms', 1)}, and this version of the code makes "
+            f"drawing {drawing}: train it again with --fresh, or name the folder of its phantoms with --data"
+        )
     splits, fingerprint = load_splits(DataConfig(data=data, cache=cache, **split_rules(meta)), image_size)
     own = carved_people(splits)
     if meta.get("held_out", own) != own:

@@ -218,7 +218,8 @@ def main(cfg: DistilConfig) -> None:
             scaler.scale(student(states, y, torch.zeros(n, dtype=torch.int64, device=device)).mean()).backward()
             model.zero_grad()
 
-        meta = {k: header[k] for k in ("kind", "prediction", "classes", "vae", "data", "held_out") if k in header} | {
+        inherited = ("kind", "prediction", "classes", "vae", "data", "held_out", "phantoms")
+        meta = {k: header[k] for k in inherited if k in header} | {
             "model": model.unet.config, "scheduler": scheduler.config, "split": split_rules(header),
             "teacher": fingerprint,
         }  # fmt: skip

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from cluster import Ranks, StopSignal
-from dataset import SPLIT_RULES, ADNIDataset, carved_people, load_splits, to_float
+from dataset import SPLIT_RULES, ADNIDataset, carved_people, load_splits, phantom_drawing, to_float
 from device import (
     describe_cost,
     eval_mode,
@@ -264,7 +264,7 @@ def main(cfg: PretrainConfig) -> None:
         run.save()
         split = {name: getattr(cfg, name) for name in SPLIT_RULES}
         facts = {"data": train.summary(), "held_out": carved_people(splits), "split": split}
-        best = save_with_latents(run, ema, train, facts, device)
+        best = save_with_latents(run, ema, train, facts | phantom_drawing(cfg.data), device)
     mean, std = ([round(v, 3) for v in values.tolist()] for values in (best.latent_mean, best.latent_std))
     print(f"latents: mean {mean}, standard deviation {std} per channel")
     print(f"done: {folder / 'final.safetensors'}; reconstructions in {folder / 'reconstructions.png'}")

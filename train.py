@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cluster import Ranks, StopSignal
-from dataset import ADNIDataset, carved_people, load_splits_by_rules, split_rules
+from dataset import ADNIDataset, carved_people, load_splits_by_rules, phantom_drawing, split_rules
 from device import (
     allocate_rows,
     describe_cost,
@@ -292,7 +292,7 @@ def main(cfg: TrainConfig) -> None:
         meta = {
             "kind": "diffusion", "model": model.unet.config, "scheduler": model.scheduler.config,
             "prediction": cfg.prediction, "classes": train.classes, "vae": vae.latent_hash(), "data": train.summary(),
-            "held_out": carved_people(splits), "split": split_rules(vae_meta),
+            "held_out": carved_people(splits), "split": split_rules(vae_meta), **phantom_drawing(cfg.data),
         }  # fmt: skip
         run.begin(meta, model, [model.unet], trial)
         network = ranks.wrap_ddp(model)
