@@ -61,7 +61,11 @@ button[role=tab][aria-selected=true] { color: var(--primary-700) !important }
 .dark .min_value, .dark .max_value { color: var(--neutral-300) !important }
 .caption-label { max-width: 100% !important; white-space: normal !important; font-size: 0.8rem !important }
 """
-MAX_SEED = 10**9
+MAX_SEED = 10**9  # of what a visitor may ask for
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the page can do
 
 
 def import_gradio() -> ModuleType:
@@ -80,6 +84,7 @@ class Run:
         folder = Path(cfg.checkpoints) / name
         self.model, self.vae, self.meta, file = load_run(folder, cfg.weights, self.device, cfg.precision)
         self.checkpoint, self.classes = file_hash(file), self.meta["classes"]
+        # What the page lets a visitor choose: a class, and steps and sampler if the weights know every timestep.
         self.conditional = self.model.num_classes > 1
         self.free = self.model.scheduler.config["grid"] == "full"  # any number of steps, either solver
         self.default_steps = len(self.model.scheduler.fast_timesteps)
@@ -163,6 +168,7 @@ class Studio:
     def number(self, value: Any, what: str, low: float, high: float, kind: type = int) -> Any:
         """Return the value as a number. UserError if it is none, or not between low and high."""
         try:
+            # 1.5 images are refused, not rounded; NaN fails every comparison.
             number = kind(value)
             if number != float(value) or not low <= number <= high:
                 raise ValueError
@@ -229,6 +235,7 @@ class Studio:
 
     def archive(self, run: Run, images: np.ndarray, rows: list[list], how: dict, guidance: float) -> str:
         """Write a ZIP of the images as PNG with a manifest and a note, without training slices; returns its path."""
+        # The table has a column of distances only if they were measured.
         head = ["file", "class", "seed", "index", *["distance"] * (len(rows[0]) - 4), "run", "checkpoint"]
         table = csv_text(head, ([*r, run.name, run.checkpoint] for r in rows))
         note = (
@@ -243,6 +250,7 @@ class Studio:
                 z.writestr(file, png_bytes(image))
             z.writestr("manifest.csv", table)
             z.writestr("README.txt", note)
+        # The last fifty can still be downloaded.
         for old in sorted(self.folder.glob("*.zip"))[:-50]:
             old.unlink(missing_ok=True)
         return str(path)
@@ -267,6 +275,7 @@ class Studio:
             raise UserError(f"the run {name} knows one class only: choose one with classes")
         y0, y1 = self.label(run, start), self.label(run, end)
         seed, place = self.number(seed, "Seed", 0, MAX_SEED), self.number(place, "Place", 0, 2, float)
+        # The same noise twice: guided all to the first class (w = 0), and on the way to the second.
         images = []
         for w in (0.0, place):
             x, noise = run.noise(seed, [0])
@@ -327,95 +336,141 @@ def answered(f: Callable) -> Callable:
     return stream if inspect.isgeneratorfunction(f) else call
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+
+# What all pictures have in common: they can be downloaded, and nothing can be uploaded in their place.
+PICTURE: dict[str, Any] = {"format": "png", "interactive": False, "buttons": ["download"], "elem_classes": "shown"}
+
+
+def run_steps(cfg: AppConfig, run: Run) -> tuple[int, int, int]:
+    """(fewest, most, default) steps that the page offers. A student has its own number, which may be 1."""
+    n = run.default_steps
+    return (2, cfg.max_steps, min(n, cfg.max_steps)) if run.free else (1, max(2, n), n)
+
+
+def describe_run(run: Run) -> str:
+    """The line below the choice of runs."""
+    side, data = run.vae.config["image_size"], run.meta.get("data", "unknown data")
+    data = f"phantoms, which are no people: {data}" if run.phantom else data
+    return f"Trained on {data}; {side}x{side} pixels; weights {run.checkpoint}"
+
+
+def settings_part(cfg: AppConfig, studio: Studio, first: Run) -> dict[str, Any]:
+    """Run and class, and, folded away, how images are generated; its components by name."""
+    gr = import_gradio()
+    with gr.Row():
+        name = gr.Radio(list(studio.runs), value=first.name, label="Run", info="Which weights generate")
+        class_name = gr.Radio(
+            first.classes, value=first.classes[0], label="Class", visible=first.conditional,
+            info="A label of the training data, no finding",
+        )  # fmt: skip
+    facts = gr.Markdown(describe_run(first))
+    with gr.Accordion("How it is generated", open=False), gr.Row():
+        steps = gr.Slider(
+            *run_steps(cfg, first), step=1, label="Steps", interactive=first.free, info="Ten suffice"
+        )  # fmt: skip
+        solver = gr.Radio(["dpm++2m", "ddim"], value="dpm++2m", label="Sampler", interactive=first.free)
+        guidance = gr.Slider(
+            0, 5, 1, step=0.25, label="Guidance", visible=first.conditional,
+            info="1: none; more follows the class more",
+        )  # fmt: skip
+    return {
+        "name": name, "class_name": class_name, "facts": facts, "steps": steps, "solver": solver, "guidance": guidance
+    }  # fmt: skip
+
+
+def generate_tab(cfg: AppConfig) -> dict[str, Any]:
+    """The tab that generates images of one seed; its components by name."""
+    gr = import_gradio()
+    with gr.Tab("Generate"):
+        with gr.Row():
+            count = gr.Slider(1, cfg.max_images, min(4, cfg.max_images), step=1, label="Images")
+            seed = gr.Number(0, label="Seed", info="The same seed gives the same images")
+        with gr.Row():
+            go = gr.Button("Generate", variant="primary")
+            stop = gr.Button("Stop")
+        words = gr.Markdown("", elem_id="words")
+        gallery = gr.Gallery(
+            label="Images, and the nearest training slice of each where the data is at hand", columns=4,
+            object_fit="contain", height="auto", format="png", interactive=False, buttons=["download", "fullscreen"],
+        )  # fmt: skip
+        file = gr.DownloadButton("Download all as ZIP, with manifest", interactive=False)
+        strip = gr.Image(
+            label="How image 0 comes about: noisy above, its estimate below", height=270,
+            alt_text="Two rows of one slice, from noise on the left to the finished image on the right", **PICTURE,
+        )  # fmt: skip
+    return {
+        "count": count, "seed": seed, "go": go, "stop": stop, "words": words, "gallery": gallery, "file": file,
+        "strip": strip,
+    }  # fmt: skip
+
+
+def walk_tab() -> dict[str, Any]:
+    """The tab that walks from the image of one seed to that of another; its components by name."""
+    gr = import_gradio()
+    with gr.Tab("Walk between two seeds") as tab:
+        with gr.Row():
+            seed_a, seed_b = gr.Number(0, label="From seed"), gr.Number(1, label="To seed")
+        place = gr.Slider(0, 1, 0, step=0.05, label="Place between them")
+        words = gr.Markdown("", elem_id="walked")
+        image = gr.Image(
+            label="Between the two seeds", height=420, alt_text="A slice between those of the two seeds", **PICTURE
+        )  # fmt: skip
+    return {"tab": tab, "seed_a": seed_a, "seed_b": seed_b, "place": place, "words": words, "image": image}
+
+
+def class_tab(first: Run, visible: bool) -> dict[str, Any]:
+    """The tab that guides one seed from one class to another; its components by name."""
+    gr = import_gradio()
+    sized = {**PICTURE, "height": 360}
+    with gr.Tab("From one class to another", visible=visible) as tab:
+        gr.Markdown("One seed, all else held: the same noise, guided from one class to the other.")
+        with gr.Row():
+            start = gr.Radio(first.classes, value=first.classes[-1], label="From class")
+            end = gr.Radio(first.classes, value=first.classes[0], label="To class")
+            seed = gr.Number(0, label="Seed of the image")
+        far = gr.Slider(0, 2, 1, step=0.1, label="How far", info="0: the first class; 1: the second; more: beyond it")
+        words = gr.Markdown("", elem_id="carried")
+        with gr.Row():
+            before = gr.Image(label="First class", alt_text="Slice of the first class", **sized)
+            after = gr.Image(label="On the way", alt_text="The same noise, on the way", **sized)
+            change = gr.Image(label="Darker: blue; brighter: orange", alt_text="Their difference", **sized)
+    return {
+        "tab": tab, "start": start, "end": end, "seed": seed, "far": far, "words": words, "before": before,
+        "after": after, "change": change,
+    }  # fmt: skip
+
+
 def build(studio: Studio) -> gr.Blocks:
-    """The page and what its events call."""
+    """The page: its parts, and what their events call."""
     gr = import_gradio()
     cfg, first = studio.cfg, next(iter(studio.runs.values()))
-    any_classes = any(run.conditional for run in studio.runs.values())
-    picture = {"format": "png", "interactive": False, "buttons": ["download"], "elem_classes": "shown"}
-    sized = {**picture, "height": 360}
-
-    def run_steps(run: Run) -> tuple[int, int, int]:
-        """(fewest, most, default) steps that the page offers. A student has its own number, which may be 1."""
-        n = run.default_steps
-        return (2, cfg.max_steps, min(n, cfg.max_steps)) if run.free else (1, max(2, n), n)
-
-    def about(run: Run) -> str:
-        side = run.vae.config["image_size"]
-        data = run.meta.get("data", "unknown data")
-        data = f"phantoms, which are no people: {data}" if run.phantom else data
-        return f"Trained on {data}; {side}x{side} pixels; weights {run.checkpoint}"
-
     with gr.Blocks(title="Synthetic brain MRI slices", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        # The parts, from top to bottom: settings, and a tab for each thing that can be done.
         gr.Markdown(f"# Synthetic brain MRI slices\n{LIMITS}")
-        with gr.Row():
-            name = gr.Radio(list(studio.runs), value=first.name, label="Run", info="Which weights generate")
-            class_name = gr.Radio(
-                first.classes, value=first.classes[0], label="Class", visible=first.conditional,
-                info="A label of the training data, no finding",
-            )  # fmt: skip
-        facts = gr.Markdown(about(first))
-        with gr.Accordion("How it is generated", open=False), gr.Row():
-            steps = gr.Slider(
-                *run_steps(first), step=1, label="Steps", interactive=first.free,
-                info="Ten suffice",
-            )  # fmt: skip
-            solver = gr.Radio(["dpm++2m", "ddim"], value="dpm++2m", label="Sampler", interactive=first.free)
-            guidance = gr.Slider(
-                0, 5, 1, step=0.25, label="Guidance", visible=first.conditional,
-                info="1: none; more follows the class more",
-            )  # fmt: skip
-        how = [steps, solver, guidance]
-        with gr.Tab("Generate"):
-            with gr.Row():
-                count = gr.Slider(1, cfg.max_images, min(4, cfg.max_images), step=1, label="Images")
-                seed = gr.Number(0, label="Seed", info="The same seed gives the same images")
-            with gr.Row():
-                go = gr.Button("Generate", variant="primary")
-                stop = gr.Button("Stop")
-            words = gr.Markdown("", elem_id="words")
-            gallery = gr.Gallery(
-                label="Images, and the nearest training slice of each where the data is at hand", columns=4,
-                object_fit="contain", height="auto", format="png", interactive=False,
-                buttons=["download", "fullscreen"],
-            )  # fmt: skip
-            file = gr.DownloadButton("Download all as ZIP, with manifest", interactive=False)
-            strip = gr.Image(
-                label="How image 0 comes about: noisy above, its estimate below",
-                height=270,
-                alt_text="Two rows of one slice, from noise on the left to the finished image on the right",
-                **picture,
-            )
-        with gr.Tab("Walk between two seeds") as walk_tab:
-            with gr.Row():
-                seed_a, seed_b = gr.Number(0, label="From seed"), gr.Number(1, label="To seed")
-            place = gr.Slider(0, 1, 0, step=0.05, label="Place between them")
-            walked_words = gr.Markdown("", elem_id="walked")
-            walked = gr.Image(
-                label="Between the two seeds", height=420, alt_text="A slice between those of the two seeds", **picture
-            )  # fmt: skip
-        with gr.Tab("From one class to another", visible=any_classes) as class_tab:
-            gr.Markdown("One seed, all else held: the same noise, guided from one class to the other.")
-            with gr.Row():
-                start = gr.Radio(first.classes, value=first.classes[-1], label="From class")
-                end = gr.Radio(first.classes, value=first.classes[0], label="To class")
-                class_seed = gr.Number(0, label="Seed of the image")
-            far = gr.Slider(
-                0, 2, 1, step=0.1, label="How far", info="0: the first class; 1: the second; more: beyond it"
-            )
-            class_words = gr.Markdown("", elem_id="carried")
-            with gr.Row():
-                before = gr.Image(label="First class", alt_text="Slice of the first class", **sized)
-                after = gr.Image(label="On the way", alt_text="The same noise, on the way", **sized)
-                change = gr.Image(label="Darker: blue; brighter: orange", alt_text="Their difference", **sized)
+        s = settings_part(cfg, studio, first)
+        g, w = generate_tab(cfg), walk_tab()
+        c = class_tab(first, visible=any(run.conditional for run in studio.runs.values()))
+        how = [s["steps"], s["solver"], s["guidance"]]
+
+        # One request after the other, whoever asks, because they share one machine.
+        work: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "generating", "concurrency_limit": 1}
+        live = {**work, "trigger_mode": "always_last", "show_progress": "minimal"}
+
+        # Another run: its classes and settings, and nothing is left of the images of the run before.
+        outputs = [
+            g["words"], g["gallery"], g["strip"], w["image"], w["words"], c["before"], c["after"], c["change"],
+            c["words"],
+        ]  # fmt: skip
 
         def choose(which: str) -> list:
             run = studio.run(which)
-            classes = {"choices": run.classes, "visible": run.conditional}
+            fewest, most, default = run_steps(cfg, run)
             return [
-                gr.update(value=run.classes[0], **classes),
-                about(run),
-                gr.update(**dict(zip(("minimum", "maximum", "value"), run_steps(run))), interactive=run.free),
+                gr.update(value=run.classes[0], choices=run.classes, visible=run.conditional),
+                describe_run(run),
+                gr.update(minimum=fewest, maximum=most, value=default, interactive=run.free),
                 gr.update(value=run.how(run.default_steps, "dpm++2m")["solver"], interactive=run.free),
                 gr.update(value=1, visible=run.conditional),
                 gr.update(value=run.classes[-1], choices=run.classes),
@@ -424,23 +479,24 @@ def build(studio: Studio) -> gr.Blocks:
                 *[None] * len(outputs),
             ]
 
-        # One request after the other, whoever asks, because they share one machine.
-        work = {"api_visibility": "private", "concurrency_id": "generating", "concurrency_limit": 1}
-        live = {**work, "trigger_mode": "always_last", "show_progress": "minimal"}
-        outputs = [words, gallery, strip, walked, walked_words, before, after, change, class_words]
-        chosen = [class_name, facts, *how, start, end, file, *outputs]
-        name.change(answered(choose), name, chosen, queue=False, api_visibility="private")
-        generating = go.click(
-            answered(studio.generate), [name, class_name, count, seed, *how], [strip, gallery, words, file],
-            show_progress="minimal", **work,
+        chosen = [s["class_name"], s["facts"], *how, c["start"], c["end"], g["file"], *outputs]
+        s["name"].change(answered(choose), s["name"], chosen, queue=False, api_visibility="private")
+
+        # Generate, until it is done or stopped.
+        generating = g["go"].click(
+            answered(studio.generate), [s["name"], s["class_name"], g["count"], g["seed"], *how],
+            [g["strip"], g["gallery"], g["words"], g["file"]], show_progress="minimal", **work,
         )  # fmt: skip
-        stop.click(None, cancels=[generating], api_visibility="private")
-        walking = [name, class_name, seed_a, seed_b, place, *how]
-        for event in (seed_a.input, seed_b.input, place.input, walk_tab.select):
-            event(answered(studio.walk), walking, [walked, walked_words], **live)
-        between = [name, start, end, class_seed, far, steps, solver]
-        for event in (start.input, end.input, class_seed.input, far.input, class_tab.select):
-            event(answered(studio.between_classes), between, [before, after, change, class_words], **live)
+        g["stop"].click(None, cancels=[generating], api_visibility="private")
+
+        # Walk and change the class whenever something is moved there; of several changes only the last one counts.
+        walking = [s["name"], s["class_name"], w["seed_a"], w["seed_b"], w["place"], *how]
+        for event in (w["seed_a"].input, w["seed_b"].input, w["place"].input, w["tab"].select):
+            event(answered(studio.walk), walking, [w["image"], w["words"]], **live)
+        between = [s["name"], c["start"], c["end"], c["seed"], c["far"], s["steps"], s["solver"]]
+        shown = [c["before"], c["after"], c["change"], c["words"]]
+        for event in (c["start"].input, c["end"].input, c["seed"].input, c["far"].input, c["tab"].select):
+            event(answered(studio.between_classes), between, shown, **live)
     return page.queue(max_size=cfg.queue, api_open=False)
 
 
@@ -463,6 +519,7 @@ def main(cfg: AppConfig) -> None:
     gr = import_gradio()
     from starlette.middleware import Middleware
 
+    # The runs
     if cfg.run == AppConfig.run:  # the default: those of the shipped weights that are there
         cfg = replace(cfg, run=tuple(r for r in cfg.run if (Path(cfg.checkpoints) / r).is_dir()))
     if not cfg.run:
@@ -471,6 +528,7 @@ def main(cfg: AppConfig) -> None:
         signal.signal(number, lambda got, _: sys.exit(128 + got))
     for name in ("NO_PROXY", "no_proxy"):  # gradio asks its own address whether it is up
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1,localhost", cfg.host]))
+    # Load them now, so that an error shows before the page opens; copies are learnt about while it is in use.
     studio = Studio(cfg)
     threading.Thread(target=studio.learn_copies, daemon=True).start()
     fonts = {
@@ -483,6 +541,7 @@ def main(cfg: AppConfig) -> None:
         block_title_text_color="*neutral_700",
         button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800",
     )  # fmt: skip
+    # Listen on this machine only (unless --host says otherwise), and take nothing but small requests.
     try:
         build(studio).launch(
             server_name=cfg.host, server_port=cfg.port, theme=theme, css=CSS, quiet=True,

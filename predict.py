@@ -16,11 +16,11 @@ import csv
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from torch import Tensor
 from cluster import StopSignal
 from device import describe_hardware, fetch_async, pick_device
 from metrics import CopyDetector, is_copy
+from modules import StableDiffusion
 from pictures import image_grid, import_cv2, png_bytes, visualise_denoising_process
 from runlog import RunLog
 from sampling import ImageSampler, copy_detector, load_run, plan_sampling
@@ -57,6 +58,7 @@ def claim_folder(out: Path, command: dict) -> None:
     record = out / "command.json"
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: name a folder")
+    # A folder that holds files, but no record of a command, is somebody else's.
     there = {p.name for p in out.iterdir()} if out.exists() else set()  # read once: other processes may be writing
     if there and not there & {record.name, ".lock"}:
         raise UserError(f"{out} is not empty: choose another --out, or empty it")
@@ -64,6 +66,7 @@ def claim_folder(out: Path, command: dict) -> None:
     with lock(out):
         if not record.exists():
             write_atomic(record, json.dumps(command, indent=1).encode())
+        # The first process writes the record; the others compare with it.
         try:
             theirs = json.loads(record.read_bytes())
         except (ValueError, RecursionError):
@@ -78,6 +81,7 @@ def read_manifest(out: Path, valid: Callable[[int, list], bool]) -> dict[int, li
     """Valid rows of OUT/manifest.csv by image number. An image without one is generated again."""
     if not (out / "manifest.csv").exists():
         return {}
+    # A line that is torn or of another command says nothing; its image is generated again.
     rows = {}
     for line in (out / "manifest.csv").read_text(encoding="utf-8", errors="replace").split("\n")[1:]:
         try:
@@ -128,6 +132,7 @@ def replace_copies(
     `images` uint8 [B, S, S] are numbers `ks`, made from noise number `indices`, which is changed too. UserError if an
     image is a copy in each of 20 attempts.
     """
+    # Whole batches again, because an image's rounding can depend on its place; only the copies among them are replaced.
     distance, _ = detector.distances(torch.from_numpy(images))
     for attempt in range(1, ATTEMPTS + 1):
         again = is_copy(distance).nonzero()[:, 0].tolist()
@@ -158,6 +163,7 @@ def one_ahead(items: Iterable[T]) -> Iterator[T]:
 
 def datasheet(cfg: PredictConfig, meta: dict, how: dict, rows: list[list], checkpoint: str) -> str:
     """README.md of the folder OUT: what it holds, how it was made, and what was done against copies."""
+    # Numbers for the text
     counts = {c: sum(r[1] == c for r in rows) for c in sorted({r[1] for r in rows})}
     net, again = meta["model"], sum(r[3] >= 10**9 for r in rows)
     copies = "No image was compared with the training slices (--reject-copies does): do not publish them as they are."
@@ -192,77 +198,129 @@ An index of attempt x 1,000,000,000 + k is image k generated again.
 """
 
 
-def main(cfg: PredictConfig) -> None:
-    stop, device = StopSignal(), pick_device(cfg.device)
+def check_request(cfg: PredictConfig, model: StableDiffusion, classes: list[str]) -> None:
+    """UserError for a shard, class or guidance that this run cannot have."""
     if cfg.shard >= cfg.shards:
         raise UserError(f"--shard {cfg.shard} of --shards {cfg.shards} does not exist: they are counted from 0")
-    rank, size, _ = job_ranks()
-    folder = Path(cfg.checkpoints) / cfg.run
-    if cfg.run == "pretrained" and not folder.exists():
-        raise UserError(f"there are no pretrained weights in {folder}: train a run and name it with --run")
-    model, vae, meta, unet_file = load_run(folder, cfg.weights, device, cfg.precision)
-    classes = meta["classes"]
     for name in cfg.class_name:
         if name not in classes:
             raise UserError(f"there is no class '{name}' in run {cfg.run}: it has {', '.join(classes)}")
     if cfg.class_name and len(classes) > 1 and not model.num_classes:
-        raise UserError(f"run {cfg.run} is unconditional and cannot draw one class: leave out --class-name")
+        raise UserError(f"run {cfg.run} is unconditional and cannot generate one class: leave out --class-name")
     if cfg.guidance != 1.0 and not model.num_classes:
         raise UserError(f"run {cfg.run} is unconditional and has no class to be guided to: leave out --guidance")
-    how = plan_sampling(cfg, model)
+
+
+class Request:
+    """What one command asks for: of every image its class, its file, and the row of the manifest that it must have.
+
+    Image k has its class in turn and its noise by (seed, k), and by (seed, attempt * 10^9 + k) when it is generated
+    again. Public, by k: `labels`, `kinds` (names of classes), `files`; and `spaces`, in which distances are measured.
+    """
+
+    def __init__(
+        self, cfg: PredictConfig, model: StableDiffusion, classes: list[str], checkpoint: str, spaces: list[str]
+    ):
+        self.cfg, self.checkpoint, self.spaces, self.out = cfg, checkpoint, spaces, Path(cfg.out)
+        turn = [classes.index(name) for name in cfg.class_name] or list(range(len(classes)))
+        self.labels = [turn[k % len(turn)] for k in range(cfg.num_images)]
+        known = model.num_classes or len(classes) == 1
+        self.kinds = [classes[y] if known else "any" for y in self.labels]
+        self.files = [f"train/{self.kinds[k]}/s{cfg.seed}i{k:05d}_0.png" for k in range(cfg.num_images)]
+
+    def row(self, k: int, index: int, distance: Mapping[str, Tensor], place: int) -> list:
+        """The row of the manifest for image k, made from noise `index`; its distances are at `place` of the batch's."""
+        own = [f"{d[place]:.4f}" for d in distance.values()]
+        return [self.files[k], self.kinds[k], self.cfg.seed, index, self.checkpoint, *own]
+
+    def is_valid(self, k: int, row: list) -> bool:
+        """Is this a row that this command would write about image k?"""
+        if k >= self.cfg.num_images or len(row) != 5 + len(self.spaces):
+            return False
+        return [*row[:3], row[4]] == [self.files[k], self.kinds[k], str(self.cfg.seed), self.checkpoint]
+
+    def missing(self, rows: dict[int, list]) -> set[int]:
+        """Numbers of the images that are not there yet, or that the manifest does not know."""
+        return {k for k in range(self.cfg.num_images) if k not in rows or not (self.out / self.files[k]).exists()}
+
+    def blocks(self, batch: int, missing: set[int], rank: int, ranks: int) -> list[list[int]]:
+        """This process's share: the whole batches in which an image is missing.
+
+        An image has the same place in the same batch whichever process generates it, because the rounding of a network
+        can depend on that.
+        """
+        mine = range(self.cfg.shard * ranks + rank, -(-self.cfg.num_images // batch), self.cfg.shards * ranks)
+        blocks = [list(range(b * batch, min((b + 1) * batch, self.cfg.num_images))) for b in mine]
+        return [ks for ks in blocks if missing.intersection(ks)]
+
+
+def finish_folder(
+    request: Request, rows: dict[int, list], sampler: ImageSampler, meta: dict[str, Any], how: dict[str, Any]
+) -> None:
+    """Write the pictures and the datasheet of a folder that is full, and show the pictures in wandb."""
+    cfg, out, side = request.cfg, request.out, sampler.vae.config["image_size"]
+    with lock(out):
+        # The denoising pictures are of the first images, of whichever attempt was kept.
+        if not (out / "denoising.gif").exists():
+            first = range(min(4, cfg.num_images))
+            y = torch.tensor([request.labels[k] for k in first])
+            steps = sampler.steps(cfg.seed, [rows[k][3] for k in first], y)
+            visualise_denoising_process(list(steps), sampler.vae.decode, out)
+        for torn in out.rglob(".*.tmp"):  # left by processes that were killed while they wrote
+            torn.unlink(missing_ok=True)
+        shown = [read_image(out / request.files[k], side) for k in range(min(cfg.num_images, 64))]
+        write_atomic(out / "grid.png", png_bytes(image_grid(np.stack(shown))))
+        # The datasheet comes last: a folder that has one is complete.
+        write_atomic(out / "README.md", datasheet(cfg, meta, how, list(rows.values()), request.checkpoint).encode())
+    if cfg.wandb != "disabled":
+        log = RunLog(out, cfg, "predict")
+        log.picture(0, "generated", out / "grid.png")
+        log.picture(0, "denoising", out / "denoising.gif")
+        log.close()
+
+
+def main(cfg: PredictConfig) -> None:
+    # The run, and whether it can do what is asked for.
+    stop, device = StopSignal(), pick_device(cfg.device)
+    rank, ranks, _ = job_ranks()
+    folder, out = Path(cfg.checkpoints) / cfg.run, Path(cfg.out)
+    if cfg.run == "pretrained" and not folder.exists():
+        raise UserError(f"there are no pretrained weights in {folder}: train a run and name it with --run")
+    model, vae, meta, unet_file = load_run(folder, cfg.weights, device, cfg.precision)
+    check_request(cfg, model, meta["classes"])
+    how, checkpoint = plan_sampling(cfg, model), file_hash(unet_file)
+    detector = copy_detector(cfg.data, cfg.cache, vae, meta)[0] if cfg.reject_copies else None
 
     # What decides about the pixels goes on record, and other commands cannot add to the folder. Precision is recorded
     # as it was resolved, because `auto` depends on the device.
-    out = Path(cfg.out)
     free = ("out", "compile", "device", "wandb", "checkpoints", "data", "cache", "shard", "shards")
     batch = min(cfg.batch_size or (64 if device.type == "cuda" else 16), cfg.num_images)
     command = {k: v for k, v in asdict(cfg).items() if k not in free}
     precision = str(model.amp_dtype or torch.float32).removeprefix("torch.")
     command |= {"class_name": list(cfg.class_name), "batch_size": batch, "precision": precision}
-    checkpoint = file_hash(unet_file)
-    detector = copy_detector(cfg.data, cfg.cache, vae, meta)[0] if cfg.reject_copies else None
     claim_folder(out, {**command, **how, "checkpoint": checkpoint})
 
-    # Image k: its class in turn, its noise by (seed, k), and by (seed, attempt * 10^9 + k) when it is generated again.
-    turn = [classes.index(name) for name in cfg.class_name] or list(range(len(classes)))
-    labels = [turn[k % len(turn)] for k in range(cfg.num_images)]
-    kind = [classes[y] if model.num_classes or len(classes) == 1 else "any" for y in labels]
-    names = [f"train/{kind[k]}/s{cfg.seed}i{k:05d}_0.png" for k in range(cfg.num_images)]
-    spaces = list(detector.spaces) if detector else []
-
-    def valid(k: int, row: list) -> bool:
-        """Is this a row that this command would write about image k?"""
-        if k >= cfg.num_images or len(row) != 5 + len(spaces):
-            return False
-        return [*row[:3], row[4]] == [names[k], kind[k], str(cfg.seed), checkpoint]
-
-    def lacking() -> set[int]:
-        """Numbers of the images that are not there yet."""
-        return {k for k in range(cfg.num_images) if k not in rows or not (out / names[k]).exists()}
-
-    rows = read_manifest(out, valid)
-    if not (left := lacking()) and (out / "README.md").exists():
+    # Which images are missing, and which of them are this process's.
+    request = Request(cfg, model, meta["classes"], checkpoint, list(detector.spaces) if detector else [])
+    rows = read_manifest(out, request.is_valid)
+    if not (missing := request.missing(rows)) and (out / "README.md").exists():
         print(f"{out} is complete: {cfg.num_images} images")
         return
-
-    # This process's share is whole batches. An image has the same place in the same batch whichever process generates
-    # it, because the rounding of a network can depend on that.
-    mine = range(cfg.shard * size + rank, -(-cfg.num_images // batch), cfg.shards * size)
-    blocks = [list(range(b * batch, min((b + 1) * batch, cfg.num_images))) for b in mine]
-    blocks = [ks for ks in blocks if left.intersection(ks)]
-    missing = left & {k for ks in blocks for k in ks}
+    blocks = request.blocks(batch, missing, rank, ranks)
+    missing &= {k for ks in blocks for k in ks}
     choice = "off" if cfg.compile == "auto" and len(missing) < 2000 else cfg.compile
     sampler = ImageSampler(model, vae, batch, cfg.guidance, choice, **how)
 
     def generate(indices: list[int], ks: list[int]) -> Callable[[], np.ndarray]:
         """Start to generate images from noise `indices`, of the classes of images ks; the call waits for them."""
-        return fetch_async(sampler(cfg.seed, indices, torch.tensor([labels[k] for k in ks]))[0])
+        return fetch_async(sampler(cfg.seed, indices, torch.tensor([request.labels[k] for k in ks]))[0])
 
+    # Generate. Files of a batch are written while the next one is generated, and its rows enter the manifest once the
+    # files are there. The manifest is written every half minute.
     start, saved_at, bar = time.time(), time.time(), progress_bar(len(missing))
-    stop.begin()
-    # Files of a batch are written while the next one is generated; its rows enter the manifest once they are there.
     writing: list[Future[None]] = []
     written: dict[int, list] = {}
+    stop.begin()
     with ThreadPoolExecutor(8) as pool, bar:
         for ks, started in one_ahead((ks, generate(ks, ks)) for ks in blocks):
             images, indices = started(), list(ks)
@@ -271,20 +329,19 @@ def main(cfg: PredictConfig) -> None:
                 job.result()
             rows |= written
             fresh = [(j, k) for j, k in enumerate(ks) if k in missing]
-            writing = [pool.submit(write_image, out / names[k], images[j]) for j, k in fresh]
-            written = {
-                k: [names[k], kind[k], cfg.seed, indices[j], checkpoint, *(f"{d[j]:.4f}" for d in distance.values())]
-                for j, k in fresh
-            }
+            writing = [pool.submit(write_image, out / request.files[k], images[j]) for j, k in fresh]
+            written = {k: request.row(k, indices[j], distance, j) for j, k in fresh}
             bar.update(len(fresh))
             if time.time() - saved_at > 30:
-                rows, saved_at = add_to_manifest(out, rows, spaces, valid), time.time()
+                rows, saved_at = add_to_manifest(out, rows, request.spaces, request.is_valid), time.time()
             if stop:
                 break
         for job in writing:
             job.result()
-    rows = add_to_manifest(out, rows | written, spaces, valid)
-    seconds, left = time.time() - start, lacking()
+    rows = add_to_manifest(out, rows | written, request.spaces, request.is_valid)
+
+    # Leave after a signal, or when others still have images to generate; the last process finishes the folder.
+    seconds, left = time.time() - start, request.missing(rows)
     stop.end()  # all images are saved; a signal that is repeated must not change the exit code
     if stop and left:
         print(f"stopped by {stop.name} with {cfg.num_images - len(left)} images in {out}: the same command goes on")
@@ -293,26 +350,9 @@ def main(cfg: PredictConfig) -> None:
         f"{len(missing)} images in {seconds:.1f} s ({len(how['timesteps'])} steps of {how['solver']}, "
         f"{describe_hardware(device)})" + f": {len(left)} are left to others" * bool(left)
     )
-    if left:
-        return
-
-    # The process that finds the folder full, which is the last one, writes the pictures and the datasheet.
-    with lock(out):
-        if not (out / "denoising.gif").exists():
-            first = range(min(4, cfg.num_images))
-            steps = sampler.steps(cfg.seed, [rows[k][3] for k in first], torch.tensor([labels[k] for k in first]))
-            visualise_denoising_process(list(steps), vae.decode, out)
-        for torn in out.rglob(".*.tmp"):  # left by processes that were killed while they wrote
-            torn.unlink(missing_ok=True)
-        shown = [read_image(out / names[k], vae.config["image_size"]) for k in range(min(cfg.num_images, 64))]
-        write_atomic(out / "grid.png", png_bytes(image_grid(np.stack(shown))))
-        write_atomic(out / "README.md", datasheet(cfg, meta, how, list(rows.values()), checkpoint).encode())
-    if cfg.wandb != "disabled":
-        log = RunLog(out, cfg, "predict")
-        log.picture(0, "generated", out / "grid.png")
-        log.picture(0, "denoising", out / "denoising.gif")
-        log.close()
-    print(f"{out / 'grid.png'}, {out / 'denoising.gif'}, {out / 'README.md'}")
+    if not left:
+        finish_folder(request, rows, sampler, meta, how)
+        print(f"{out / 'grid.png'}, {out / 'denoising.gif'}, {out / 'README.md'}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The weights in checkpoints/pretrained/, each by one command, from the repository's folder:
 #   DATA=path/to/ds002748 bash benchmarks/pretrained.sh real       # two hours on two CPU cores
-#   bash benchmarks/pretrained.sh phantoms                         # a quarter of an hour
+#   bash benchmarks/pretrained.sh phantoms                         # minutes; on phantoms as they are drawn today
 #   DATA=path/to/ds002748 bash benchmarks/pretrained.sh real256    # one GPU; replaces `real` once it has been run and read
 set -euo pipefail
 PY=${PY:-.venv/bin/python}
