@@ -186,6 +186,75 @@ class _Person:
         return curves, np.concatenate(mouths, 1)
 
 
+def _outline_and_curves(p: _Person, z: float, coarse: float, sulcus: float) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The outline of the brain [360, 2] at level z, and the curves of sulci and fissure, in head coordinates.
+
+    The outline is dented where a sulcus or the fissure opens; `sulcus` is half the width of one.
+    """
+    curves, mouths = p.sulci(z, coarse)
+    mouths = np.concatenate([mouths, [[0, np.pi], [1.5, 1.5]]], 1)
+    theta = np.linspace(-np.pi, np.pi, 360, endpoint=False)
+    gap = np.abs((theta[:, None] - mouths[:1] + np.pi) % (2 * np.pi) - np.pi)
+    dents = (np.exp(-((gap / (0.04 * coarse)) ** 2)) * mouths[1]).max(1)
+    hull = p.outline(theta, z) * (1 - (0.018 + sulcus) * dents[:, None])
+    bow = np.linspace(-1, 1, 9)
+    # The interhemispheric fissure ends on the corpus callosum in front and behind.
+    for end, sign in ((-0.56 + 0.05 * z, 1), (0.40 - 0.04 * z, -1)):
+        curves.append(np.stack([np.zeros(20), np.linspace(-1.1 * sign, end, 20)], -1))
+        curves.append(np.stack([0.075 * bow, end + sign * 0.035 * (bow**2)], -1))
+    return hull, curves
+
+
+def _deep_structures(p: _Person, z: float) -> tuple[list[np.ndarray], ...]:
+    """Shapes of ventricles, caudates, putamina and thalami at level z, each [points, 2] in head coordinates.
+
+    Wide ventricles push their neighbours aside.
+    """
+    stations, beside = _between(z, _VENTRICLE), _between(z, _CAUDATE)
+    ventricles, caudates, putamina, thalami = [], [], [], []
+
+    def bands(edge: np.ndarray, width: np.ndarray) -> list[np.ndarray]:
+        """Shapes from edge [n, 2] to edge + width [n] sideways, cut where the width vanishes."""
+        runs = np.split(np.arange(len(edge)), np.flatnonzero(np.diff(width > 0.004)) + 1)
+        far = edge + width[:, None] * [1, 0]
+        return [np.concatenate([edge[i], far[i[::-1]]]) for i in runs if len(i) > 1 and width[i[0]] > 0.004]
+
+    for sign in (1, -1):
+        grow = p.ventricle * (1 + sign * p.asymmetry)
+        wide = stations[2] * grow + 0.012 * max(grow - 1, 0) * (stations[2] > 0)
+        edge = _smooth(np.stack([stations[1], stations[0] * (0.9 + 0.1 * grow), wide, beside], -1), 66)
+        ventricles += [band * [sign, 1] for band in bands(edge[:, :2], edge[:, 2])]
+        caudates += [band * [sign, 1] for band in bands(edge[:, :2], (edge[:, 2] + edge[:, 3]) * (edge[:, 3] > 0.004))]
+        small = np.clip(1.9 * (0.72 - z), 0, 1) ** 0.5
+        push = [0.03 * (grow - 1), 0]
+        if small > 0.15:
+            middle = np.array([0.30, -0.09])
+            putamina.append(((_smooth(_PUTAMEN, 48, True) - middle) * small + middle + push) * [sign, 1])
+        small = np.clip(2.2 * (0.62 - z), 0, 1) ** 0.5
+        if small > 0.15:
+            t = np.linspace(0, 2 * np.pi, 40, endpoint=False)
+            oval = np.stack([0.105 * np.cos(t) - 0.035 * np.sin(t), 0.17 * np.sin(t)], -1) * small
+            thalami.append((oval * [-1, 1] + [0.14, 0.03] + push) * [sign, 1])
+    third = 0.014 * p.ventricle * np.clip(1.6 - 4 * z, 0, 1)
+    if third > 0.002:
+        t = np.linspace(0, 2 * np.pi, 32, endpoint=False)
+        ventricles.append(np.stack([third * np.cos(t), 0.02 + 0.14 * np.sin(t)], -1))
+    return ventricles, caudates, putamina, thalami
+
+
+def _scan(p: _Person, image: np.ndarray, size: int) -> np.ndarray:
+    """What this person's scanner makes of the tissues: bias field, point spread, Rician noise; float32 [h, w]."""
+    import cv2
+
+    v, u = (np.linspace(-1, 1, n, dtype=np.float32) for n in image.shape)
+    v = v[:, None]
+    b = p.bias.astype(np.float32)
+    image *= 1 + b[0] * u + b[1] * v + b[2] * u * u + b[3] * v * v + b[4] * u * v
+    image = cv2.GaussianBlur(image, (0, 0), max(0.6 * size / 256, 0.2))
+    real, imaginary = p.rng.standard_normal((2, *image.shape), np.float32) * np.float32(p.noise)
+    return np.sqrt((image + real) ** 2 + imaginary**2)
+
+
 def _draw_slice(p: _Person, z: float, size: int) -> tuple[np.ndarray, dict]:
     """One slice at level z in [0, 1]: the image, uint8 [size, size], and its true areas by name.
 
@@ -228,17 +297,7 @@ def _draw_slice(p: _Person, z: float, size: int) -> tuple[np.ndarray, dict]:
         return cv2.resize(canvas, (w // k, h // k), interpolation=cv2.INTER_AREA).astype(np.float32, copy=False)
 
     # --- surface of the brain: the outline, the fissure between the hemispheres, sulci, insula
-    curves, mouths = p.sulci(z, coarse)
-    mouths = np.concatenate([mouths, [[0, np.pi], [1.5, 1.5]]], 1)
-    theta = np.linspace(-np.pi, np.pi, 360, endpoint=False)
-    gap = np.abs((theta[:, None] - mouths[:1] + np.pi) % (2 * np.pi) - np.pi)
-    dents = (np.exp(-((gap / (0.04 * coarse)) ** 2)) * mouths[1]).max(1)
-    hull = p.outline(theta, z) * (1 - (0.018 + sulcus) * dents[:, None])
-    bow = np.linspace(-1, 1, 9)
-    # The interhemispheric fissure ends on the corpus callosum in front and behind.
-    for end, sign in ((-0.56 + 0.05 * z, 1), (0.40 - 0.04 * z, -1)):
-        curves.append(np.stack([np.zeros(20), np.linspace(-1.1 * sign, end, 20)], -1))
-        curves.append(np.stack([0.075 * bow, end + sign * 0.035 * (bow**2)], -1))
+    hull, curves = _outline_and_curves(p, z, coarse, sulcus)
     surface = np.zeros((h, w), np.uint8)
     cv2.fillPoly(surface, [place(hull * 1.006)], 255, 8, 4)
     lengths = np.cumsum([len(c) for c in curves])[:-1]
@@ -264,36 +323,8 @@ def _draw_slice(p: _Person, z: float, size: int) -> tuple[np.ndarray, dict]:
     texture += (sulcus + cortical + 0.010 - distance) * np.float32(1 / 0.02)
     cortex = np.clip(texture, 0, 1, out=texture)
 
-    # --- deep structures, painted over white matter; wide ventricles push their neighbours aside
-    stations, beside = _between(z, _VENTRICLE), _between(z, _CAUDATE)
-    ventricles, caudates, putamina, thalami = [], [], [], []
-
-    def bands(edge: np.ndarray, width: np.ndarray) -> list[np.ndarray]:
-        """Shapes from edge [n, 2] to edge + width [n] sideways, cut where the width vanishes."""
-        runs = np.split(np.arange(len(edge)), np.flatnonzero(np.diff(width > 0.004)) + 1)
-        far = edge + width[:, None] * [1, 0]
-        return [np.concatenate([edge[i], far[i[::-1]]]) for i in runs if len(i) > 1 and width[i[0]] > 0.004]
-
-    for sign in (1, -1):
-        grow = p.ventricle * (1 + sign * p.asymmetry)
-        wide = stations[2] * grow + 0.012 * max(grow - 1, 0) * (stations[2] > 0)
-        edge = _smooth(np.stack([stations[1], stations[0] * (0.9 + 0.1 * grow), wide, beside], -1), 66)
-        ventricles += [band * [sign, 1] for band in bands(edge[:, :2], edge[:, 2])]
-        caudates += [band * [sign, 1] for band in bands(edge[:, :2], (edge[:, 2] + edge[:, 3]) * (edge[:, 3] > 0.004))]
-        small = np.clip(1.9 * (0.72 - z), 0, 1) ** 0.5
-        push = [0.03 * (grow - 1), 0]
-        if small > 0.15:
-            middle = np.array([0.30, -0.09])
-            putamina.append(((_smooth(_PUTAMEN, 48, True) - middle) * small + middle + push) * [sign, 1])
-        small = np.clip(2.2 * (0.62 - z), 0, 1) ** 0.5
-        if small > 0.15:
-            t = np.linspace(0, 2 * np.pi, 40, endpoint=False)
-            oval = np.stack([0.105 * np.cos(t) - 0.035 * np.sin(t), 0.17 * np.sin(t)], -1) * small
-            thalami.append((oval * [-1, 1] + [0.14, 0.03] + push) * [sign, 1])
-    third = 0.014 * p.ventricle * np.clip(1.6 - 4 * z, 0, 1)
-    if third > 0.002:
-        t = np.linspace(0, 2 * np.pi, 32, endpoint=False)
-        ventricles.append(np.stack([third * np.cos(t), 0.02 + 0.14 * np.sin(t)], -1))
+    # --- deep structures, painted over white matter
+    ventricles, caudates, putamina, thalami = _deep_structures(p, z)
     nuclei = cover([(thalami, 30), (putamina, 58), (caudates, 60)])  # how much darker than white matter
     ventricle, brain = cover([(ventricles, 255)]), cover([([hull], 255)])
 
@@ -303,14 +334,8 @@ def _draw_slice(p: _Person, z: float, size: int) -> tuple[np.ndarray, dict]:
     image += (GM * p.contrast - image) * shrink(cortex)
     image += (CSF - image) * np.maximum(shrink(csf), shrink(ventricle) / 255)
 
-    # --- scanner: bias field, point spread, Rician noise; nothing outside the brain
-    v, u = (np.linspace(-1, 1, n, dtype=np.float32) for n in image.shape)
-    v = v[:, None]
-    b = p.bias.astype(np.float32)
-    image *= 1 + b[0] * u + b[1] * v + b[2] * u * u + b[3] * v * v + b[4] * u * v
-    image = cv2.GaussianBlur(image, (0, 0), max(0.6 * size / 256, 0.2))
-    real, imaginary = p.rng.standard_normal((2, *image.shape), np.float32) * np.float32(p.noise)
-    image = np.sqrt((image + real) ** 2 + imaginary**2)
+    # --- scanner, and nothing outside the brain
+    image = _scan(p, image, size)
     out = np.zeros((size, size), np.uint8)
     inside = shrink(brain) >= 127.5
     out[my : size - my, mx : size - mx] = np.where(inside, np.clip(image, 1, 255), 0).astype(np.uint8)
