@@ -6,17 +6,21 @@ without the flag, so that runs that were started before can go on.
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from inspect import signature
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
 Grid = Literal["logsnr", "nonuniform", "uniform", "full"]
 Solver = Literal["dpm++2m", "ddim"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What several scripts share: data, machine, steps of a training
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,10 @@ class StepsConfig(MachineConfig):
     """Start over: the old files are moved to RUN/old-DATE, nothing is deleted."""
     dry_run: bool = False
     """Print the plan (data, parameters, steps, memory, folders) and exit without writing anything."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trainings
 
 
 @dataclass(frozen=True)
@@ -201,6 +209,10 @@ class DistilConfig(StepsConfig):
     """Seed of everything random."""
     warmup: float = 0.05
     """Share of the steps in which the learning rate rises; after that it falls as a cosine."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scripts that look at a trained run
 
 
 @dataclass(frozen=True)
@@ -346,6 +358,10 @@ class ReportConfig:
     """File to write. Default: CHECKPOINTS/RUN/report.html, or report-without-people.html."""
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The two commands of dataset.py
+
+
 @dataclass(frozen=True)
 class CheckConfig:
     """Report what is in a data folder, and whether it can be trained on (exit code 2 if not).
@@ -400,6 +416,9 @@ class SliceConfig:
     """Volumes to work on at the same time. 0: one per core, at most 8."""
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Presets and limits
+
 # `adni`, the recipe of the first version at 256², is what the defaults of all scripts are.
 PRESETS: dict[str, dict[type, dict]] = {
     "adni": {},
@@ -453,11 +472,16 @@ LIMITS: dict[str, tuple[float, float]] = {
 }  # fmt: skip
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Command lines, and settings that files hold
+
+
 def parse(config: type[Config], argv: list[str] | None = None) -> Config:
     """Read a command line: an optional name of a preset first, then flags that override it.
 
     On an unknown preset or flag, or a value outside LIMITS, prints one sentence and exits with 2.
     """
+    # The first word is a preset, unless it is a flag.
     argv = list(sys.argv[1:] if argv is None else argv)
     named = bool(argv) and not argv[0].startswith("-")
     preset = argv.pop(0) if named else "adni"
@@ -469,14 +493,17 @@ def parse(config: type[Config], argv: list[str] | None = None) -> Config:
     own = names.get(config, {"run": preset}) if named else {}
     plain: Any = config()
     default = replace(plain, **{**own, **PRESETS[preset].get(config, {})})
+    # tyro knows the flags; the presets are ours, and so --help has to name them.
     name = os.path.basename(sys.argv[0]) or "script"
-    about = f"{config.__doc__}\n\nusage: python {name} [{'|'.join(PRESETS)}] [--flag value ...]   (no preset: adni)"
+    about = inspect.cleandoc(config.__doc__ or "")
+    about += f"\n\nusage: python {name} [{'|'.join(PRESETS)}] [--flag value ...]   (no preset: adni)"
     cfg = tyro.cli(config, default=default, args=argv, prog=f"python {name} {preset}", description=about)
     return within_limits(cfg)
 
 
 def within_limits(cfg: Config) -> Config:
     """Return the config if every number is within LIMITS; else print one sentence and exit with 2."""
+    # A limit for one class, "TrainConfig.num_steps", comes before the limit of the name.
     for key, value in vars(cfg).items():
         own = f"{type(cfg).__name__}.{key}"
         if wrong := outside_limits(own if own in LIMITS else key, value):
@@ -503,9 +530,10 @@ def check_arguments(make: Callable, given: object) -> dict[str, Any]:
     The names must be known, the types those of the annotations, and the numbers within LIMITS, because a file may come
     from anywhere.
     """
+    # Each setting by itself, then whether one is missing.
     if not isinstance(given, dict):
         raise ValueError("settings are missing")
-    known = signature(make).parameters
+    known = inspect.signature(make).parameters
     for name, value in given.items():
         if name not in known:
             raise ValueError(f"{name[:40]!r} is no setting of this version")
@@ -526,7 +554,7 @@ def parse_dataset(argv: list[str] | None = None) -> CheckConfig | SliceConfig:
     kinds = {"check": CheckConfig, "slice": SliceConfig}
     if argv[:1] and argv[0] in kinds:
         kind, prog = kinds[argv[0]], f"python dataset.py {argv[0]}"
-        return within_limits(tyro.cli(kind, args=argv[1:], prog=prog, description=kind.__doc__))
+        return within_limits(tyro.cli(kind, args=argv[1:], prog=prog, description=inspect.cleandoc(kind.__doc__ or "")))
     print(
         "usage: python dataset.py check DIR          looks a data folder over\n"
         "       python dataset.py slice VOLUMES OUT  cuts NIfTI and DICOM volumes into slices\n"
