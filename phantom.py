@@ -262,15 +262,15 @@ def _draw_slice(p: _Person, z: float, size: int) -> tuple[np.ndarray, dict]:
     """
     import cv2
 
-    # In a small image the folds of a real brain would be as narrow as a pixel. It gets fewer and wider ones, and a head
-    # that fills more of the image: `coarse` is 1 from 128 pixels up and 2 from 64 down.
+    # In a small image the folds of a real brain would be as narrow as a pixel, so it gets fewer and wider ones: `coarse`
+    # is 1 from 128 pixels up and 2 from 64 down.
     coarse = min(max(128 / size, 1), 2)
 
     # --- canvas and helpers
     k = -(-384 // size)
-    mx, my = (int(size * (margin - 0.05 * (coarse - 1))) for margin in (0.13, 0.08))
+    mx, my = int(size * 0.13), int(size * 0.08)
     w, h = (size - 2 * mx) * k, (size - 2 * my) * k
-    scale = (0.9 + 0.1 * coarse) * p.size * size * k  # canvas pixels per head unit
+    scale = p.size * size * k  # canvas pixels per head unit
     sulcus, cortical = p.sulcus + 0.010 * (coarse - 1), p.cortex * (0.5 + 0.5 * coarse)
     field = p.field(z)
     c, s = np.cos(p.angle), np.sin(p.angle)
