@@ -262,7 +262,7 @@ def _draw_slice(p: _Person, z: float, size: int) -> tuple[np.ndarray, dict]:
     """
     import cv2
 
-    # In a small image the folds of a real brain would be as narrow as a pixel, so it gets fewer and wider ones: `coarse`
+    # In a small image the folds of a real brain would be as narrow as a pixel, so it gets fewer, wider ones: `coarse`
     # is 1 from 128 pixels up and 2 from 64 down.
     coarse = min(max(128 / size, 1), 2)
 
