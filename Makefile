@@ -18,7 +18,7 @@ demo: $(DEMO)/report.txt
 $(DEMO)/report.txt: | $(BIN)/ready
 	$(PY) pre_train.py demo
 	$(PY) train.py demo
-	$(PY) predict.py demo --class-name AD NC --num-images 128 --reject-copies --out $(DEMO)/new
+	$(PY) predict.py demo --class-name AD NC --num-images 192 --guidance 1.25 --reject-copies --out $(DEMO)/new
 	$(PY) tsne.py demo
 	@{ echo; echo "The demo is done. All of it is synthetic: phantoms drawn by phantom.py, and images generated from them."; \
 	   echo; echo "Ventricle fraction, measured by thresholding, in the training phantoms:"; \

@@ -436,12 +436,12 @@ PRESETS: dict[str, dict[type, dict]] = {
     "demo": {
         PretrainConfig: dict(
             run="demo", data="phantom", image_size=64, latent_channels=8, channels=(48, 96), blocks=1, attention=False,
-            epochs=9, batch_size=8, lr=2e-3, kl_weight=1e-3, schedule="cosine", ema_decay=0.99, gif_every=1,
+            epochs=7, batch_size=8, lr=2e-3, kl_weight=1e-3, schedule="cosine", ema_decay=0.99, gif_every=1,
             wandb="disabled", precision="fp32",
         ),
         TrainConfig: dict(
-            run="demo", data="phantom", channels=(96, 128), attention=(8,), blocks=1, grid="full", epochs=18,
-            batch_size=8, lr=2e-3, loss_weight="min_snr", ema_decay=0.998, wandb="disabled", sample_every=6,
+            run="demo", data="phantom", channels=(96, 128), attention=(8,), blocks=1, grid="full", epochs=12,
+            batch_size=8, lr=2e-3, loss_weight="min_snr", ema_decay=0.998, wandb="disabled", sample_every=4,
             precision="fp32",
         ),
         PredictConfig: dict(run="demo", data="phantom"),
