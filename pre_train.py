@@ -111,12 +111,16 @@ def freeze_encoder(vae: VAE, average: VAE) -> None:
     vae.encoder.requires_grad_(False)
 
 
-def save_with_latents(run: Run, ema: EMA[VAE], train: ADNIDataset, facts: dict, device: torch.device) -> VAE:
+def save_with_latents(
+    run: Run, ema: EMA[VAE], splits: dict[str, ADNIDataset], cfg: PretrainConfig, device: torch.device
+) -> None:
     """Measure the latents of the training set, and write best and final weights with those statistics.
 
-    Returns the best VAE, which is the one that scripts use. If the encoder is still the one of an earlier end of this
-    run, the statistics of then are kept to the last bit, because a U-Net may have been trained on them.
+    If the encoder is still the one of an earlier end of this run, the statistics of then are kept to the last bit,
+    because a U-Net may have been trained on them. Prints those of the best weights, which are what scripts use.
     """
+    train, split = splits["train"], {name: getattr(cfg, name) for name in SPLIT_RULES}
+    facts = {"data": train.summary(), "held_out": carved_people(splits), "split": split, **phantom_drawing(cfg.data)}
     final_file, ranks = run.folder / "final.safetensors", run.ranks
     earlier = load_vae(final_file, device)[0] if run.resumed and final_file.exists() else None
     # The averaged weights of the best epoch, in a network of their own, beside those of the last epoch
@@ -125,13 +129,14 @@ def save_with_latents(run: Run, ema: EMA[VAE], train: ADNIDataset, facts: dict, 
     best.load_state_dict(tensors)
     best.amp_dtype = ema.module.amp_dtype
     for vae in (best, ema.module):
-        vae.eval().measure_latents(train.batches(run.cfg.batch_size, device, ranks.share), ranks.sum)
+        vae.eval().measure_latents(train.batches(cfg.batch_size, device, ranks.share), ranks.sum)
         if earlier and earlier.latent_hash() == vae.latent_hash():
             vae.load_state_dict({k: v for k, v in earlier.state_dict().items() if "latent" in k}, strict=False)
     if ranks.is_main:
         save_weights(run.folder / "best.safetensors", best, {**header, **run.meta, **facts, "finished": True})
     run.save_final(ema.module, **facts, finished=True)
-    return best
+    mean, std = ([round(v, 3) for v in values.tolist()] for values in (best.latent_mean, best.latent_std))
+    print(f"latents: mean {mean}, standard deviation {std} per channel")
 
 
 def build_networks(cfg: PretrainConfig) -> tuple[VAE, PatchDiscriminator]:
@@ -262,11 +267,7 @@ def main(cfg: PretrainConfig) -> None:
 
         # The end: write the state, then measure the latents, without which no U-Net can be trained.
         run.save()
-        split = {name: getattr(cfg, name) for name in SPLIT_RULES}
-        facts = {"data": train.summary(), "held_out": carved_people(splits), "split": split}
-        best = save_with_latents(run, ema, train, facts | phantom_drawing(cfg.data), device)
-    mean, std = ([round(v, 3) for v in values.tolist()] for values in (best.latent_mean, best.latent_std))
-    print(f"latents: mean {mean}, standard deviation {std} per channel")
+        save_with_latents(run, ema, splits, cfg, device)
     print(f"done: {folder / 'final.safetensors'}; reconstructions in {folder / 'reconstructions.png'}")
 
 
