@@ -214,7 +214,7 @@ def test_a_visitor_in_a_browser(address: str, tmp_path: Path):
         page.get_by_label("Seed", exact=True).fill("3")
         draw.click()
         page.locator("#words").get_by_text("4 images in").wait_for()
-        assert "not at hand" in page.locator("#words").inner_text()  # and so nothing was compared
+        assert "not known" in page.locator("#words").inner_text()  # and so nothing was compared
         with page.expect_download() as download:
             page.get_by_role("button", name="Download all as ZIP").click()
         download.value.save_as(tmp_path / "slices.zip")

@@ -378,13 +378,13 @@ def test_code_in_a_state_file_is_never_run(tmp_path):
 
 
 def test_a_state_with_one_wrong_bit_gives_way_to_the_one_before(tmp_path, capsys):
-    path, weights = tmp_path / "last.pt", normal(1000)
+    path, tensor = tmp_path / "last.pt", normal(1000)
     for step in range(2):
-        weights.save_state(path, {"step": step, "weights": weights})
+        weights.save_state(path, {"step": step, "weights": tensor})
     data = bytearray(path.read_bytes())
-    data[data.index(weights.numpy().tobytes()) + 2000] ^= 1
+    data[data.index(tensor.numpy().tobytes()) + 2000] ^= 1
     path.write_bytes(data)
-    assert not torch.equal(torch.load(path, weights_only=True)["weights"], weights)  # torch itself believes it
+    assert not torch.equal(torch.load(path, weights_only=True)["weights"], tensor)  # torch itself believes it
     assert weights.load_state(path)["step"] == 0
     assert "last.pt cannot be read" in capsys.readouterr().err
 
