@@ -436,7 +436,7 @@ PRESETS: dict[str, dict[type, dict]] = {
     "demo": {
         PretrainConfig: dict(
             run="demo", data="phantom", image_size=64, latent_channels=8, channels=(48, 96), blocks=1, attention=False,
-            epochs=7, batch_size=8, lr=2e-3, kl_weight=1e-3, schedule="cosine", ema_decay=0.99, gif_every=1,
+            epochs=6, batch_size=8, lr=2e-3, kl_weight=1e-3, schedule="cosine", ema_decay=0.99, gif_every=1,
             wandb="disabled", precision="fp32",
         ),
         TrainConfig: dict(
