@@ -392,7 +392,7 @@ def generate_tab(cfg: AppConfig) -> dict[str, Any]:
             stop = gr.Button("Stop")
         words = gr.Markdown("", elem_id="words")
         gallery = gr.Gallery(
-            label="Images, and the nearest training slice of each where the data is at hand", columns=4,
+            label="Images, and the nearest training slice of each where the data is known", columns=4,
             object_fit="contain", height="auto", format="png", interactive=False, buttons=["download", "fullscreen"],
         )  # fmt: skip
         file = gr.DownloadButton("Download all as ZIP, with manifest", interactive=False)

@@ -494,9 +494,11 @@ def split_rules(meta: dict[str, Any]) -> dict[str, Any]:
 
 def phantom_drawing(data: str) -> dict[str, int]:
     """What the header of a run's weights says about its phantoms: which drawing they are of. Empty for other data."""
+    if data != "phantom":
+        return {}
     import phantom
 
-    return {"phantoms": phantom.DRAWING} if data == "phantom" else {}
+    return {"phantoms": phantom.DRAWING}
 
 
 def load_splits_by_rules(

@@ -116,7 +116,8 @@ class Run:
                     ...                                                  # forward, backward, optimise
                     run.took([loss], norm)                               # counts the step
                 run.end_epoch(numbers, ema.module)                       # log, best weights, curves, report
-            run.save_final(ema.module)
+            run.save()                                                   # last.pt and best.safetensors
+            run.save_final(ema.module)                                   # final.safetensors: now it is finished
 
     Public: `ranks`, `folder`, `step` (steps done), `rows` (this rank's rows of a batch), `micro` (images at a time).
     """

@@ -201,7 +201,7 @@ def check_match(name: str, ours: tuple[int, int], theirs: tuple[int, int]) -> No
     p, f = (b / a - 1 for a, b in zip(ours, theirs))
     print(f"{name}: {theirs[0] / 1e6:.2f} M parameters ({p:+.1%}), {theirs[1] / 1e9:.2f} GFLOP forward ({f:+.1%})")
     if max(abs(p), abs(f)) > 0.05:
-        sys.exit(f"error: {name} is not matched within 5 %: mend its widths in benchmarks/common.py")
+        sys.exit(f"error: {name} is not matched within 5 %: change its widths in benchmarks/common.py")
 
 
 class PeerUNet(nn.Module):
