@@ -128,18 +128,25 @@ class Ranks:
         n = share.stop - share.start
         for start in range(0, n, micro):
             rows = slice(start, min(start + micro, n))
-            context = ExitStack()
-            if self.size > 1 and rows.stop < n:
-                for network in networks:
-                    context.enter_context(network.no_sync())
+            context = self.no_sync(*networks if rows.stop < n else ())
             yield rows, (rows.stop - start) * self.size / batch, context
+
+    def no_sync(self, *networks: Any) -> ExitStack:
+        """A context in which the backward passes of networks from `wrap_ddp` exchange no gradients."""
+        context = ExitStack()
+        for network in networks if self.size > 1 else ():
+            context.enter_context(network.no_sync())
+        return context
 
     def wrap_ddp(self, model: nn.Module) -> nn.Module:
         """The model to call in a step: with several ranks, its backward pass averages the gradients over them."""
         if self.size == 1:
             return model
         ids = [self.device] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        # No buffer ever differs between ranks, so none is sent.
+        return nn.parallel.DistributedDataParallel(
+            model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
 
     # What the ranks tell each other
 

@@ -33,14 +33,18 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if name == "cuda" and torch.cuda.is_available():
         # Modulo, because Slurm may let each rank see only its own GPU.
-        device = torch.device("cuda", job_ranks()[2] % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-        return device
+        name = f"cuda:{job_ranks()[2] % torch.cuda.device_count()}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {name} is not available here: {str(e).splitlines()[0]}") from None
+    if device.type == "cuda":
+        # Streams, events and graphs are made on the current GPU, which is cuda:0 unless it is set.
+        torch.cuda.set_device(device)
+        # cuDNN would compute float32 convolutions in TF32, with 10 bits of mantissa. SSIM takes the difference of two
+        # nearly equal means, and --precision fp32 should mean float32.
+        torch.backends.cudnn.allow_tf32 = False
     return device
 
 
@@ -122,26 +126,59 @@ class Replay:
     """call(*tensors) -> tensors, recorded once as a CUDA graph and replayed: one launch instead of thousands.
 
     `call` must not wait for the GPU, and inputs must have the shapes of `example`. Each call overwrites the outputs of
-    the one before.
+    the one before. Where `call` runs a backward pass, `parameters` are those whose gradients it leaves: every replay
+    computes them anew and puts them into `.grad`. `warm_up` runs before recording, by default `call` itself. A
+    RuntimeError of recording leaves the GPU as it was.
     """
 
-    def __init__(self, call: Callable[..., tuple[Tensor, ...]], *example: Tensor):
-        self.inputs = [x.clone() for x in example]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+    def __init__(
+        self,
+        call: Callable[..., tuple[Tensor, ...]],
+        *example: Tensor,
+        parameters: Iterable[nn.Parameter] = (),
+        warm_up: Callable[..., object] | None = None,
+    ):
+        self.inputs, self.parameters = [x.clone() for x in example], list(parameters)
+        current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+        stream.wait_stream(current)
         with torch.cuda.stream(stream):  # before recording, so that libraries choose kernels and allocate workspaces
             for _ in range(3):
-                call(*self.inputs)
-        torch.cuda.current_stream().wait_stream(stream)
+                (warm_up or call)(*self.inputs)
+        current.wait_stream(stream)
+        # A backward pass that finds no gradient makes one, here in the graph's own memory, and does not add to an old.
+        for p in self.parameters:
+            p.grad = None
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.outputs = call(*self.inputs)
+        try:
+            # Other threads may copy batches meanwhile: only what this thread does is recorded and checked.
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.outputs = call(*self.inputs)
+        except RuntimeError:
+            torch.cuda.synchronize()
+            torch.cuda.set_stream(current)  # the failed recording left its own
+            for p in self.parameters:
+                p.grad = None
+            raise
+        self.gradients = [p.grad for p in self.parameters]
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         for recorded, x in zip(self.inputs, inputs):
             recorded.copy_(x, non_blocking=True)
         self.graph.replay()
+        for p, gradient in zip(self.parameters, self.gradients):
+            p.grad = gradient
         return self.outputs
+
+
+def to_half(network: nn.Module, dtype: torch.dtype | None) -> None:
+    """Convert the weights of convolutions and linear layers in place, once, to what autocast would make of them.
+
+    For networks that only generate: autocast converts their weights anew in every call. Its results are the same, bit
+    for bit. None changes nothing. Weights of norms and embeddings, which autocast leaves in float32, stay.
+    """
+    for layer in network.modules():
+        if dtype is not None and isinstance(layer, (nn.Conv2d, nn.Linear)):
+            layer.to(dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ if __name__ == "__main__":
     cfg = parse(DistilConfig)  # before torch is imported, so that --help answers at once
 
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,9 +21,9 @@ from torch import Tensor, nn
 
 from cluster import Ranks, StopSignal
 from dataset import split_rules
-from device import allocate_rows, eval_mode, gather_batches, pick_amp_dtype, pick_device, shuffled_batches
+from device import allocate_rows, eval_mode, gather_batches, pick_amp_dtype, pick_device, shuffled_batches, to_half
 from device import to_device_if_it_fits as to_device
-from loop import EMA, Plan, Run, make_optimizer, make_scaler, optimise
+from loop import EMA, Gradients, Plan, Run, make_optimizer, make_scaler, optimise
 from modules import (
     CosineAnnealingWarmupScheduler,
     NoiseScheduler_Fast_DDPM,
@@ -128,6 +129,16 @@ class Student(nn.Module):
         return (out - target).square().mean((1, 2, 3))
 
 
+def backward(
+    network: nn.Module, scaler: torch.amp.GradScaler, weight: float, states: Tensor, y: Tensor, entries: Tensor
+) -> Tensor:
+    """Add the gradients of the mean loss of a `Student` (perhaps wrapped for DDP), times `weight`; returns the sum of
+    the losses."""
+    loss = network(states, y, entries)
+    scaler.scale(weight * loss.mean()).backward()
+    return loss.detach().sum()
+
+
 def evaluate(model: StableDiffusion, data: Trajectories, ranks: Ranks) -> dict[str, float]:
     """Loss on trajectories never trained on, and how far the student's own images are from the teacher's."""
     student, steps, total = Student(model), len(model.scheduler.timesteps), torch.zeros(3, dtype=torch.float64)
@@ -194,6 +205,7 @@ def main(cfg: DistilConfig) -> None:
         ranks.run_on_rank0(lambda: write_atomic(vae_file, vae_bytes))
         model = model.to(device).to(memory_format=torch.channels_last)
         teacher.amp_dtype = vae.amp_dtype = model.amp_dtype = pick_amp_dtype(cfg.precision, device)
+        to_half(teacher.unet, teacher.amp_dtype)  # the student has begun with its weights
         student, ema = Student(model), EMA(model, cfg.ema_decay)
         optimizer = make_optimizer(model.parameters(), cfg, device)
         schedule = CosineAnnealingWarmupScheduler(optimizer, max(1, round(cfg.warmup * plan.steps)), plan.steps)
@@ -213,9 +225,16 @@ def main(cfg: DistilConfig) -> None:
         val = generate(256, 12, "generating others to validate on")
 
         # A step of n images whose result is thrown away: it shows what fits the memory and what can be compiled.
+        network = ranks.wrap_ddp(student)
+        call = partial(backward, network, scaler)
+
         def trial(n: int) -> None:
-            states, y = train.states[:n].to(device), train.labels[:n].to(device)
-            scaler.scale(student(states, y, torch.zeros(n, dtype=torch.int64, device=device)).mean()).backward()
+            call(
+                1.0,
+                train.states[:n].to(device),
+                train.labels[:n].to(device),
+                torch.zeros_like(train.labels[:n]).to(device),
+            )
             model.zero_grad()
 
         inherited = ("kind", "prediction", "classes", "vae", "data", "held_out", "phantoms")
@@ -223,8 +242,10 @@ def main(cfg: DistilConfig) -> None:
             "model": model.unet.config, "scheduler": scheduler.config, "split": split_rules(header),
             "teacher": fingerprint,
         }  # fmt: skip
-        run.begin(meta, model, [model.unet], trial, log_name="distil")
-        network = ranks.wrap_ddp(student)
+        run.begin(meta, model, [model.unet], [network], trial, log_name="distil")
+        gradients = Gradients(
+            call, [model], optimizer, scaler, cfg.grad_clip, ranks, plan.batch, run.micro, [network]
+        )  # fmt: skip
         order = shuffled_batches(cfg.trajectories, plan.batch, run.step, cfg.seed, 13)
         batches = gather_batches([train.states, train.labels], (index[run.rows] for index in order), device)
 
@@ -234,21 +255,14 @@ def main(cfg: DistilConfig) -> None:
                 # Every step has its own random numbers, by (seed, step), so resuming needs no state of a generator.
                 g = generator(cfg.seed, 14, step, device=device)
                 entries = torch.randint(cfg.num_steps, (plan.batch,), generator=g, device=device)[run.rows]
-                mean = torch.zeros(1, device=device)
-                for rows, weight, context in ranks.micro_batches(plan.batch, run.micro, network):
-                    if model.unet.config["dropout"]:
-                        torch.manual_seed(derive_seed(cfg.seed, 15, step, run.rows.start + rows.start))
-                    with context:
-                        loss = network(states[rows], y[rows], entries[rows])
-                        scaler.scale(weight * loss.mean()).backward()
-                    mean += loss.detach().sum() / plan.batch
-                ranks.sum(mean)
-                norm = optimise(model, optimizer, scaler, ema, cfg.grad_clip)
+                seed = (cfg.seed, 15, step) if model.unet.config["dropout"] else ()
+                added, norm = gradients(states, y, entries, seed=seed)
+                optimise(model, optimizer, ema, added)
                 schedule.step()
-                run.took([mean], norm)
+                run.took(added, norm)
 
             # Once an epoch: evaluate the averaged weights, and now and then show teacher and student.
-            numbers = {"loss/train": run.means()[0], **evaluate(ema.module, val, ranks)}
+            numbers = {"loss/train": run.means()[0] / plan.batch, **evaluate(ema.module, val, ranks)}
             shown = epoch % 5 == 0 or run.is_last(epoch)
             if shown and ranks.is_main:
                 show_samples(ema.module, vae, val, folder, epoch, run.is_last(epoch))

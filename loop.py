@@ -7,11 +7,13 @@ Nothing in this file sees a batch, a forward pass or a loss: those are in pre_tr
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
@@ -20,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from cluster import Ranks, RunLock, StopSignal, leave_early
-from device import compile_networks, describe_hardware, fetch_async
+from device import Replay, compile_networks, describe_hardware, fetch_async
 from report import refresh_report
 from runlog import NullLog, RunLog
-from utils import UserError, git_commit, progress_bar
+from utils import UserError, derive_seed, git_commit, progress_bar
 from weights import load_state, save_state, save_weights
 
 if TYPE_CHECKING:
@@ -113,8 +115,9 @@ class Run:
             run.begin(meta, model, [unet], trial)                        # log, micro-batch, compilation, progress bar
             for epoch in run.epochs():                                   # from the first one not yet evaluated
                 for step in run.steps(epoch):                            # saves on time, leaves after a signal
-                    ...                                                  # forward, backward, optimise
-                    run.took([loss], norm)                               # counts the step
+                    added, norm = gradients(x, noise)                    # forward, backward, clip (`Gradients`)
+                    optimise(model, optimizer, ema, added)
+                    run.took(added, norm)                                # counts the step
                 run.end_epoch(numbers, ema.module)                       # log, best weights, curves, report
             run.save()                                                   # last.pt and best.safetensors
             run.save_final(ema.module)                                   # final.safetensors: now it is finished
@@ -195,13 +198,14 @@ class Run:
         return state
 
     def begin(
-        self, meta: Mapping[str, Any], model: nn.Module, networks: Sequence[nn.Module], trial: Callable[[int], object],
-        log_name: str = "",
+        self, meta: Mapping[str, Any], model: nn.Module, networks: Sequence[nn.Module], ddp: Sequence[nn.Module],
+        trial: Callable[[int], object], log_name: str = "",
     ) -> None:  # fmt: skip
         """Open the log, find the micro-batch, compile `networks`, and start the clock and the progress bar.
 
-        `meta` goes into the header of the weights. `trial(n)` is a forward and backward pass of n images. From here on
-        there is something to save, and so Ctrl-C saves before it leaves.
+        `meta` goes into the header of the weights. `trial(n)` is a forward and backward pass of n images through the
+        networks of `ddp`, which are as `wrap_ddp` returned them. From here on there is something to save, and so Ctrl-C
+        saves before it leaves.
         """
         hardware = describe_hardware(self.device)
         self.meta = {**meta, "config": asdict(self.cfg), "commit": git_commit(), "hardware": hardware}
@@ -213,8 +217,10 @@ class Run:
         copies = 2 if self.resumed else 4
         self.rows = self.ranks.batch_rows(self.plan.batch)
         share = self.rows.stop - self.rows.start
-        self.micro = find_micro_batch(self.cfg.micro_batch, share, model, copies, trial)
-        compile_networks(self.cfg.compile, networks, lambda: trial(self.micro), self.device)
+        torch.backends.cudnn.benchmark = True  # steps have one shape: let cuDNN try which of its kernels is fastest
+        with self.ranks.no_sync(*ddp):  # ranks may try different numbers of images
+            self.micro = find_micro_batch(self.cfg.micro_batch, share, model, copies, trial)
+            compile_networks(self.cfg.compile, networks, lambda: trial(self.micro), self.device)
         # The clock starts after everything that happens once, so that images/s are those of the steps.
         batch = self.plan.batch
         self.bar = progress_bar(self.plan.steps * batch, self.step * batch)
@@ -246,15 +252,13 @@ class Run:
                 leave_early(self.stop, self.step / self.plan.steps_per_epoch)
             yield self.step
 
-    def took(self, numbers: Sequence[Tensor], norm: Tensor) -> None:
-        """Count a step whose gradients had this norm, and add its numbers, tensors of any shape, to `sums`.
+    def took(self, added: Tensor, norm: Tensor) -> None:
+        """Count a step, and add what `Gradients` returned for it to `sums`.
 
-        Where the norm is not finite the optimiser skipped the step, and it adds nothing. After 20 such steps in a row
-        the run is saved and ends with a UserError.
+        After 20 steps in a row whose gradients were not finite the run is saved and ends with a UserError.
         """
         # All of it stays on the device, because reading a number from a GPU would wait for the step to finish.
-        added = torch.cat([*(n.flatten() for n in numbers), norm.view(1), torch.ones_like(norm).view(1)])
-        self.sums += torch.where(norm.isfinite(), added, 0.0)
+        self.sums += added
         self.step += 1
         self.bar.update(self.plan.batch)
         if stuck := self.watch.stuck_at(norm, self.step):
@@ -369,7 +373,7 @@ class EMA(nn.Module, Generic[Network]):
 
     @torch.no_grad()
     def update(self, model: Network, taken: Tensor) -> None:
-        """Take in the model's weights, unless the step was skipped (`taken`, a scalar bool on the device, is false)."""
+        """Take in the model's weights, unless the step was skipped (`taken`, a scalar on the device, is 0)."""
         averaged: list[Tensor] = [*self.module.parameters()]
         current: list[Tensor] = [*model.parameters()]
         n = int(self.n_averaged)
@@ -381,7 +385,7 @@ class EMA(nn.Module, Generic[Network]):
             torch._foreach_lerp_(averaged, current, weight)
         else:  # nobody waits to see whether the step was taken, so n counts it either way: it matters to the first few
             change = [*torch._foreach_sub(current, averaged)]
-            torch._foreach_mul_(change, weight * taken.float())
+            torch._foreach_mul_(change, weight * taken)
             torch._foreach_add_(averaged, change)
         self.n_averaged += 1
 
@@ -396,59 +400,121 @@ def make_scaler(amp_dtype: torch.dtype | None, device: torch.device) -> torch.am
     return torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
 
 
-def optimise(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    ema: EMA,
-    clip: float,
-    discriminator: nn.Module | None = None,
+def clip_gradients(
+    modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, clip: float
 ) -> Tensor:
-    """One optimiser step with the gradients that are there: unscale, clip, step, average, set gradients to None.
+    """Unscale the gradients, and scale those of each module down to a norm of `clip` at most (0: leave them).
 
-    Returns the norm of the gradients before clipping, a scalar on the device. Where it is not finite, no step is taken
-    in any precision, and nobody waits for the GPU to find out. A `discriminator` of the same optimiser is clipped by
-    itself, and both networks step or neither does.
+    Returns the norm of the first module's gradients before clipping, a scalar on the device, or that of a module whose
+    gradients are not finite.
     """
     # Clipping needs gradients at their true scale; the scaler remembers whether it met one that is not finite.
     scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf")).detach()
-    if discriminator is not None:
-        norm_d = nn.utils.clip_grad_norm_(discriminator.parameters(), clip or float("inf"))
-        norm = torch.where(norm_d.isfinite(), norm, norm_d)
-    if scaler.is_enabled():
-        scaler.step(optimizer)
-        scaler.update()
-    elif optimizer.defaults["fused"]:
+    norm, *others = (nn.utils.clip_grad_norm_(m.parameters(), clip or float("inf")).detach() for m in modules)
+    for other in others:
+        norm = torch.where(other < float("inf"), norm, other)
+    scaler.update()  # of the scale of the next step
+    return norm
+
+
+class Gradients:
+    """The clipped gradients of a step, and what is to be logged about it.
+
+    `call(weight, *tensors)` is the script's own: the forward and backward pass of some rows of the step's tensors with
+    their mean loss times `weight`; it returns numbers [...] that add up over the rows. It runs for each micro-batch in
+    turn (`Ranks.micro_batches`, which `ranks`, `batch`, `micro` and `ddp` are for). On a GPU, if one process takes the
+    whole batch at once, the call and the clipping are recorded in the first step as a CUDA graph: small batches are
+    bound by the hundreds of kernels that the host would have to launch one by one.
+    """
+
+    def __init__(
+        self, call: Callable[..., Tensor], modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler, clip: float, ranks: Ranks, batch: int, micro: int, ddp: Sequence[nn.Module] = (),
+    ):  # fmt: skip
+        self.call, self.ranks, self.batch, self.micro, self.ddp = call, ranks, batch, micro, ddp
+        self.modules, self.optimizer, self.scaler, self.clip = modules, optimizer, scaler, clip
+        self.first_row = ranks.share(batch).start
+        self.replay: Replay | None = None
+        self.to_record = ranks.device.type == "cuda" and ranks.size == 1 and micro >= batch
+
+    def __call__(self, *tensors: Tensor, seed: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+        """Leave the gradients of these tensors [rows of this rank, ...] in the modules.
+
+        Returns the numbers of `call`, the gradients' norm and a 1, flat; all 0 where the norm is not finite; and the
+        norm. The next call may overwrite both. With a `seed`, random numbers inside the networks (dropout) depend on it
+        and on the rows.
+        """
+        if self.to_record:
+            self._record(*tensors)
+        if self.replay:
+            if seed:
+                torch.manual_seed(derive_seed(*seed, self.first_row))
+            added, norm = self.replay(*tensors)
+            return added, norm
+        parts = []
+        for rows, weight, context in self.ranks.micro_batches(self.batch, self.micro, *self.ddp):
+            if seed:
+                torch.manual_seed(derive_seed(*seed, self.first_row + rows.start))
+            with context:
+                parts.append(self.call(weight, *(t[rows] for t in tensors)))
+        return self._finish(self.ranks.sum(sum(parts[1:], parts[0])))
+
+    def _finish(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        norm = clip_gradients(self.modules, self.optimizer, self.scaler, self.clip)
+        added = torch.cat([numbers.flatten(), norm.view(1), torch.ones_like(norm).view(1)])
+        return torch.where(norm < float("inf"), added, 0.0), norm
+
+    def _record(self, *tensors: Tensor) -> None:
+        self.to_record = False
+        parameters = [p for m in self.modules for p in m.parameters() if p.requires_grad]
+        try:
+            self.replay = Replay(
+                lambda *tensors: self._finish(self.call(1.0, *tensors)), *tensors,
+                parameters=parameters, warm_up=partial(self.call, 1.0),
+            )  # fmt: skip
+        except RuntimeError as e:  # not enough memory for it, too
+            print(f"the training step cannot be a CUDA graph here, going on without ({str(e).splitlines()[0]})")
+            self.optimizer.zero_grad(set_to_none=True)
+
+
+def optimise(model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA, added: Tensor) -> None:
+    """One optimiser step with the gradients that are there, then average, and set gradients to None.
+
+    The last entry of `added` (`Gradients`) is 0 where the gradients are not finite: then no step is taken in any
+    precision, and nobody waits for the GPU to find out.
+    """
+    taken = added[-1]
+    if optimizer.defaults["fused"]:
         # A fused optimiser reads this flag on the device and skips the step; Lookahead hides it as `inner`.
         fused: Any = getattr(optimizer, "inner", optimizer)
-        fused.found_inf = 1 - norm.isfinite().float()
+        fused.found_inf = 1 - taken
         optimizer.step()
-    elif norm.isfinite():
+    elif taken:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    ema.update(model, norm.isfinite())
-    return norm
+    ema.update(model, taken)
 
 
 class NonFiniteWatch:
     """Notices when `patience` steps in a row had gradients that are not finite, without waiting for the GPU."""
 
     def __init__(self, device: torch.device, patience: int = 20):
-        self.patience = patience
+        self.patience, self.count = patience, 0
+        self.norms = torch.zeros(10, device=device)  # of the latest ten steps
         self.reading: Callable[[], Any] | None = None
-        self.count, self.since = torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device)
 
     def stuck_at(self, norm: Tensor, step: int) -> int:
         """Return the step at which `patience` such steps in a row were reached, else 0. May lag 20 steps."""
-        # Count on the device, and look every ten steps at a copy that was started ten steps before.
-        self.count = torch.where(norm.isfinite(), 0, self.count + 1)
-        self.since = torch.where((self.count == self.patience) & (self.since == 0), step, self.since)
-        seen = 0
-        if step % 10 == 0:  # the copy that was started ten steps ago has arrived
-            seen = int(self.reading()) if self.reading else 0
-            self.reading = fetch_async(self.since.clone())
-        return seen
+        self.norms[step % 10] = norm
+        stuck = 0
+        if step % 10 == 0:
+            # The copy that was started ten steps ago has arrived: it holds the ten steps up to then.
+            for s, value in enumerate(self.reading() if self.reading else [], step - 19):
+                self.count = 0 if math.isfinite(value) else self.count + 1
+                if self.count == self.patience:
+                    stuck = stuck or s
+            self.reading = fetch_async(self.norms.roll(-1))
+        return stuck
 
     def sentence(self, step: int, epoch: float, folder: Path) -> str:
         """The sentence that ends such a run."""

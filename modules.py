@@ -284,14 +284,10 @@ class NoiseScheduler_Fast_DDPM(nn.Module):
         if not 1e-8 < self.abar[-1] < self.abar[0] < 1:
             raise ValueError(f"noise from {beta_start:g} to {beta_end:g} leaves nothing of an image, or all of it")
         self.register_buffer("alphas_cumprod", torch.tensor(self.abar, dtype=torch.float32), persistent=False)
-        self.register_buffer("timesteps", torch.tensor(make_grid(grid, num_steps, self.abar)), persistent=False)
-
-    @property
-    def fast_timesteps(self) -> list[int]:
-        """The timesteps sampled on by default: the grid's own, or `logsnr` with ten steps for the full grid."""
-        if self.config["grid"] == "full":
-            return make_grid("logsnr", 10, self.abar).tolist()
-        return self.timesteps.tolist()
+        own = make_grid(grid, num_steps, self.abar)
+        self.register_buffer("timesteps", torch.tensor(own), persistent=False)
+        # A list, because reading the buffer would wait for a GPU.
+        self.fast_timesteps: list[int] = (make_grid("logsnr", 10, self.abar) if grid == "full" else own).tolist()
 
     @property
     def default_solver(self) -> str:

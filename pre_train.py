@@ -10,6 +10,7 @@ from config import PretrainConfig, parse
 if __name__ == "__main__":
     cfg = parse(PretrainConfig)  # before torch is imported, so that --help answers at once
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,18 @@ from device import (
     to_device_if_it_fits,
     training_cost,
 )
-from loop import EMA, Plan, Run, make_optimizer, make_scaler, optimise
+from loop import EMA, Gradients, Plan, Run, make_optimizer, make_scaler, optimise
 from metrics import psnr, ssim, unit
 from modules import CosineAnnealingWarmupScheduler
 from pictures import add_gif_frame, image_grid, to_uint8
 from utils import UserError, evenly_spaced, generator, run_script
 from vae import VAE, PatchDiscriminator, adversarial_gradient, hinge_loss, load_vae, vae_loss
 from weights import load_weights, save_weights
+
+
+def augments(cfg: PretrainConfig) -> bool:
+    """Is there any augmentation?"""
+    return bool(cfg.flip or cfg.shift or cfg.rotate or cfg.brightness)
 
 
 def augment(x: Tensor, u: Tensor, cfg: PretrainConfig) -> Tensor:
@@ -74,27 +80,33 @@ def evaluate(vae: VAE, val: ADNIDataset, cfg: PretrainConfig, ranks: Ranks) -> d
 
 
 def backward(
-    network: nn.Module, discriminator: nn.Module, discriminator_ddp: nn.Module | None, x: Tensor, noise: Tensor,
-    weight: float, scaler: torch.amp.GradScaler, cfg: PretrainConfig, strength: float = 1.0,
+    network: nn.Module, discriminator: nn.Module, discriminator_ddp: nn.Module | None, scaler: torch.amp.GradScaler,
+    cfg: PretrainConfig, weight: float, x: Tensor, u: Tensor, noise: Tensor, strength: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Add the gradients of these images [B, 1, S, S]. Returns loss, reconstruction, KL, discriminator's loss: [4].
+    """Add the gradients of these slices, uint8 [B, S, S], times `weight`.
 
-    `discriminator_ddp` is the discriminator wrapped for DDP, None before the adversarial phase; `discriminator` is the
-    same without the wrapper. `strength` is the share of --adversarial that counts so far.
+    Returns loss, reconstruction, KL and the discriminator's loss, each times B: [4]. u [B, 5] is for `augment`, noise
+    [B, C, h, w] for the posterior. `discriminator_ddp` is the discriminator wrapped for DDP, None before the
+    adversarial phase; `discriminator` is the same without the wrapper. `strength` [B] is the share of --adversarial
+    that counts so far.
     """
+    x = to_float(x)
+    if augments(cfg):
+        x = augment(x, u, cfg)
     x_hat, mean, logvar = network(x, noise)
     loss, reconstruction, kl = vae_loss(x_hat, x, mean, logvar, cfg.reconstruction, cfg.kl_weight)
     if discriminator_ddp is None:
         scaler.scale(weight * loss).backward()
-        return torch.stack([loss, reconstruction, kl, torch.zeros_like(kl)]).detach()
+        return torch.stack([loss, reconstruction, kl, torch.zeros_like(kl)]).detach() * len(x)
     # The VAE: its loss, and what makes its images look more real.
     (gradient,) = torch.autograd.grad(reconstruction, x_hat, retain_graph=True)
-    adversarial = adversarial_gradient(discriminator, x_hat, gradient, strength * cfg.adversarial)
+    share = cfg.adversarial * strength.view(-1, 1, 1, 1)
+    adversarial = adversarial_gradient(discriminator, x_hat, gradient, share)
     torch.autograd.backward([scaler.scale(weight * loss), x_hat], [None, scaler.scale(weight * adversarial)])
     # The discriminator: real images against the VAE's.
     hinge = hinge_loss(*discriminator_ddp(torch.cat([x, x_hat.detach()])).chunk(2))
     scaler.scale(weight * hinge).backward()
-    return torch.stack([loss, reconstruction, kl, hinge]).detach()
+    return torch.stack([loss, reconstruction, kl, hinge]).detach() * len(x)
 
 
 def show_reconstructions(vae: VAE, x: Tensor, folder: Path, epoch: int, last: bool) -> None:
@@ -206,58 +218,60 @@ def main(cfg: PretrainConfig) -> None:
         shown = val.batch(torch.tensor(evenly_spaced(len(val), 8)), device)
 
         # A step of n images whose result is thrown away: it shows what fits the memory and what can be compiled.
+        network, discriminator_ddp = ranks.wrap_ddp(vae), ranks.wrap_ddp(discriminator) if cfg.adversarial else None
+
         def trial(n: int) -> None:
-            x, noise = train.batch(torch.zeros(n, dtype=torch.int64), device), torch.zeros(n, *vae.latent_shape)
-            with_discriminator = discriminator if cfg.adversarial else None
-            backward(vae, discriminator, with_discriminator, x, noise.to(device), 1.0, scaler, cfg)
+            x, noise = train.images[:1].expand(n, -1, -1).to(device), torch.zeros(n, *vae.latent_shape, device=device)
+            u, with_discriminator = torch.zeros(n, 5, device=device), discriminator if cfg.adversarial else None
+            backward(network, discriminator, with_discriminator, scaler, cfg, 1.0, x, u, noise, u[:, 0])
             vae.zero_grad()
             discriminator.zero_grad()
 
         run.begin(
-            {"kind": "vae", "model": vae.config, "classes": train.classes}, vae, [vae.encoder, vae.decoder], trial
-        )
-        network = ranks.wrap_ddp(vae)
-        ddp = [ranks.wrap_ddp(discriminator)] if cfg.adversarial else []
+            {"kind": "vae", "model": vae.config, "classes": train.classes}, vae, [vae.encoder, vae.decoder], [network],
+            trial,
+        )  # fmt: skip
+
+        def make_gradients(network: nn.Module, discriminator_ddp: nn.Module | None) -> Gradients:
+            """For the phase before the adversarial one, without a discriminator, or for that one."""
+            ddp = [network] if discriminator_ddp is None else [network, discriminator_ddp]
+            call = partial(backward, network, discriminator, discriminator_ddp, scaler, cfg)
+            modules = [vae, discriminator][: len(ddp)]
+            return Gradients(call, modules, optimizer, scaler, cfg.grad_clip, ranks, plan.batch, run.micro, ddp)
+
+        gradients = make_gradients(network, None)
         order = shuffled_batches(len(train), plan.batch, run.step, cfg.seed, 1)
         batches = gather_batches([train.images], (index[run.rows] for index in order), device)
+        u, strength = (torch.zeros(run.rows.stop - run.rows.start, *more, device=device) for more in ((5,), ()))
 
         for epoch in run.epochs():
             for step in run.steps(epoch):
-                x = to_float(next(batches)[0])
+                (x,) = next(batches)
                 # Every step has its own random numbers, by (seed, step), so resuming needs no state of a generator.
-                g = generator(cfg.seed, 2, step, device=device)
-                if cfg.flip or cfg.shift or cfg.rotate or cfg.brightness:
-                    x = augment(x, (torch.rand(plan.batch, 5, generator=g, device=device) * 2 - 1)[run.rows], cfg)
-                noise = torch.randn((plan.batch, *vae.latent_shape), generator=g, device=device)[run.rows]
+                g, shape = generator(cfg.seed, 2, step, device=device), (plan.batch, *vae.latent_shape)
+                if augments(cfg):
+                    u = (torch.rand(plan.batch, 5, generator=g, device=device) * 2 - 1)[run.rows]
+                noise = torch.randn(shape, generator=g, device=device)[run.rows]
 
                 # The adversarial phase. The weight of a discriminator that knows nothing yet would do harm, so it
                 # grows over a tenth of the training.
-                adversarial, strength = step >= adversarial_from, 0.0
-                if adversarial:
-                    strength = min(1.0, (step - adversarial_from) / (0.1 * plan.steps))
+                if step >= adversarial_from:
+                    strength.fill_(min(1.0, (step - adversarial_from) / (0.1 * plan.steps)))
                     if any(p.requires_grad for p in vae.encoder.parameters()):
                         freeze_encoder(vae, ema.module)
-                        network = ranks.wrap_ddp(vae)
+                        gradients = make_gradients(ranks.wrap_ddp(vae), discriminator_ddp)
 
-                means = torch.zeros(4, device=device)
-                for rows, weight, context in ranks.micro_batches(plan.batch, run.micro, network, *ddp):
-                    with context:
-                        part = backward(
-                            network, discriminator, ddp[0] if adversarial else None, x[rows], noise[rows], weight,
-                            scaler, cfg, strength,
-                        )  # fmt: skip
-                    means += part * (rows.stop - rows.start) / plan.batch
-                ranks.sum(means)
-                norm = optimise(vae, optimizer, scaler, ema, cfg.grad_clip, discriminator if adversarial else None)
+                added, norm = gradients(x, u, noise, strength)
+                optimise(vae, optimizer, ema, added)
                 if isinstance(schedule, CosineAnnealingWarmupScheduler):
                     schedule.step()
-                run.took([means], norm)
+                run.took(added, norm)
 
             # Once an epoch: evaluate the averaged weights. The validation loss does not see texture, so with a
             # discriminator the latest weights count as the best, and a loss that rises is no plateau.
             numbers, adversarial = evaluate(ema.module, val, cfg, ranks), run.step > adversarial_from
             names = ("loss/train", "reconstruction/train", "KL/train", "discriminator/train")
-            numbers |= dict(zip(names[: 3 + adversarial], run.means()))
+            numbers |= {name: value / plan.batch for name, value in zip(names[: 3 + adversarial], run.means())}
             if isinstance(schedule, ReduceLROnPlateau) and not adversarial:
                 schedule.step(numbers["loss/val"])
             pictures = ["reconstructions.gif"] * (epoch % cfg.gif_every == 0 or run.is_last(epoch))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from config import PredictConfig
 from dataset import load_splits_as_trained
-from device import Replay, compile_networks, pick_amp_dtype
+from device import Replay, compile_networks, pick_amp_dtype, to_half
 from metrics import CopyDetector, TooFew
 from modules import StableDiffusion, load_diffusion, make_grid, sample, sample_steps, start_noise
 from pictures import to_pixels
@@ -93,7 +93,8 @@ class ImageSampler:
     """Generates images by (seed, index) in batches of a fixed size: noise, sampler, decoder; on a GPU as a CUDA graph.
 
     `how` goes to `sample`: timesteps, solver, eta; without it the weights' own defaults count. The noise of eta > 0 is
-    sampled on the CPU, so only eta = 0 is recorded as a graph.
+    sampled on the CPU, so only eta = 0 is recorded as a graph. The weights of U-Net and decoder become half precision
+    where the networks run in it.
     """
 
     def __init__(
@@ -105,6 +106,8 @@ class ImageSampler:
         x = torch.zeros(batch, *vae.latent_shape, device=self.device)
         y = torch.zeros(batch, dtype=torch.int64, device=self.device)
         noise = [generator(0)] * batch
+        to_half(model.unet, model.amp_dtype)
+        to_half(vae.decoder, vae.amp_dtype)
         compile_networks(compile, [model.unet, vae.decoder], lambda: self._images(x, y, noise), self.device)
         if self.device.type == "cuda" and not how.get("eta"):
             try:

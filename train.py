@@ -12,6 +12,7 @@ if __name__ == "__main__":
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ from device import (
     to_device_if_it_fits,
     training_cost,
 )
-from loop import EMA, Plan, Run, make_optimizer, make_scaler, optimise
+from loop import EMA, Gradients, Plan, Run, make_optimizer, make_scaler, optimise
 from metrics import psnr, ssim, unit, unpaired
 from modules import (
     CosineAnnealingWarmupScheduler,
@@ -42,7 +43,7 @@ from modules import (
     start_noise,
 )
 from pictures import add_gif_frame, image_grid, to_uint8, visualise_denoising_process
-from utils import UserError, derive_seed, evenly_spaced, generator, progress_bar, run_script
+from utils import UserError, evenly_spaced, generator, progress_bar, run_script
 from vae import VAE, load_vae
 
 
@@ -127,6 +128,17 @@ def training_loss(
     y = model.hide_labels(y, hide)
     loss, by_timestep = loss_by_timestep(network, timesteps, z, y, entries, noise, bins)
     return loss * model.weight(timesteps[entries]), by_timestep
+
+
+def backward(
+    network: nn.Module, model: StableDiffusion, scaler: torch.amp.GradScaler, bins: int,
+    weight: float, moments: Tensor, y: Tensor, *randomness: Tensor,
+) -> Tensor:  # fmt: skip
+    """Add the gradients of the mean loss, times `weight`, of the images that `training_loss` takes; returns its sums by
+    timestep."""
+    loss, by_timestep = training_loss(network, model, moments, y, randomness, bins)
+    scaler.scale(weight * loss.mean()).backward()
+    return by_timestep
 
 
 def evaluation_losses(
@@ -283,10 +295,12 @@ def main(cfg: TrainConfig) -> None:
         val_latents = Latents(vae, val, cfg.batch_size, ranks, replace(cfg, flip=False), "encoding validation slices")
 
         # A step of n images whose result is thrown away: it shows what fits the memory and what can be compiled.
+        network = ranks.wrap_ddp(model)
+        call = partial(backward, network, model, scaler, bins)
+
         def trial(n: int) -> None:
             moments, y = next(latents.batches([torch.zeros(n, dtype=torch.int64)]))
-            randomness = step_randomness(model, n, vae.latent_shape, cfg, generator(0, device=device))
-            scaler.scale(training_loss(model, model, moments, y, randomness, bins)[0].mean()).backward()
+            call(1.0, moments, y, *step_randomness(model, n, vae.latent_shape, cfg, generator(0, device=device)))
             model.zero_grad()
 
         meta = {
@@ -294,8 +308,10 @@ def main(cfg: TrainConfig) -> None:
             "prediction": cfg.prediction, "classes": train.classes, "vae": vae.latent_hash(), "data": train.summary(),
             "held_out": carved_people(splits), "split": split_rules(vae_meta), **phantom_drawing(cfg.data),
         }  # fmt: skip
-        run.begin(meta, model, [model.unet], trial)
-        network = ranks.wrap_ddp(model)
+        run.begin(meta, model, [model.unet], [network], trial)
+        gradients = Gradients(
+            call, [model], optimizer, scaler, cfg.grad_clip, ranks, plan.batch, run.micro, [network]
+        )  # fmt: skip
         order = shuffled_batches(len(train), plan.batch, run.step, cfg.seed, 3)
         batches = latents.batches(index[run.rows] for index in order)
 
@@ -305,19 +321,10 @@ def main(cfg: TrainConfig) -> None:
                 # Every step has its own random numbers, by (seed, step), so resuming needs no state of a generator.
                 g = generator(cfg.seed, 4, step, device=device)
                 randomness = [r[run.rows] for r in step_randomness(model, plan.batch, vae.latent_shape, cfg, g)]
-                by_timestep = torch.zeros(2, bins, device=device)
-                for rows, weight, context in ranks.micro_batches(plan.batch, run.micro, network):
-                    if cfg.dropout:
-                        torch.manual_seed(derive_seed(cfg.seed, 9, step, run.rows.start + rows.start))
-                    with context:
-                        part = [r[rows] for r in randomness]
-                        loss, counted = training_loss(network, model, moments[rows], y[rows], part, bins)
-                        scaler.scale(weight * loss.mean()).backward()
-                    by_timestep += counted
-                ranks.sum(by_timestep)
-                norm = optimise(model, optimizer, scaler, ema, cfg.grad_clip)
+                added, norm = gradients(moments, y, *randomness, seed=(cfg.seed, 9, step) if cfg.dropout else ())
+                optimise(model, optimizer, ema, added)
                 schedule.step()
-                run.took([by_timestep], norm)
+                run.took(added, norm)
 
             # Once an epoch: evaluate the averaged weights, and now and then generate with them.
             numbers = evaluation_losses(ema.module, val_latents, run.sums[:-2].view(2, bins), cfg, ranks)

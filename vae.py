@@ -29,6 +29,22 @@ from weights import build_network, load_into, load_weights
 LOGVAR_RANGE = (-30.0, 20.0)  # exp(20 / 2) is still finite in float16
 
 
+# Two classes, because torch.compile counts how often it compiled one function: with nn.Sequential for both, a training
+# with a discriminator and uneven micro-batches would reach its limit and go on uncompiled.
+class Encoder(nn.Sequential):
+    """Images -> mean and log-variance, side by side in the channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class Decoder(nn.Sequential):
+    """Latents before normalisation -> images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
 class VAE(nn.Module):
     """Convolutional variational autoencoder (Kingma & Welling 2014; layout after Rombach et al. 2022).
 
@@ -83,7 +99,7 @@ class VAE(nn.Module):
         middle: list[nn.Module] = [AttentionBlock(width)] if attention else []
         down += [*middle, ResidualBlock(width, width), group_norm(width), nn.SiLU()]
         last = nn.Conv2d(width, 2 * latent_channels, 3, padding=1)
-        self.encoder = nn.Sequential(*down, last)
+        self.encoder = Encoder(*down, last)
         # Start with a posterior of deviation e^-2. At 1 there would be more noise than signal, and the first epochs
         # would learn little.
         assert last.bias is not None
@@ -100,7 +116,7 @@ class VAE(nn.Module):
                 up.append(Upsample(width, channels[level - 1]))
                 width = channels[level - 1]
         up += [group_norm(width), nn.SiLU(), nn.Conv2d(width, patch**2, 3, padding=1), nn.PixelShuffle(patch)]
-        self.decoder = nn.Sequential(*up)
+        self.decoder = Decoder(*up)
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of q(z|x), before normalisation: each float32 [B, C, h, w]."""
@@ -214,16 +230,16 @@ def hinge_loss(of_real: Tensor, of_fake: Tensor) -> Tensor:
     return 0.5 * (F.relu(1 - of_real).mean() + F.relu(1 + of_fake).mean())
 
 
-def adversarial_gradient(discriminator: nn.Module, x_hat: Tensor, gradient: Tensor, weight: float) -> Tensor:
+def adversarial_gradient(discriminator: nn.Module, x_hat: Tensor, gradient: Tensor, weight: float | Tensor) -> Tensor:
     """The gradient at x_hat [B, 1, S, S] that makes the discriminator score it as more real.
 
-    For each image it is scaled to `weight` times the norm of `gradient`, the reconstruction loss's gradient there
-    (Défossez et al. 2022, section 3.4, here per image). So the two keep their balance however well the discriminator
-    does.
+    For each image it is scaled to `weight`, a number or [B, 1, 1, 1], times the norm of `gradient`, the reconstruction
+    loss's gradient there (Défossez et al. 2022, section 3.4, here per image). So the two keep their balance however
+    well the discriminator does.
     """
     # The discriminator's own gradient at the images, and the norms of both gradients per image.
     x = x_hat.detach().requires_grad_()
-    (g,) = torch.autograd.grad(-discriminator(x).mean(), x)
+    (g,) = torch.autograd.grad(-discriminator(x).sum(), x)  # a mean would be too small a gradient for float16
     norm, own = (v.flatten(1).norm(dim=1).view(-1, 1, 1, 1) for v in (gradient, g))
     return weight * norm / own.clamp(min=1e-20) * g
 

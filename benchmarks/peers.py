@@ -171,7 +171,7 @@ class Peer:
             nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
             optimizer.step()
             if ema:
-                ema.update(self.unet, torch.tensor(True))
+                ema.update(self.unet, torch.tensor(1.0))
             seen += len(z)
         if ema:
             self.unet.load_state_dict(ema.module.state_dict())

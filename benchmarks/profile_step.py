@@ -57,9 +57,7 @@ def main(cfg: ProfileConfig) -> None:
     ]
     if b.gpu:
         kernels = sum(e.self_device_time_total for e in events) / cfg.steps / 1e6
-        waits = sum(
-            e.count for e in events if e.key in ("cudaStreamSynchronize", "cudaDeviceSynchronize", "aten::item")
-        )
+        waits = sum(e.count for e in events if e.key.startswith("cuda") and e.key.endswith("Synchronize"))
         lines.append(f"GPU busy {kernels / alone:.1%} of a step; {waits / cfg.steps:.2f} waits of the host a step")
     key = "self_device_time_total" if b.gpu else "self_cpu_time_total"
     total = sum(getattr(e, key) for e in events)

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -24,12 +25,15 @@ import torch
 import tyro
 from common import ROOT, Bench, BenchConfig
 
+from cluster import Ranks
+from config import PretrainConfig
 from dataset import ADNIDataset, Slice, carve_validation, fingerprint
 from device import gather_batches, shuffled_batches
-from loop import EMA, optimise
+from loop import EMA, Gradients, make_scaler, optimise
 from modules import make_grid
+from pre_train import backward
 from sampling import ImageSampler
-from vae import VAE, vae_loss
+from vae import VAE, PatchDiscriminator
 
 COUNTS = (1_000, 3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000)
 
@@ -81,13 +85,15 @@ def vae_step(b: Bench, side: int):
     vae = vae.to(b.device, memory_format=torch.channels_last)
     vae.amp_dtype = b.amp_dtype
     optimizer, ema = torch.optim.AdamW(vae.parameters(), lr=1e-4, fused=True), EMA(vae, 0.999)
-    scaler = torch.amp.GradScaler(b.device.type, enabled=b.amp_dtype == torch.float16)
-    x = torch.rand(4, 1, side, side, device=b.device) * 2 - 1
+    scaler = make_scaler(b.amp_dtype, b.device)
+    call = partial(backward, vae, PatchDiscriminator(), None, scaler, PretrainConfig(kl_weight=1e-3))
+    gradients = Gradients(call, [vae], optimizer, scaler, 1.0, Ranks(b.device), 4, 4)
+    x = torch.randint(256, (4, side, side), dtype=torch.uint8, device=b.device)
+    u = torch.zeros(4, 5, device=b.device)
 
     def step() -> None:
-        x_hat, mean, logvar = vae(x, torch.randn(4, *vae.latent_shape, device=b.device))
-        scaler.scale(vae_loss(x_hat, x, mean, logvar, "l1_ssim", 1e-3)[0]).backward()
-        optimise(vae, optimizer, scaler, ema, 1.0)
+        noise = torch.randn(4, *vae.latent_shape, device=b.device)
+        optimise(vae, optimizer, ema, gradients(x, u, noise, u[:, 0])[0])
 
     return step
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import tyro
@@ -22,8 +23,8 @@ from common import Bench, BenchConfig
 from torch.utils.flop_counter import FlopCounterMode
 
 from cluster import Ranks
-from loop import EMA, optimise
-from train import step_randomness, training_loss
+from loop import EMA, Gradients, make_scaler, optimise
+from train import backward, step_randomness
 from utils import generator
 
 PEAK, SHARE = 989e12, 0.35  # FLOP/s of an H200 in bfloat16, and the part of it that a well-fed training reaches
@@ -56,23 +57,20 @@ def work(cfg: ScalingConfig) -> None:
     for name, images in (("same in all", cfg.batch), ("same per rank", cfg.batch * ranks.size)):
         model = b.model()
         optimizer, ema = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True), EMA(model, 0.999)
-        scaler, network = torch.amp.GradScaler(b.device.type, enabled=False), ranks.wrap_ddp(model)
+        scaler, network = make_scaler(None, b.device), ranks.wrap_ddp(model)
+        call = partial(backward, network, model, scaler, 10)
         share = ranks.share(images)
         n = share.stop - share.start
+        gradients = Gradients(call, [model], optimizer, scaler, 1.0, ranks, images, n, [network])
         moments = torch.rand(n, 1, 2, *b.latent, device=b.device).half()
         y, times = torch.zeros(n, dtype=torch.int64, device=b.device), []
         for step in range(4 if cfg.quick else 24):
             ranks.barrier()
             b.synchronise()
             start = time.perf_counter()
-            draws = [
-                d[share] for d in step_randomness(model, images, b.latent, b.tra, generator(0, step, device=b.device))
-            ]
-            for rows, weight, passing in ranks.micro_batches(images, n, network):
-                with passing:
-                    loss, _ = training_loss(network, model, moments[rows], y[rows], [d[rows] for d in draws], 10)
-                    scaler.scale(weight * loss.mean()).backward()
-            optimise(model, optimizer, scaler, ema, 1.0)
+            g = generator(0, step, device=b.device)
+            randomness = [r[share] for r in step_randomness(model, images, b.latent, b.tra, g)]
+            optimise(model, optimizer, ema, gradients(moments, y, *randomness)[0])
             b.synchronise()
             times.append(time.perf_counter() - start)
         found[name] = statistics.median(times[2:])

@@ -14,6 +14,7 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,10 +22,11 @@ import tyro
 from common import Bench, BenchConfig, PeerUNet, PeerVAE, peer_step, script
 from torch.utils.data import DataLoader, TensorDataset
 
+from cluster import Ranks
 from device import gather_batches, shuffled_batches, to_device_if_it_fits
-from loop import EMA, optimise
+from loop import EMA, Gradients, make_scaler, optimise
 from metrics import psnr, unit
-from train import step_randomness, training_loss
+from train import backward, step_randomness
 from utils import generator
 from weights import load_weights
 
@@ -45,7 +47,9 @@ def our_iteration(b: Bench, batch: int, slices: int) -> Callable[[], None]:
     """The iteration of train.py."""
     model, shape = b.model(), b.latent
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=1e-2, fused=True)
-    ema, scaler = EMA(model, 0.999), torch.amp.GradScaler(b.device.type, enabled=b.amp_dtype == torch.float16)
+    ema, scaler = EMA(model, 0.999), make_scaler(b.amp_dtype, b.device)
+    call, ranks = partial(backward, model, model, scaler, 10), Ranks(b.device)
+    gradients = Gradients(call, [model], optimizer, scaler, 1.0, ranks, batch, batch)
     moments = to_device_if_it_fits(torch.rand(slices, 1, 2, *shape).half(), b.device)
     labels = torch.zeros(slices, dtype=torch.int64, device=moments.device)
     visits = gather_batches([moments, labels], shuffled_batches(slices, batch, 0, 0, 3), b.device)
@@ -55,9 +59,8 @@ def our_iteration(b: Bench, batch: int, slices: int) -> Callable[[], None]:
         nonlocal count
         count += 1
         z, y = next(visits)
-        draws = step_randomness(model, len(y), z.shape[3:], b.tra, generator(0, count, device=b.device))
-        scaler.scale(training_loss(model, model, z, y, draws, 10)[0].mean()).backward()
-        optimise(model, optimizer, scaler, ema, 1.0)
+        randomness = step_randomness(model, batch, shape, b.tra, generator(0, count, device=b.device))
+        optimise(model, optimizer, ema, gradients(z, y, *randomness)[0])
 
     if b.gpu and not b.cfg.quick:
         model.unet.forward = torch.compile(model.unet.forward, dynamic=False)

@@ -17,9 +17,10 @@ import tyro
 from common import Bench, BenchConfig, PeerUNet, cost, peer_step
 from torch import nn
 
-from loop import EMA, optimise
+from cluster import Ranks
+from loop import EMA, Gradients, make_scaler, optimise
 from modules import CosineAnnealingWarmupScheduler, StableDiffusion
-from train import step_randomness, training_loss
+from train import backward, step_randomness
 from utils import generator
 
 
@@ -43,15 +44,16 @@ def our_step(b: Bench, model: StableDiffusion, moments: torch.Tensor, y: torch.T
     """The step of train.py."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=1e-2, fused=True)
     ema, schedule = EMA(model, 0.999), CosineAnnealingWarmupScheduler(optimizer, 10, 10**6)
-    scaler = torch.amp.GradScaler(b.device.type, enabled=b.amp_dtype == torch.float16)
+    scaler = make_scaler(b.amp_dtype, b.device)
+    call, batch, ranks = partial(backward, model, model, scaler, 10), len(y), Ranks(b.device)
+    gradients = Gradients(call, [model], optimizer, scaler, 1.0, ranks, batch, batch)
     count = 0
 
     def step() -> None:
         nonlocal count
         count += 1
-        draws = step_randomness(model, len(y), moments.shape[3:], b.tra, generator(0, count, device=b.device))
-        scaler.scale(training_loss(model, model, moments, y, draws, 10)[0].mean()).backward()
-        optimise(model, optimizer, scaler, ema, 1.0)
+        randomness = step_randomness(model, batch, moments.shape[3:], b.tra, generator(0, count, device=b.device))
+        optimise(model, optimizer, ema, gradients(moments, y, *randomness)[0])
         schedule.step()
 
     return step
