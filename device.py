@@ -151,7 +151,7 @@ class Replay:
         self.graph = torch.cuda.CUDAGraph()
         try:
             # Other threads may copy batches meanwhile: only what this thread does is recorded and checked.
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
                 self.outputs = call(*self.inputs)
         except RuntimeError:
             torch.cuda.synchronize()

@@ -12,7 +12,6 @@ from config import DistilConfig, parse
 if __name__ == "__main__":
     cfg = parse(DistilConfig)  # before torch is imported, so that --help answers at once
 
-import math
 from functools import partial
 from pathlib import Path
 
@@ -153,8 +152,8 @@ def evaluate(model: StableDiffusion, data: Trajectories, ranks: Ranks) -> dict[s
             x0 = sample(model.denoiser(y), states[:, 0].float(), model.scheduler)
             total[1] += (x0 - states[:, -1].float()).square().mean((1, 2, 3)).sum().item()
             total[2] += len(index)
-    loss, square, n = ranks.sum(total).tolist()
-    return {"loss/val": loss / n, "distance to the teacher (RMS of latents)": math.sqrt(square / n)}
+    loss, square, n = ranks.sum(total)
+    return {"loss/val": (loss / n).item(), "distance to the teacher (RMS of latents)": (square / n).sqrt().item()}
 
 
 def show_samples(model: StableDiffusion, vae: VAE, data: Trajectories, folder: Path, epoch: int, last: bool) -> None:
@@ -203,7 +202,7 @@ def main(cfg: DistilConfig) -> None:
         # Network, average, optimiser, schedule.
         ranks, folder, fingerprint = run.ranks, run.folder, file_hash(teacher_file)
         ranks.run_on_rank0(lambda: write_atomic(vae_file, vae_bytes))
-        model = model.to(device).to(memory_format=torch.channels_last)
+        model = model.to(memory_format=torch.channels_last).to(device)
         teacher.amp_dtype = vae.amp_dtype = model.amp_dtype = pick_amp_dtype(cfg.precision, device)
         to_half(teacher.unet, teacher.amp_dtype)  # the student has begun with its weights
         student, ema = Student(model), EMA(model, cfg.ema_decay)

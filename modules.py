@@ -501,7 +501,7 @@ def load_diffusion(path: Path, device: torch.device) -> tuple[StableDiffusion, d
     except ValueError as e:
         raise UserError(f"{path} describes a U-Net that this version cannot build: {str(e)[:200]}") from None
     load_into(model, tensors, path)
-    return model.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False), meta
+    return model.to(memory_format=torch.channels_last).to(device).eval().requires_grad_(False), meta
 
 
 # ---------------------------------------------------------------------------------------------------------------------

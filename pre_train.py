@@ -137,7 +137,7 @@ def save_with_latents(
     earlier = load_vae(final_file, device)[0] if run.resumed and final_file.exists() else None
     # The averaged weights of the best epoch, in a network of their own, beside those of the last epoch
     tensors, header = ranks.rank0_first(lambda: load_weights(run.folder / "best.safetensors", "vae"))
-    best = VAE(**ema.module.config).to(device).to(memory_format=torch.channels_last)
+    best = VAE(**ema.module.config).to(memory_format=torch.channels_last).to(device)
     best.load_state_dict(tensors)
     best.amp_dtype = ema.module.amp_dtype
     for vae in (best, ema.module):
@@ -197,8 +197,8 @@ def main(cfg: PretrainConfig) -> None:
     with Run(cfg, "vae", plan, stop, device) as run:
         # Average, optimiser, schedule.
         ranks, folder = run.ranks, run.folder
-        vae = vae.to(device).to(memory_format=torch.channels_last)
-        discriminator = discriminator.to(device).to(memory_format=torch.channels_last)
+        vae = vae.to(memory_format=torch.channels_last).to(device)
+        discriminator = discriminator.to(memory_format=torch.channels_last).to(device)
         vae.amp_dtype = discriminator.amp_dtype = pick_amp_dtype(cfg.precision, device)
         ema, scaler = EMA(vae, cfg.ema_decay), make_scaler(vae.amp_dtype, device)
         optimizer, schedule = make_optimizer_and_schedule(cfg, vae, discriminator, plan, device)

@@ -34,7 +34,7 @@ from pictures import image_grid, import_cv2, png_bytes, visualise_denoising_proc
 from runlog import RunLog
 from sampling import ImageSampler, copy_detector, load_run, plan_sampling
 from utils import UserError, csv_text, git_commit, job_ranks, progress_bar, run_script
-from weights import file_hash, write_atomic
+from weights import file_hash, flush_disk, write_atomic
 
 if TYPE_CHECKING:
     import filelock
@@ -97,7 +97,11 @@ def read_manifest(out: Path, valid: Callable[[int, list], bool]) -> dict[int, li
 def add_to_manifest(
     out: Path, fresh: dict[int, list], spaces: list[str], valid: Callable[[int, list], bool]
 ) -> dict[int, list]:
-    """Merge these rows into OUT/manifest.csv, to which other processes may be adding too; returns all rows."""
+    """Merge these rows into OUT/manifest.csv, to which other processes may be adding too; returns all rows.
+
+    Flushes their images to disk first, all at once: the manifest says which images are whole, even after a power cut.
+    """
+    flush_disk(out)
     with lock(out):
         rows = read_manifest(out, valid) | fresh
         head = ["file", "class", "seed", "index", "checkpoint", *(f"{name}_distance" for name in spaces)]
@@ -106,8 +110,8 @@ def add_to_manifest(
 
 
 def write_image(path: Path, image: np.ndarray) -> None:
-    """Write a grey uint8 [S, S] image as PNG."""
-    write_atomic(path, png_bytes(image))
+    """Write a grey uint8 [S, S] image as PNG, which `add_to_manifest` flushes to disk."""
+    write_atomic(path, png_bytes(image), flush=False)
 
 
 def read_image(path: Path, side: int) -> np.ndarray:

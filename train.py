@@ -270,7 +270,7 @@ def main(cfg: TrainConfig) -> None:
     with Run(cfg, "diffusion", plan, stop, device) as run:
         # Network, average, optimiser, schedule.
         ranks, folder, timesteps = run.ranks, run.folder, model.scheduler.timesteps
-        model = model.to(device).to(memory_format=torch.channels_last)
+        model = model.to(memory_format=torch.channels_last).to(device)
         model.amp_dtype = pick_amp_dtype(cfg.precision, device)
         vae.amp_dtype = model.amp_dtype if device.type == "cuda" else None
         ema = EMA(model, cfg.ema_decay)

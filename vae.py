@@ -301,4 +301,4 @@ def load_vae(path: Path, device: torch.device) -> tuple[VAE, dict]:
     load_into(vae, tensors, path)
     if not bool((vae.latent_std > 0).all()):
         raise UserError(f"{path} holds latents without any spread: train the VAE again")
-    return vae.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False), meta
+    return vae.to(memory_format=torch.channels_last).to(device).eval().requires_grad_(False), meta

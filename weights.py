@@ -5,6 +5,7 @@ A file can come from anywhere, so nothing in it is believed before it was checke
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import io
 import json
@@ -28,10 +29,12 @@ FORMAT = 1  # of weights
 STATE_FORMAT = 3  # of last.pt
 
 
-def write_atomic(path: Path, data: bytes, keep: Path | None = None) -> None:
+def write_atomic(path: Path, data: bytes, keep: Path | None = None, flush: bool = True) -> None:
     """Write to a temporary file, flush it to disk, then rename it: readers find the old file or the new one, whole.
 
-    `keep` is a name under which the old file is kept. OSError where it cannot be written; the old file then stays.
+    `keep` is a name under which the old file is kept. Without `flush` the file survives the end of the process, but
+    perhaps not a power cut: for many files that `flush_disk` flushes together. OSError where it cannot be written; the
+    old file then stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -39,19 +42,35 @@ def write_atomic(path: Path, data: bytes, keep: Path | None = None) -> None:
         with open(tmp, "wb") as f:
             f.write(data)
             f.flush()
-            os.fsync(f.fileno())
+            if flush:
+                os.fsync(f.fileno())
         if keep is not None and path.exists():
             os.replace(path, keep)
         os.replace(tmp, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # so that the new name, too, survives a power cut
-        finally:
-            os.close(folder)
+        if flush:
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)  # so that the new name, too, survives a power cut
+            finally:
+                os.close(folder)
     except OSError as e:
         tmp.unlink(missing_ok=True)
         e.filename = str(path)
         raise
+
+
+def flush_disk(folder: Path) -> None:
+    """Flush to disk, at once, all files that were written on the file system of this folder. OSError if it fails."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "syncfs"):  # not Linux
+        os.sync()
+        return
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        if libc.syncfs(number):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
+    finally:
+        os.close(number)
 
 
 def file_hash(path: Path) -> str:

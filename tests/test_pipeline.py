@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import PATIENCE, ROOT, TINY_UNET, TINY_VAE, run, run_any, start
+from conftest import PATIENCE, ROOT, TINY_UNET, TINY_VAE, python, run, run_any, start
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -537,3 +537,45 @@ def test_predicted_folder_is_read_by_its_manifest(six: Path):
     pixels, names, problems = read_images(six)
     assert len(pixels) == 6 and not problems  # grid.png and denoising.png are not samples
     assert names == ["AD", "NC"] * 3
+
+
+def test_images_are_flushed_to_disk_together(trained: Path, tmp_path: Path):
+    code = """
+import os, sys
+flushed, fsync = [], os.fsync
+os.fsync = lambda number: (flushed.append(number), fsync(number))
+from config import PredictConfig, parse
+import predict
+predict.main(parse(PredictConfig, sys.argv[1:]))
+print("flushed", len(flushed))
+"""
+    flags, counts = ["--checkpoints", trained, "--run", "tiny", "--device", "cpu"], []
+    for n in ("2", "24"):
+        done = python(code, *flags, "--num-images", n, "--batch-size", "2", "--out", tmp_path / n)
+        assert done.returncode == 0, done.stderr
+        counts.append(int(done.stdout.split()[-1]))
+    assert counts[0] == counts[1] < 24  # of tables and pictures, none of them an image's
+
+
+def test_a_disk_that_fails_to_flush_ends_predict_without_rows(trained: Path, tmp_path: Path):
+    code = """
+import ctypes, os, sys
+import predict, weights
+from config import PredictConfig, parse
+from utils import run_script
+
+class Disk:
+    def syncfs(self, number):
+        ctypes.set_errno(5)
+        return -1
+
+ctypes.CDLL = lambda *args, **how: Disk()
+run_script(predict.main, parse(PredictConfig, sys.argv[1:]))
+"""
+    out = tmp_path / "out"
+    flags = ["--checkpoints", trained, "--run", "tiny", "--device", "cpu", "--num-images", "3", "--out", out]
+    done = python(code, *flags, cold=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and str(out) in done.stderr
+    assert not (out / "manifest.csv").exists()
+    run("predict.py", *flags)  # goes on
+    assert len(images(out)) == 3

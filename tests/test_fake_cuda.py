@@ -1,0 +1,65 @@
+"""The CUDA paths on machines without a GPU: PyTorch's own host code over a driver whose kernels do nothing.
+
+What the driver does and cannot do is said in fake_cuda/fake_cuda.c, and what is checked in fake_cuda/checks.py. All
+checks run in one process; each is a test here.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PATIENCE, TINY_UNET, made_once, run
+
+HERE = Path(__file__).parent / "fake_cuda"
+CHECKS = [
+    f.name
+    for f in ast.parse((HERE / "checks.py").read_text()).body
+    if isinstance(f, ast.FunctionDef) and f.name.startswith("check_")
+]
+pytestmark = pytest.mark.skipif(
+    (torch.version.cuda or "").partition(".")[0] != "13" or not shutil.which("gcc") or sys.platform != "linux",
+    reason="needs PyTorch for CUDA 13, and gcc",
+)
+
+
+def build(folder: Path) -> dict[str, str]:
+    """Compile the driver; returns the environment of processes that find its cards."""
+    triton = importlib.util.find_spec("triton")
+    assert triton and triton.origin  # a part of PyTorch's builds for CUDA; it brings CUDA's own headers
+    library, include = folder / "libcuda.so.1", Path(triton.origin).parent / "backends" / "nvidia" / "include"
+    command = ["gcc", "-shared", "-fPIC", "-O1", "-w", f"-I{include}", "-Wl,-soname,libcuda.so.1", "-o", str(library)]
+    subprocess.run([*command, str(HERE / "fake_cuda.c"), "-ldl", "-lpthread"], check=True)
+    return {
+        **os.environ, "LD_PRELOAD": str(library), "TRITON_LIBCUDA_PATH": str(folder), "FAKE_CUDA_N": "2",
+        "FAKE_CUDA_GB": "8",
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def results(phantoms: Path, trained: Path) -> dict[str, str]:
+    """What checks.py found: by the name of a check the tracebacks of the settings that failed."""
+
+    def make(folder: Path) -> None:
+        shutil.copytree(phantoms, folder / "data")
+        shutil.copytree(trained / "tiny" / "vae", folder / "checkpoints" / "full" / "vae")
+        where = ["--data", folder / "data", "--checkpoints", folder / "checkpoints", "--cache", folder / "cache"]
+        run("train.py", *where, *TINY_UNET, "--run", "full", "--grid", "full", "--epochs", "1")
+        command = [sys.executable, HERE / "checks.py", folder]
+        done = subprocess.run(command, env=build(folder), capture_output=True, text=True, timeout=PATIENCE)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    return json.loads((made_once("fake_cuda", make) / "results.json").read_text())
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_on_a_card_that_does_nothing(results: dict[str, str], name: str):
+    assert results[name] == "", results[name][-3000:]
