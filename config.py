@@ -94,7 +94,8 @@ class StepsConfig(MachineConfig):
     fresh: bool = False
     """Start over: the old files are moved to RUN/old-DATE, nothing is deleted."""
     dry_run: bool = False
-    """Print the plan (data, parameters, steps, memory, folders) and exit without writing anything."""
+    """Print the plan (data, parameters, steps, memory, folders, and the time, from a few steps on this device) and exit
+    without writing anything."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -419,9 +420,21 @@ class SliceConfig:
 # ---------------------------------------------------------------------------------------------------------------------
 # Presets and limits
 
-# `adni`, the recipe of the first version at 256², is what the defaults of all scripts are.
+# `adni`, 256², is what the defaults of all scripts are.
 PRESETS: dict[str, dict[type, dict]] = {
     "adni": {},
+    # The recipe of the first version, to compare with: squared error and KL divergence, the noise as what is predicted,
+    # and the ten timesteps that Fast-DDPM published. What it does not name is what the defaults are.
+    "origin": {
+        PretrainConfig: dict(
+            run="origin", reconstruction="mse", schedule="plateau", epochs=500, batch_size=16, lr=1e-4,
+        ),
+        TrainConfig: dict(
+            run="origin", grid="nonuniform", num_steps=10, prediction="eps", loss_weight="uniform", epochs=500,
+            batch_size=16, lr=1e-4, warmup=0.1,
+        ),
+        PredictConfig: dict(run="origin", solver="ddim"),
+    },
     "small": {  # 128²: one modest GPU, or a patient CPU
         PretrainConfig: dict(
             run="small", image_size=128, channels=(48, 96, 160), blocks=1, epochs=10, batch_size=8, lr=6e-4,

@@ -286,15 +286,23 @@ def training_cost(model: nn.Module, *inputs: Tensor) -> tuple[int, float, float]
 
 def describe_cost(
     name: str, parameters: int, gflop: float, mb: float, batch: int, epochs: int, steps: int, device: torch.device,
-    amp_dtype: torch.dtype | None,
+    amp_dtype: torch.dtype | None, seconds: float,
 ) -> str:  # fmt: skip
-    """The lines of a dry run: size, work, memory, device. Under autocast activations are counted half."""
-    # 20 bytes a parameter: weight, gradient, two moments of AdamW, average.
+    """The lines of a dry run: size, work, memory, device, time. `seconds` of a step are as `rehearse` (loop.py) says.
+
+    Memory is what the rehearsal took on a GPU; elsewhere 20 bytes a parameter (weight, gradient, two moments of AdamW,
+    average) and the activations, half as large under autocast.
+    """
     memory = 20 * parameters / 1e9 + batch * mb / 1e3 * (0.5 if amp_dtype else 1.0)
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(device) / 1e9
     dtype = str(amp_dtype or torch.float32).removeprefix("torch.")
+    minutes = steps * seconds / 60
+    whole = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
     return (
         f"{name:9} {parameters / 1e6:.1f} M parameters, {gflop:.2f} GFLOP forward per image\n"
         f"schedule  {epochs:,} epochs, {steps:,} steps of {batch} images, {3 * gflop * batch * steps / 1e6:.2f} PFLOP\n"
         f"memory    about {memory:.1f} GB at this batch size\n"
-        f"device    {describe_hardware(device)}, {dtype}"
+        f"device    {describe_hardware(device)}, {dtype}\n"
+        f"time      about {whole}, evaluation not counted: {batch / seconds:.4g} images/s in a few steps just now"
     )

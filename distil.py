@@ -22,7 +22,7 @@ from cluster import Ranks, StopSignal
 from dataset import split_rules
 from device import allocate_rows, eval_mode, gather_batches, pick_amp_dtype, pick_device, shuffled_batches, to_half
 from device import to_device_if_it_fits as to_device
-from loop import EMA, Gradients, Plan, Run, make_optimizer, make_scaler, optimise
+from loop import EMA, Gradients, Plan, Run, make_optimizer, make_scaler, optimise, rehearse
 from modules import (
     CosineAnnealingWarmupScheduler,
     NoiseScheduler_Fast_DDPM,
@@ -181,6 +181,24 @@ def vae_of_teacher(cfg: DistilConfig) -> tuple[Path, bytes]:
     return own, data
 
 
+def print_plan(
+    cfg: DistilConfig, model: StableDiffusion, vae: VAE, teacher_file: Path, plan: Plan, device: torch.device
+) -> None:
+    """Say what a run would do: teacher, steps, time, and where it writes."""
+    # A few steps on latents that are all zero. On a CPU a few images say as much as a batch.
+    n, dtype = plan.batch if device.type == "cuda" else min(plan.batch, 4), pick_amp_dtype(cfg.precision, device)
+    model = model.to(memory_format=torch.channels_last).to(device)
+    model.amp_dtype, scaler = dtype, make_scaler(dtype, device)
+    states = torch.zeros(n, cfg.num_steps + 1, *vae.latent_shape, device=device)
+    y, entries = torch.zeros(2, n, dtype=torch.int64, device=device)
+    call, optimizer = partial(backward, Student(model), scaler), make_optimizer(model.parameters(), cfg, device)
+    seconds = rehearse(cfg, plan, [model], [model.unet], call, [states, y, entries], optimizer, scaler)
+    print(f"teacher   {teacher_file}, {cfg.teacher_steps} steps; student {cfg.num_steps} steps")
+    print(f"learns    {cfg.trajectories:,} trajectories, {plan.steps:,} steps of {plan.batch}")
+    print(f"time      about {plan.steps * seconds / 60:.0f} min, trajectories and evaluation not counted")
+    print(f"writes to {Path(cfg.checkpoints) / cfg.run}")
+
+
 def main(cfg: DistilConfig) -> None:
     # The teacher, and the student that begins with its weights.
     stop, device = StopSignal(), pick_device(cfg.device)
@@ -194,9 +212,7 @@ def main(cfg: DistilConfig) -> None:
     model = StableDiffusion(UNet(**teacher.unet.config), scheduler, header["prediction"])
     model.load_state_dict(teacher.state_dict())
     if cfg.dry_run:
-        print(f"teacher   {teacher_file}, {cfg.teacher_steps} steps; student {cfg.num_steps} steps")
-        print(f"learns    {cfg.trajectories:,} trajectories, {plan.steps:,} steps of {plan.batch}")
-        return print(f"writes to {Path(cfg.checkpoints) / cfg.run}")
+        return print_plan(cfg, model, vae, teacher_file, plan, device)
 
     with Run(cfg, "diffusion", plan, stop, device) as run:
         # Network, average, optimiser, schedule.

@@ -495,6 +495,36 @@ def optimise(model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA, added
     ema.update(model, taken)
 
 
+def rehearse(
+    cfg: StepsConfig, plan: Plan, modules: Sequence[nn.Module], networks: Sequence[nn.Module],
+    call: Callable[..., Tensor], tensors: Sequence[Tensor], optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> float:  # fmt: skip
+    """Seconds of a step of the plan on this device, from a few that are timed, for a dry run: it changes the modules.
+
+    `networks` are to be compiled, and `tensors` are of a whole batch or fewer images, whose time is scaled up; the rest
+    is as for `Gradients`.
+    """
+    device, n = tensors[0].device, len(tensors[0])
+    compile_networks(cfg.compile, networks, lambda: call(1.0, *tensors), device)
+    gradients = Gradients(call, modules, optimizer, scaler, cfg.grad_clip, Ranks(device), n, n)
+    ema = EMA(modules[0], cfg.ema_decay)
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        added, _ = gradients(*tensors)
+        optimise(modules[0], optimizer, ema, added)
+        added.tolist()  # waits for a GPU
+        return time.perf_counter() - start
+
+    # The first steps allocate, and record a graph. Then about five seconds.
+    seconds()
+    spent = [seconds()]
+    while sum(spent) < 5 and len(spent) < 20:
+        spent.append(seconds())
+    return sorted(spent)[len(spent) // 2] * plan.batch / n
+
+
 class NonFiniteWatch:
     """Notices when `patience` steps in a row had gradients that are not finite, without waiting for the GPU."""
 

@@ -32,7 +32,7 @@ from device import (
     to_device_if_it_fits,
     training_cost,
 )
-from loop import EMA, Gradients, Plan, Run, make_optimizer, make_scaler, optimise
+from loop import EMA, Gradients, Plan, Run, make_optimizer, make_scaler, optimise, rehearse
 from metrics import psnr, ssim, unit
 from modules import CosineAnnealingWarmupScheduler
 from pictures import add_gif_frame, image_grid, to_uint8
@@ -175,14 +175,27 @@ def make_optimizer_and_schedule(
     return optimizer, CosineAnnealingWarmupScheduler(optimizer, warmup, plan.steps)
 
 
-def print_plan(cfg: PretrainConfig, vae: VAE, splits: dict[str, ADNIDataset], plan: Plan, device: torch.device) -> None:
+def print_plan(
+    cfg: PretrainConfig, vae: VAE, discriminator: PatchDiscriminator, splits: dict[str, ADNIDataset], plan: Plan,
+    device: torch.device,
+) -> None:  # fmt: skip
     """Say what a run would do: data, network, cost, and where it writes."""
+    # A few steps on black images, with the discriminator if there is one. On a CPU a few say as much as a batch.
+    n, dtype = plan.batch if device.type == "cuda" else min(plan.batch, 4), pick_amp_dtype(cfg.precision, device)
+    vae = vae.to(memory_format=torch.channels_last).to(device)
+    discriminator = discriminator.to(memory_format=torch.channels_last).to(device)
+    vae.amp_dtype, discriminator.amp_dtype, scaler = dtype, dtype, make_scaler(dtype, device)
+    optimizer, _ = make_optimizer_and_schedule(cfg, vae, discriminator, plan, device)
+    modules, with_discriminator = ([vae, discriminator], discriminator) if cfg.adversarial else ([vae], None)
+    call, side = partial(backward, vae, discriminator, with_discriminator, scaler, cfg), cfg.image_size
+    shapes: list[tuple[int, ...]] = [(n, 5), (n, *vae.latent_shape), (n,)]
+    tensors = [torch.zeros(n, side, side, dtype=torch.uint8, device=device)]
+    tensors += [torch.zeros(*shape, device=device) for shape in shapes]
+    seconds = rehearse(cfg, plan, modules, [vae.encoder, vae.decoder], call, tensors, optimizer, scaler)
     with torch.device("meta"):
-        side = cfg.image_size
         cost = training_cost(VAE(**vae.config), torch.empty(1, 1, side, side), torch.empty(1, *vae.latent_shape))
     print(f"train on  {splits['train'].summary()}\nvalidate  {splits['val'].summary()}\nlatent    {vae.latent_shape}")
-    dtype = pick_amp_dtype(cfg.precision, device)
-    print(describe_cost("VAE", *cost, plan.batch, cfg.epochs, plan.steps, device, dtype))
+    print(describe_cost("VAE", *cost, plan.batch, cfg.epochs, plan.steps, device, dtype, seconds))
     print(f"writes to {Path(cfg.checkpoints) / cfg.run / 'vae'}")
 
 
@@ -192,7 +205,7 @@ def main(cfg: PretrainConfig) -> None:
     splits, fingerprint = load_splits(cfg, cfg.image_size)
     train, val, plan = splits["train"], splits["val"], Plan.of(cfg, len(splits["train"]))
     if cfg.dry_run:
-        return print_plan(cfg, vae, splits, plan, device)
+        return print_plan(cfg, vae, discriminator, splits, plan, device)
 
     with Run(cfg, "vae", plan, stop, device) as run:
         # Average, optimiser, schedule.

@@ -31,7 +31,7 @@ from device import (
     to_device_if_it_fits,
     training_cost,
 )
-from loop import EMA, Gradients, Plan, Run, make_optimizer, make_scaler, optimise
+from loop import EMA, Gradients, Plan, Run, make_optimizer, make_scaler, optimise, rehearse
 from metrics import psnr, ssim, unit, unpaired
 from modules import (
     CosineAnnealingWarmupScheduler,
@@ -240,17 +240,27 @@ def build_model(cfg: TrainConfig, vae: VAE, classes: Sequence[str]) -> StableDif
 
 
 def print_plan(
-    cfg: TrainConfig, vae: VAE, unet: UNet, splits: dict[str, ADNIDataset], plan: Plan, device: torch.device
+    cfg: TrainConfig, vae: VAE, model: StableDiffusion, splits: dict[str, ADNIDataset], plan: Plan, device: torch.device
 ) -> None:
     """Say what a run would do: data, network, cost, and where it writes."""
+    # A few steps on latents that are all zero. On a CPU a few images say as much as a batch.
+    n, dtype = plan.batch if device.type == "cuda" else min(plan.batch, 4), pick_amp_dtype(cfg.precision, device)
+    model = model.to(memory_format=torch.channels_last).to(device)
+    model.amp_dtype, scaler = dtype, make_scaler(dtype, device)
+    moments, y = (
+        torch.zeros(n, 1, 2, *vae.latent_shape, device=device),
+        torch.zeros(n, dtype=torch.int64, device=device),
+    )
+    tensors = [moments, y, *step_randomness(model, n, vae.latent_shape, cfg, generator(0, device=device))]
+    call, optimizer = partial(backward, model, model, scaler, 1), make_optimizer(model.parameters(), cfg, device)
+    seconds = rehearse(cfg, plan, [model], [model.unet], call, tensors, optimizer, scaler)
     # On the meta device, where a forward pass of one latent costs neither time nor memory
     train, labels = splits["train"], torch.empty(1, dtype=torch.int64, device="meta")
-    z = torch.empty(1, *vae.latent_shape, device="meta")
-    cost = training_cost(unet.to("meta"), z, labels, *([labels] if unet.label is not None else []))
+    z, unet = torch.empty(1, *vae.latent_shape, device="meta"), UNet(**model.unet.config).to("meta")
+    cost = training_cost(unet, z, labels, *([labels] if unet.label is not None else []))
     print(f"train on  {train.summary()}\nvalidate  {splits['val'].summary()}\nlatent    {vae.latent_shape}")
     print(f"classes   {', '.join(train.classes)}; {'un' * (unet.label is None)}conditional")
-    dtype = pick_amp_dtype(cfg.precision, device)
-    print(describe_cost("U-Net", *cost, plan.batch, cfg.epochs, plan.steps, device, dtype))
+    print(describe_cost("U-Net", *cost, plan.batch, cfg.epochs, plan.steps, device, dtype, seconds))
     print(f"writes to {Path(cfg.checkpoints) / cfg.run / 'diffusion'}")
 
 
@@ -265,7 +275,7 @@ def main(cfg: TrainConfig) -> None:
     train, val, plan = splits["train"], splits["val"], Plan.of(cfg, len(splits["train"]))
     model = build_model(cfg, vae, train.classes)
     if cfg.dry_run:
-        return print_plan(cfg, vae, model.unet, splits, plan, device)
+        return print_plan(cfg, vae, model, splits, plan, device)
 
     with Run(cfg, "diffusion", plan, stop, device) as run:
         # Network, average, optimiser, schedule.

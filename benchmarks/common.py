@@ -28,7 +28,7 @@ from device import describe_hardware, pick_amp_dtype, pick_device  # noqa: E402
 from modules import NoiseScheduler_Fast_DDPM, StableDiffusion, UNet  # noqa: E402
 from utils import git_commit  # noqa: E402
 from vae import VAE  # noqa: E402
-from weights import save_weights  # noqa: E402
+from weights import save_weights, write_atomic  # noqa: E402
 
 # The 128² networks of the comparisons of speed, which the peers' below are matched to; `adni` is the preset's own.
 SMALL = (
@@ -141,20 +141,17 @@ class Bench:
         self.rows.append(values)
         other = "" if theirs is None else f"{values['theirs']:>10,.4g}  {peer:<24}{ratio:6.2f} x"
         print(f"{task:<46}{values['ours']:>10,.4g} {unit:<11}{other}", flush=True)
+        # All rows so far, so that a benchmark that fails or is cut keeps what it measured.
+        if self.cfg.json:
+            stamp = {"date": time.strftime("%Y-%m-%d"), "commit": commit(), "torch": torch.__version__}
+            text = ",\n".join(json.dumps({**r, **stamp}) for r in self.rows)
+            write_atomic(Path(self.cfg.json), f"[\n{text}\n]\n".encode())
 
     def compare(self, task: str, times: dict[str, list[float]], ours: str, peer: str, images: int) -> None:
         """A row of images per second; the ratio is the median of the rounds' ratios."""
         ratio = statistics.median(b / a for a, b in zip(times[ours], times[peer]))
         a, b = (images / statistics.median(times[k]) for k in (ours, peer))
         self.row(task, a, peer, b, "images/s", ratio)
-
-    def done(self) -> None:
-        """Write the rows."""
-        if self.cfg.json:
-            stamp = {"date": time.strftime("%Y-%m-%d"), "commit": commit(), "torch": torch.__version__}
-            text = ",\n".join(json.dumps({**r, **stamp}) for r in self.rows)
-            Path(self.cfg.json).parent.mkdir(parents=True, exist_ok=True)
-            Path(self.cfg.json).write_text(f"[\n{text}\n]\n")
 
 
 def peak_gb() -> float:

@@ -116,7 +116,6 @@ def main(cfg: FilesConfig) -> None:
         b.row(f"{cfg.index:,} files found and split by person", index["seconds"], "", None, "s")
         b.row("peak memory of that, libraries included", index["gb"], "", None, "GB")
         b.row("libraries alone", index["before"], "", None, "GB")
-    b.done()
 
 
 if __name__ == "__main__":

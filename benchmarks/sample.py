@@ -137,7 +137,6 @@ def main(cfg: SampleConfig) -> None:
         ]
         b.row("16 images, process start to files", statistics.median(seconds), "", None, "s")
     print(f"peak memory of the benchmark: {peak_gb():.2f} GB")
-    b.done()
 
 
 if __name__ == "__main__":

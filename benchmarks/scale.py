@@ -153,7 +153,6 @@ def main(cfg: ScaleConfig) -> None:
         b.row(f"drawing, {s} steps, an image", 1e3 * t, "", None, "ms")
     found["drawing, an image"] = (list(steps), y, "steps", "s")
     draw_plot(Path(cfg.plot), found)
-    b.done()
 
 
 if __name__ == "__main__":

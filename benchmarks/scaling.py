@@ -161,7 +161,6 @@ def main(cfg: ScalingConfig) -> None:
             alone = images * image
             efficiency = alone / step_seconds(alone, n, gradients, bandwidth, latency)
             b.row(f"modelled: {n} GPUs, {fabric}, {images} images each", efficiency, "", None, "efficiency")
-    b.done()
 
 
 if __name__ == "__main__":

@@ -97,7 +97,6 @@ def main(cfg: StepConfig) -> None:
             b.row(f"FLOP/s over matrix peak, {name}", rate / 1e12, "matrix product", peak / 1e12, "TFLOP/s")
     if b.gpu:
         b.row("peak memory, all contenders together", torch.cuda.max_memory_allocated(b.device) / 1e9, "", None, "GB")
-    b.done()
 
 
 if __name__ == "__main__":

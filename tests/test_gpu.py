@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +11,18 @@ import torch
 from conftest import TINY_UNET, TINY_VAE, run
 from test_pipeline import images
 
+from cluster import Ranks
 from config import TrainConfig
 from device import compile_networks, gather_batches, shuffled_batches, to_device_if_it_fits
-from loop import EMA, NonFiniteWatch, find_micro_batch, optimise
+from loop import EMA, Gradients, NonFiniteWatch, find_micro_batch, make_optimizer, make_scaler, optimise
 from modules import NoiseScheduler_Fast_DDPM, StableDiffusion, UNet
 from sampling import ImageSampler
-from train import step_randomness, training_loss
+from train import backward, step_randomness
 from utils import generator, read_jsonl
 from vae import VAE
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")
+DEVICE = torch.device("cuda")
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
@@ -55,27 +58,58 @@ def networks() -> tuple[StableDiffusion, VAE]:
     return tuple(m.cuda().to(memory_format=torch.channels_last) for m in (model, vae))
 
 
+def gradients_of(model: StableDiffusion, batch: int, micro: int) -> tuple[Gradients, torch.optim.Optimizer]:
+    """What train.py takes for its steps."""
+    optimizer, scaler = make_optimizer(model.parameters(), TrainConfig(), DEVICE), make_scaler(model.amp_dtype, DEVICE)
+    call = partial(backward, model, model, scaler, 10)
+    return Gradients(call, [model], optimizer, scaler, 1.0, Ranks(DEVICE), batch, micro), optimizer
+
+
 @pytest.mark.parametrize("on_the_host", [False, True])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 def test_no_step_waits_for_the_gpu(dtype: torch.dtype | None, on_the_host: bool):
     model, _ = networks()
-    model.amp_dtype, device = dtype, torch.device("cuda")
-    optimizer, ema = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True), EMA(model, 0.9)
-    scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
+    model.amp_dtype = dtype
+    gradients, optimizer = gradients_of(model, 16, 16)
+    ema, watch = EMA(model, 0.9), NonFiniteWatch(DEVICE)
     moments, labels = torch.rand(64, 1, 2, 4, 16, 16).half(), torch.zeros(64, dtype=torch.int64)
     if not on_the_host:
-        moments, labels = to_device_if_it_fits(moments, device), labels.to(device)
-    visits, watch = gather_batches([moments, labels], shuffled_batches(64, 16, 0, 0), device), NonFiniteWatch(device)
+        moments, labels = to_device_if_it_fits(moments, DEVICE), labels.to(DEVICE)
+    batches = gather_batches([moments, labels], shuffled_batches(64, 16, 0, 0), DEVICE)
     try:
         for step in range(12):
             torch.cuda.set_sync_debug_mode("error" if step > 3 else "default")
-            z, y = next(visits)
-            draws = step_randomness(model, len(y), z.shape[3:], TrainConfig(), generator(0, step, device=device))
-            scaler.scale(training_loss(model, model, z, y, draws, 10)[0].mean()).backward()
-            watch.stuck_at(optimise(model, optimizer, scaler, ema, 1.0), step)
+            z, y = next(batches)
+            randomness = step_randomness(model, len(y), z.shape[3:], TrainConfig(), generator(0, step, device=DEVICE))
+            added, norm = gradients(z, y, *randomness)
+            optimise(model, optimizer, ema, added)
+            watch.stuck_at(norm, step)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert all(p.isfinite().all() for p in ema.parameters())
+    assert gradients.replay is not None and all(p.isfinite().all() for p in ema.parameters())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(None, 1e-4), (torch.bfloat16, 2e-2), (torch.float16, 2e-2)])
+def test_a_step_as_a_graph_has_the_gradients_of_its_micro_batches(dtype: torch.dtype | None, tolerance: float):
+    found = []
+    for micro in (16, 8):
+        model, _ = networks()  # the same every time
+        model.amp_dtype = dtype
+        gradients, _ = gradients_of(model, 16, micro)
+        for step in range(3):  # a replay does not remember the one before
+            g = generator(0, step, device=DEVICE)
+            z, y = (
+                torch.rand(16, 1, 2, 4, 16, 16, generator=g, device=DEVICE).half(),
+                torch.arange(16, device=DEVICE) % 2,
+            )
+            added, norm = gradients(z, y, *step_randomness(model, 16, (4, 16, 16), TrainConfig(), g))
+            flat = torch.cat([p.grad.flatten() for p in model.parameters()])
+            found.append((flat, added.clone(), norm.clone()))
+            model.zero_grad()
+        assert (gradients.replay is not None) == (micro == 16)
+    for graph, eager in zip(found[:3], found[3:]):
+        for a, b in zip(graph, eager):
+            assert ((a - b).norm() / b.norm()).item() < tolerance
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(None, 1e-4), (torch.bfloat16, 1e-2)])

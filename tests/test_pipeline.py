@@ -504,12 +504,29 @@ def test_presets_defaults_and_flags():
 def test_dry_run_prints_the_plan_and_writes_nothing(trained: Path, phantoms: Path, tmp_path: Path):
     flags = ["--data", phantoms, "--checkpoints", tmp_path / "none", "--cache", tmp_path / "cache", "--dry-run"]
     plan = run("pre_train.py", "small", *flags).stdout
-    for word in ("80 slices of 20 people", "M parameters", "steps of 8", "memory", "writes to", "GFLOP"):
+    for word in (
+        "80 slices of 20 people",
+        "M parameters",
+        "steps of 8",
+        "memory",
+        "writes to",
+        "GFLOP",
+        "time ",
+        "images/s",
+    ):
         assert word in plan, word
     assert not (tmp_path / "none").exists()
     before = sorted(trained.rglob("*"))
     plan = run("train.py", *where(trained, phantoms), *TINY_UNET, "--dry-run").stdout
-    for word in ("80 slices of 20 people", "M parameters", "steps of 16", "memory", "writes to", "conditional"):
+    for word in (
+        "80 slices of 20 people",
+        "M parameters",
+        "steps of 16",
+        "memory",
+        "writes to",
+        "conditional",
+        "images/s",
+    ):
         assert word in plan, word
     assert [p for p in sorted(trained.rglob("*")) if "cache" not in p.parts] == before
 

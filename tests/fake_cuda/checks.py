@@ -76,7 +76,7 @@ def networks(dtype: torch.dtype | None, grid: str = "logsnr", steps: int = 10) -
 
 def take_steps(
     gradients: Gradients, model: nn.Module, optimizer: torch.optim.Optimizer, tensors: list[Tensor],
-    inputs: Callable[[int, list[Tensor]], list[Tensor]], n: int = 24,
+    inputs: Callable[[int, list[Tensor]], list[Tensor]], n: int = 14,
 ) -> None:  # fmt: skip
     """Steps as the trainings take them; from the fifth on any wait is an error."""
     device, batch = torch.device("cuda"), 8
@@ -307,6 +307,15 @@ def check_distil_from_start_to_end():
     with Waits(distil) as waits:
         distil.main(parse(DistilConfig, [*WHERE, *TINY, *flags]))
     assert not waits.found, waits.found
+
+
+def check_a_dry_run_times_steps_as_a_graph():
+    before = count("graphs")
+    train.main(parse(TrainConfig, [*WHERE, *DATA, *TINY, *UNET, "--run", "full", "--dry-run"]))
+    flags = "--run none --image-size 32 --downsample 4 --latent-channels 2 --channels 8 16 --blocks 1".split()
+    pre_train.main(parse(PretrainConfig, [*WHERE, *DATA, *TINY, *flags, "--adversarial", "1", "--dry-run"]))
+    distil.main(parse(DistilConfig, [*WHERE, "--teacher", "full", "--run", "none", "--compile", "off", "--dry-run"]))
+    assert count("graphs") >= before + 3
 
 
 def check_predict_from_start_to_end(more=((), ("--guidance", "2"), ("--solver", "ddim", "--eta", "1"))):
