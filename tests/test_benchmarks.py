@@ -27,3 +27,21 @@ def test_parts_of_the_gpu_benchmarks_fail_alone(bench: str, want: int, tmp_path:
     text = (ROOT / "benchmarks" / "gpu.sh").read_text()
     limits = [int(line.split()[2]) for line in text.splitlines() if line.startswith("  part ")]
     assert sum(limits) <= 480  # 8 minutes on one card
+
+
+def test_weights_are_made_in_parts_that_go_on(tmp_path: Path):
+    # A stand-in for every script: it leaves with 75 when SIGTERM comes, and the first time it takes too long.
+    code = f"""#!/bin/bash
+echo "$1" >> {tmp_path}/calls
+trap 'touch {tmp_path}/interrupted; exit 75' TERM
+[ -e {tmp_path}/interrupted ] || for i in $(seq 300); do sleep 0.1; done
+"""
+    (tmp_path / "py").write_text(code)
+    (tmp_path / "py").chmod(0o755)
+    env = {**os.environ, "PY": str(tmp_path / "py"), "DATA": "slices", "LIMIT": "22"}
+    command = ["bash", "benchmarks/pretrained.sh", "real256"]
+    first = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert first.returncode == 75 and "the same command goes on" in first.stdout
+    assert subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True).returncode == 0
+    scripts = ["pre_train.py", "pre_train.py", "train.py", "evaluate.py", "benchmarks/ship.py"]
+    assert (tmp_path / "calls").read_text().split() == scripts
