@@ -42,6 +42,7 @@ trap 'touch {tmp_path}/interrupted; exit 75' TERM
     command = ["bash", "benchmarks/pretrained.sh", "real256"]
     first = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert first.returncode == 75 and "the same command goes on" in first.stdout
+    env["LIMIT"] = "1000"
     assert subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True).returncode == 0
     scripts = ["pre_train.py", "pre_train.py", "train.py", "evaluate.py", "benchmarks/ship.py"]
     assert (tmp_path / "calls").read_text().split() == scripts
