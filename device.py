@@ -263,25 +263,36 @@ def fetch_async(x: Tensor) -> Callable[[], np.ndarray]:
 # What a training costs
 
 
-def training_cost(model: nn.Module, *inputs: Tensor) -> tuple[int, float, float]:
-    """(parameters, GFLOP of a forward pass, MB of activations kept for the backward pass) for these inputs.
+def training_cost(
+    model: nn.Module, *inputs: Tensor | None, amp_dtype: torch.dtype | None = None
+) -> tuple[int, float, float]:
+    """(parameters, GFLOP of a forward pass, MB of activations kept for the backward pass) for one image.
 
-    Nothing is computed: model and inputs are on the meta device, where tensors have shapes but no contents.
+    The inputs have one row each. On the meta device, where tensors have shapes but no contents, nothing is computed.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    # What autograd saves for the backward pass, each tensor counted once; the weights themselves are not activations.
-    saved: dict[tuple, int] = {}
+    # What autograd saves for the backward pass, each tensor counted once.
+    def forward(rows: int) -> tuple[float, float]:
+        saved: dict[tuple, int] = {}
 
-    def pack(t: Tensor) -> Tensor:
-        saved[(id(t.untyped_storage()), t.shape)] = t.numel() * t.element_size()
-        return t
+        def pack(t: Tensor) -> Tensor:
+            saved[(id(t.untyped_storage()), t.shape)] = t.numel() * t.element_size()
+            return t
 
-    own = {id(p.untyped_storage()) for p in model.parameters()}
-    with FlopCounterMode(display=False) as flops, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        model(*inputs)
-    kept = sum(size for (storage, _), size in saved.items() if storage not in own)
-    return sum(p.numel() for p in model.parameters()), flops.get_total_flops() / 1e9, kept / 1e6
+        given = [None if t is None else torch.cat([t] * rows) for t in inputs]
+        device = next(model.parameters()).device.type
+        with (
+            FlopCounterMode(display=False) as flops,
+            nullcontext() if amp_dtype is None else torch.autocast(device, amp_dtype),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+        ):
+            alive = model(*given)  # noqa: F841  # keeps what is saved, so that no two tensors get the same id
+        return flops.get_total_flops() / 1e9, sum(saved.values()) / 1e6
+
+    # A second image adds activations, but no weights and no copies of them in half precision.
+    (gflop, one), (_, two) = forward(1), forward(2)
+    return sum(p.numel() for p in model.parameters()), gflop, two - one
 
 
 def describe_cost(
@@ -291,9 +302,9 @@ def describe_cost(
     """The lines of a dry run: size, work, memory, device, time. `seconds` of a step are as `rehearse` (loop.py) says.
 
     Memory is what the rehearsal took on a GPU; elsewhere 20 bytes a parameter (weight, gradient, two moments of AdamW,
-    average) and the activations, half as large under autocast.
+    average) and the activations of each image.
     """
-    memory = 20 * parameters / 1e9 + batch * mb / 1e3 * (0.5 if amp_dtype else 1.0)
+    memory = 20 * parameters / 1e9 + batch * mb / 1e3
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device) / 1e9
     dtype = str(amp_dtype or torch.float32).removeprefix("torch.")

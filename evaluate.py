@@ -6,7 +6,7 @@ measured there is a sentence; the rest is still measured, and the exit code is t
 
 from __future__ import annotations
 
-from config import EvaluateConfig, parse
+from config import EvaluateConfig, PredictConfig, parse
 
 if __name__ == "__main__":
     cfg = parse(EvaluateConfig)  # before torch is imported, so that --help answers at once
@@ -15,6 +15,7 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from modules import StableDiffusion
 from pictures import image_grid, png_bytes
 from report import refresh_report
 from runlog import RunLog
-from sampling import ImageSampler, load_run
+from sampling import ImageSampler, load_run, plan_sampling
 from utils import UserError, generator, git_commit, progress_bar, run_script
 from vae import VAE
 from weights import file_hash, write_atomic
@@ -70,10 +71,14 @@ def images_of(data: ADNIDataset) -> Images:
 
 
 def generate_images(
-    cfg: EvaluateConfig, model: StableDiffusion, vae: VAE, labels: Tensor, ranks: Ranks
+    cfg: EvaluateConfig, model: StableDiffusion, vae: VAE, labels: Tensor, how: dict[str, Any], ranks: Ranks
 ) -> tuple[Tensor, Tensor]:
-    """(uint8 [N, S, S], latents [N, C, h, w]): image k from (seed, k), as predict.py makes it; each rank a share."""
-    sampler, side, n = ImageSampler(model, vae, cfg.batch_size, cfg.guidance), vae.config["image_size"], len(labels)
+    """(uint8 [N, S, S], latents [N, C, h, w]): image k from (seed, k), as predict.py makes it; each rank a share.
+
+    `how` is what `plan_sampling` returns.
+    """
+    sampler = ImageSampler(model, vae, cfg.batch_size, cfg.guidance, **how)
+    side, n = vae.config["image_size"], len(labels)
     images, latents = torch.empty(n, side, side, dtype=torch.uint8), torch.empty(n, *vae.latent_shape)
     bounds, bar = ranks.row_bounds(n, cfg.batch_size), progress_bar(n, what="generating")
     with bar:
@@ -121,12 +126,14 @@ def gather(cfg: EvaluateConfig, ranks: Ranks) -> Evidence:
         model, vae, meta, file = loaded
         chosen = torch.randint(len(train), (cfg.num_images,), generator=generator(cfg.seed, 8))
         labels = train.labels[chosen]  # so that classes have the shares that they have in the data
-        pixels, latents = generate_images(cfg, model, vae, labels, ranks)
+        how = plan_sampling(PredictConfig(run=str(run), solver=cfg.solver), model)
+        pixels, latents = generate_images(cfg, model, vae, labels, how, ranks)
         if len(classes) > 1 and not model.num_classes:
             labels = torch.full_like(labels, -1)
         source = (
             f"run {run}, {cfg.weights} weights ({file_hash(file)}, epoch {meta.get('epoch')}, code "
-            f"{meta.get('commit')}), default sampling, guidance {cfg.guidance:g}, seed {cfg.seed}"
+            f"{meta.get('commit')}), {len(how['timesteps'])} steps of {how['solver']}, guidance {cfg.guidance:g}, "
+            f"seed {cfg.seed}"
         )
     generated = Images(pixels, labels, np.arange(len(labels)).astype(str))
     return Evidence(

@@ -467,14 +467,23 @@ class Gradients:
     def _record(self, *tensors: Tensor) -> None:
         self.to_record = False
         parameters = [p for m in self.modules for p in m.parameters() if p.requires_grad]
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
         try:
             self.replay = Replay(
                 lambda *tensors: self._finish(self.call(1.0, *tensors)), *tensors,
                 parameters=parameters, warm_up=partial(self.call, 1.0),
             )  # fmt: skip
-        except RuntimeError as e:  # not enough memory for it, too
+            torch.cuda.empty_cache()  # of what the warm-up took
+            # A graph keeps its memory also while the run is evaluated, which may need as much again.
+            kept, free = torch.cuda.memory_reserved() - before, torch.cuda.mem_get_info()[0]
+            if free < kept:
+                raise RuntimeError(f"it would keep {kept / 1e9:.2f} GB of memory and leave {free / 1e9:.2f}")
+        except RuntimeError as e:  # torch.OutOfMemoryError, too
             print(f"the training step cannot be a CUDA graph here, going on without ({str(e).splitlines()[0]})")
+            self.replay = None
             self.optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
 
 
 def optimise(model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA, added: Tensor) -> None:

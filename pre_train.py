@@ -192,8 +192,9 @@ def print_plan(
     tensors = [torch.zeros(n, side, side, dtype=torch.uint8, device=device)]
     tensors += [torch.zeros(*shape, device=device) for shape in shapes]
     seconds = rehearse(cfg, plan, modules, [vae.encoder, vae.decoder], call, tensors, optimizer, scaler)
-    with torch.device("meta"):
-        cost = training_cost(VAE(**vae.config), torch.empty(1, 1, side, side), torch.empty(1, *vae.latent_shape))
+    network = VAE(**vae.config).to(device)  # one that is not compiled
+    x, noise = (torch.zeros(1, *shape, device=device) for shape in ((1, side, side), vae.latent_shape))
+    cost = training_cost(network, x, noise, amp_dtype=dtype)
     print(f"train on  {splits['train'].summary()}\nvalidate  {splits['val'].summary()}\nlatent    {vae.latent_shape}")
     print(describe_cost("VAE", *cost, plan.batch, cfg.epochs, plan.steps, device, dtype, seconds))
     print(f"writes to {Path(cfg.checkpoints) / cfg.run / 'vae'}")

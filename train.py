@@ -247,19 +247,15 @@ def print_plan(
     n, dtype = plan.batch if device.type == "cuda" else min(plan.batch, 4), pick_amp_dtype(cfg.precision, device)
     model = model.to(memory_format=torch.channels_last).to(device)
     model.amp_dtype, scaler = dtype, make_scaler(dtype, device)
-    moments, y = (
-        torch.zeros(n, 1, 2, *vae.latent_shape, device=device),
-        torch.zeros(n, dtype=torch.int64, device=device),
-    )
+    moments = torch.zeros(n, 1, 2, *vae.latent_shape, device=device)
+    y = torch.zeros(n, dtype=torch.int64, device=device)
     tensors = [moments, y, *step_randomness(model, n, vae.latent_shape, cfg, generator(0, device=device))]
     call, optimizer = partial(backward, model, model, scaler, 1), make_optimizer(model.parameters(), cfg, device)
     seconds = rehearse(cfg, plan, [model], [model.unet], call, tensors, optimizer, scaler)
-    # On the meta device, where a forward pass of one latent costs neither time nor memory
-    train, labels = splits["train"], torch.empty(1, dtype=torch.int64, device="meta")
-    z, unet = torch.empty(1, *vae.latent_shape, device="meta"), UNet(**model.unet.config).to("meta")
-    cost = training_cost(unet, z, labels, *([labels] if unet.label is not None else []))
+    train, unet = splits["train"], UNet(**model.unet.config).to(device)  # one that is not compiled
+    cost = training_cost(unet, moments[:1, 0, 0], y[:1], y[:1] if model.num_classes else None, amp_dtype=dtype)
     print(f"train on  {train.summary()}\nvalidate  {splits['val'].summary()}\nlatent    {vae.latent_shape}")
-    print(f"classes   {', '.join(train.classes)}; {'un' * (unet.label is None)}conditional")
+    print(f"classes   {', '.join(train.classes)}; {'un' * (not model.num_classes)}conditional")
     print(describe_cost("U-Net", *cost, plan.batch, cfg.epochs, plan.steps, device, dtype, seconds))
     print(f"writes to {Path(cfg.checkpoints) / cfg.run / 'diffusion'}")
 

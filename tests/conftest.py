@@ -32,10 +32,11 @@ pictures.import_cv2()  # before the tests import it, so that it has the limit on
 
 TINY_VAE = (
     "--image-size 32 --downsample 4 --latent-channels 2 --channels 8 16 --blocks 1 --batch-size 16 --lr 2e-3 "
-    "--precision fp32 --compile off --wandb disabled"
+    "--kl-weight 3e-4 --schedule plateau --adversarial 0 --no-flip --precision fp32 --compile off --wandb disabled"
 ).split()
 TINY_UNET = (
-    "--channels 8 16 --blocks 1 --attention 4 --batch-size 16 --lr 2e-3 --precision fp32 --compile off --wandb disabled"
+    "--channels 8 16 --blocks 1 --attention 4 --batch-size 16 --lr 2e-3 --grid logsnr --loss-weight uniform "
+    "--ema-decay 0.999 --precision fp32 --compile off --wandb disabled"
 ).split()
 
 

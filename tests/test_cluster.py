@@ -167,6 +167,20 @@ def test_torchrun_ends_a_job_whose_rank_died(trained: Path, phantoms: Path, tmp_
     assert "Signal 9 (SIGKILL)" in err and "local_rank: 1" in err.replace("  ", " "), err[-3000:]
 
 
+@pytest.mark.full  # compiles for a minute
+def test_a_compiled_backward_is_cut_where_gradients_can_travel(trained: Path, phantoms: Path, tmp_path: Path):
+    """Compiled inside DDP; outside of it the backward pass is one piece, and gradients are exchanged only at its end."""
+    shutil.copytree(trained / "tiny" / "vae", tmp_path / "tiny" / "vae")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
+    flags = [*where(tmp_path, phantoms), *TINY_UNET, "--channels", "96", "192", "--compile", "on", "--epochs", "1"]
+    job = subprocess.run(
+        [*torchrun, str(ROOT / "train.py"), *map(str, flags)], capture_output=True, text=True, timeout=PATIENCE,
+        env={**os.environ, "TORCH_LOGS": "ddp_graphs", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")},
+    )  # fmt: skip
+    assert job.returncode == 0, job.stderr[-3000:]
+    assert "---submod_0 graph---" in job.stderr and "---submod_1 graph---" in job.stderr
+
+
 def test_predict_and_evaluate_spread_over_ranks(trained: Path, phantoms: Path, tmp_path: Path):
     flags = ["--checkpoints", trained, "--run", "tiny", "--wandb", "disabled"]
     draw = [*flags, "--num-images", "10", "--batch-size", "2"]

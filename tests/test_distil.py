@@ -149,16 +149,17 @@ def test_the_teacher_stops_at_the_students_timesteps(num_steps: int):
 def test_a_student_is_generated_from_in_its_own_steps_by_every_script(student: Path, phantoms: Path, tmp_path: Path):
     """A solver that extrapolates between steps, as dpm++2m does, is not what a student learnt."""
     from cluster import Ranks
-    from config import EvaluateConfig
+    from config import EvaluateConfig, PredictConfig
     from evaluate import generate_images
-    from sampling import load_run
+    from sampling import load_run, plan_sampling
 
     run("predict.py", "--checkpoints", student, "--run", "s", "--num-images", "4", "--out", tmp_path / "out")
     files = [tmp_path / "out" / "train" / ("AD", "NC")[k % 2] / f"s0i{k:05d}_0.png" for k in range(4)]
     predicted = np.stack([cv2.imread(str(f), 0) for f in files])
     model, vae, _, _ = load_run(student / "s", "best", torch.device("cpu"))
     cfg, y = EvaluateConfig(batch_size=4), torch.arange(4) % 2
-    evaluated, latents = generate_images(cfg, model, vae, y, Ranks(torch.device("cpu")))
+    how = plan_sampling(PredictConfig(), model)
+    evaluated, latents = generate_images(cfg, model, vae, y, how, Ranks(torch.device("cpu")))
     assert np.array_equal(evaluated.numpy(), predicted)
     close(model.generate(vae.latent_shape, 0, range(4), y), latents)  # as tsne.py does
     x = model.generate(vae.latent_shape, 0, range(4), y, solver="dpm++2m")

@@ -485,7 +485,11 @@ def test_presets_defaults_and_flags():
 
     assert parse(TrainConfig, []) == parse(TrainConfig, ["adni"])
     adni = parse(TrainConfig, ["adni"])
-    assert (adni.batch_size, adni.epochs, adni.lr, adni.warmup) == (16, 500, 1e-4, 0.1)
+    assert (adni.batch_size, adni.grid, adni.loss_weight) == (64, "full", "min_snr")
+    origin = parse(TrainConfig, ["origin"])
+    assert (origin.batch_size, origin.epochs, origin.lr, origin.warmup) == (16, 500, 1e-4, 0.1)
+    assert (origin.grid, origin.num_steps, origin.prediction) == ("nonuniform", 10, "eps")
+    assert parse(EvaluateConfig, ["origin"]).solver == parse(PredictConfig, ["origin"]).solver == "ddim"
     assert parse(PretrainConfig, []).image_size == 256
     assert parse(PretrainConfig, ["small"]).image_size == 128
     assert parse(PretrainConfig, ["demo"]).data == "phantom"

@@ -808,7 +808,7 @@ def test_progress_bar_starts_where_the_run_resumes():
 
 
 def test_training_cost_of_a_linear_layer():
-    layer, x = nn.Linear(30, 20, device="meta"), torch.empty(7, 30, device="meta")
+    layer, x = nn.Linear(30, 20, device="meta"), torch.empty(1, 7, 30, device="meta")
     parameters, gflop, mb = device.training_cost(layer, x)
     assert parameters == 30 * 20 + 20
     assert gflop == pytest.approx(2 * 7 * 30 * 20 / 1e9)
@@ -817,11 +817,21 @@ def test_training_cost_of_a_linear_layer():
 
 def test_training_cost_of_two_convolutions():
     net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 5, 3, stride=2, padding=1)).to("meta")
-    parameters, gflop, mb = device.training_cost(net, torch.empty(2, 3, 16, 16, device="meta"))
+    parameters, gflop, mb = device.training_cost(net, torch.empty(1, 3, 16, 16, device="meta"))
     assert parameters == 3 * 8 * 9 + 8 + 8 * 5 * 9 + 5
-    assert gflop == pytest.approx(2 * 2 * 9 * (3 * 8 * 16 * 16 + 8 * 5 * 8 * 8) / 1e9)
+    assert gflop == pytest.approx(2 * 9 * (3 * 8 * 16 * 16 + 8 * 5 * 8 * 8) / 1e9)
     # the input, what goes into the SiLU, and what comes out of it
-    assert mb == pytest.approx(4 * 2 * 16 * 16 * (3 + 8 + 8) / 1e6)
+    assert mb == pytest.approx(4 * 16 * 16 * (3 + 8 + 8) / 1e6)
+
+
+def test_training_cost_counts_the_types_that_autocast_gives():
+    """Half precision for convolutions, but not for the norm between them; and no copies of weights."""
+    norm = nn.GroupNorm(2, 8)
+    norm.forward = lambda x: nn.functional.group_norm(x.float(), 2)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), norm, nn.Conv2d(8, 5, 3, padding=1))
+    *_, mb = device.training_cost(net, torch.zeros(1, 3, 16, 16), amp_dtype=torch.bfloat16)
+    half, single = 2 * 16 * 16 * (3 + 8), 4 * 16 * 16 * 8 + 4 * 2 * 2  # and the norm's mean and deviation of two groups
+    assert mb == pytest.approx((half + single) / 1e6)
 
 
 def test_frozen_puts_each_modules_own_mode_back():

@@ -451,3 +451,9 @@ def test_load_vae_refuses_other_files(tmp_path):
     with pytest.raises(UserError, match="pickle"):
         load_vae(path, cpu)
     assert not (tmp_path / "pwned").exists()
+
+
+def test_encoder_and_decoder_are_compiled_apart():
+    """torch.compile counts how often it compiled a function, whosever method it is, and gives up after eight times."""
+    vae = VAE(32, 4, 2, (8, 16), 1)
+    assert vae.encoder.forward.__code__ is not vae.decoder.forward.__code__
