@@ -169,7 +169,7 @@ def test_torchrun_ends_a_job_whose_rank_died(trained: Path, phantoms: Path, tmp_
 
 @pytest.mark.full  # compiles for a minute
 def test_a_compiled_backward_is_cut_where_gradients_can_travel(trained: Path, phantoms: Path, tmp_path: Path):
-    """Compiled inside DDP; outside of it the backward pass is one piece, and gradients are exchanged only at its end."""
+    """Compiled inside DDP; outside of it the backward pass is one piece, and gradients travel at its end only."""
     shutil.copytree(trained / "tiny" / "vae", tmp_path / "tiny" / "vae")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
     flags = [*where(tmp_path, phantoms), *TINY_UNET, "--channels", "96", "192", "--compile", "on", "--epochs", "1"]
