@@ -59,7 +59,7 @@ class MachineConfig:
     checkpoints: str = "checkpoints"
     """Folder of all runs."""
     device: str = "auto"
-    """auto takes CUDA, then MPS, then CPU; or name one: cuda, cuda:1, mps, cpu."""
+    """auto takes CUDA, else the CPU; or name one: cuda, cuda:1, cpu."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the networks; the arithmetic around them is float32. auto: bf16 where the hardware has it, else fp16
     on CUDA, else fp32; and fp32 where images are generated on a CPU."""
@@ -332,7 +332,7 @@ class AppConfig:
     weights: Literal["best", "final"] = "best"
     """Weights with the lowest validation loss, or the last ones."""
     device: str = "auto"
-    """auto takes CUDA, then MPS, then CPU; or name one: cuda, cuda:1, mps, cpu."""
+    """auto takes CUDA, else the CPU; or name one: cuda, cuda:1, cpu."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the networks. auto: half on a GPU, float32 elsewhere."""
     host: str = "127.0.0.1"

@@ -24,13 +24,12 @@ from utils import UserError, generator, job_ranks
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of this process: `auto` takes CUDA, then MPS, then CPU, and each rank its own GPU of the machine.
+    """The device of this process: `auto` takes CUDA, else the CPU; each rank its own GPU of the machine.
 
     UserError if there is no such device.
     """
     if name == "auto":
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and torch.cuda.is_available():
         # Modulo, because Slurm may let each rank see only its own GPU.
         name = f"cuda:{job_ranks()[2] % torch.cuda.device_count()}"
@@ -58,10 +57,8 @@ def pick_amp_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     # auto: where a dtype is emulated it is slower than float32
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type == "cpu":
-        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # private, but the only way to ask
-        return torch.bfloat16 if has_bf16() else None
-    return None
+    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # private, but the only way to ask
+    return torch.bfloat16 if has_bf16() else None
 
 
 def autocast(x: Tensor, dtype: torch.dtype | None) -> AbstractContextManager:

@@ -191,7 +191,7 @@ def print_plan(
     model.amp_dtype, scaler = dtype, make_scaler(dtype, device)
     states = torch.zeros(n, cfg.num_steps + 1, *vae.latent_shape, device=device)
     y, entries = torch.zeros(2, n, dtype=torch.int64, device=device)
-    call, optimizer = partial(backward, Student(model), scaler), make_optimizer(model.parameters(), cfg, device)
+    call, optimizer = partial(backward, Student(model), scaler), make_optimizer(model.parameters(), cfg)
     seconds = rehearse(cfg, plan, [model], [model.unet], call, [states, y, entries], optimizer, scaler)
     print(f"teacher   {teacher_file}, {cfg.teacher_steps} steps; student {cfg.num_steps} steps")
     print(f"learns    {cfg.trajectories:,} trajectories, {plan.steps:,} steps of {plan.batch}")
@@ -222,7 +222,7 @@ def main(cfg: DistilConfig) -> None:
         teacher.amp_dtype = vae.amp_dtype = model.amp_dtype = pick_amp_dtype(cfg.precision, device)
         to_half(teacher.unet, teacher.amp_dtype)  # the student has begun with its weights
         student, ema = Student(model), EMA(model, cfg.ema_decay)
-        optimizer = make_optimizer(model.parameters(), cfg, device)
+        optimizer = make_optimizer(model.parameters(), cfg)
         schedule = CosineAnnealingWarmupScheduler(optimizer, max(1, round(cfg.warmup * plan.steps)), plan.steps)
         scaler = make_scaler(model.amp_dtype, device)
 

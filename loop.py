@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -390,9 +390,9 @@ class EMA(nn.Module, Generic[Network]):
         self.n_averaged += 1
 
 
-def make_optimizer(params: Iterable[Any], cfg: StepsConfig, device: torch.device) -> torch.optim.AdamW:
-    """AdamW. It is fused, and so skips steps that are not finite by itself, but not on MPS, where fused it does not."""
-    return torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=device.type != "mps")
+def make_optimizer(params: Iterable[Any], cfg: StepsConfig) -> torch.optim.AdamW:
+    """AdamW, fused: such a one skips steps that are not finite by itself (`optimise`)."""
+    return torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
 
 
 def make_scaler(amp_dtype: torch.dtype | None, device: torch.device) -> torch.amp.GradScaler:
@@ -492,14 +492,10 @@ def optimise(model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA, added
     The last entry of `added` (`Gradients`) is 0 where the gradients are not finite: then no step is taken in any
     precision, and nobody waits for the GPU to find out.
     """
-    taken = added[-1]
-    if optimizer.defaults["fused"]:
-        # A fused optimiser reads this flag on the device and skips the step; Lookahead hides it as `inner`.
-        fused: Any = getattr(optimizer, "inner", optimizer)
-        fused.found_inf = 1 - taken
-        optimizer.step()
-    elif taken:
-        optimizer.step()
+    # A fused optimiser reads this flag on the device and skips the step; Lookahead hides it as `inner`.
+    taken, fused = added[-1], cast(Any, getattr(optimizer, "inner", optimizer))
+    fused.found_inf = 1 - taken
+    optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     ema.update(model, taken)
 

@@ -162,13 +162,13 @@ def build_networks(cfg: PretrainConfig) -> tuple[VAE, PatchDiscriminator]:
 
 
 def make_optimizer_and_schedule(
-    cfg: PretrainConfig, vae: VAE, discriminator: nn.Module, plan: Plan, device: torch.device
+    cfg: PretrainConfig, vae: VAE, discriminator: nn.Module, plan: Plan
 ) -> tuple[torch.optim.AdamW, ReduceLROnPlateau | CosineAnnealingWarmupScheduler]:
     """One optimiser for both networks, and the learning-rate schedule that --schedule names."""
     groups: list[dict[str, Any]] = [{"params": [*vae.parameters()]}]
     if cfg.adversarial:  # Adam forgets faster here, because the discriminator's opponent changes
         groups.append({"params": [*discriminator.parameters()], "betas": (0.5, 0.9), "weight_decay": 0.0})
-    optimizer = make_optimizer(groups, cfg, device)
+    optimizer = make_optimizer(groups, cfg)
     if cfg.schedule == "plateau":
         return optimizer, ReduceLROnPlateau(optimizer, factor=0.5, patience=cfg.plateau_patience)
     warmup = max(1, round(0.05 * plan.steps))
@@ -185,7 +185,7 @@ def print_plan(
     vae = vae.to(memory_format=torch.channels_last).to(device)
     discriminator = discriminator.to(memory_format=torch.channels_last).to(device)
     vae.amp_dtype, discriminator.amp_dtype, scaler = dtype, dtype, make_scaler(dtype, device)
-    optimizer, _ = make_optimizer_and_schedule(cfg, vae, discriminator, plan, device)
+    optimizer, _ = make_optimizer_and_schedule(cfg, vae, discriminator, plan)
     modules, with_discriminator = ([vae, discriminator], discriminator) if cfg.adversarial else ([vae], None)
     call, side = partial(backward, vae, discriminator, with_discriminator, scaler, cfg), cfg.image_size
     shapes: list[tuple[int, ...]] = [(n, 5), (n, *vae.latent_shape), (n,)]
@@ -215,7 +215,7 @@ def main(cfg: PretrainConfig) -> None:
         discriminator = discriminator.to(memory_format=torch.channels_last).to(device)
         vae.amp_dtype = discriminator.amp_dtype = pick_amp_dtype(cfg.precision, device)
         ema, scaler = EMA(vae, cfg.ema_decay), make_scaler(vae.amp_dtype, device)
-        optimizer, schedule = make_optimizer_and_schedule(cfg, vae, discriminator, plan, device)
+        optimizer, schedule = make_optimizer_and_schedule(cfg, vae, discriminator, plan)
 
         # Resume, or begin. A frozen encoder stays frozen, whatever --epochs and so the start of that phase is now.
         parts = {"discriminator": discriminator} if cfg.adversarial else {}

@@ -250,7 +250,7 @@ def print_plan(
     moments = torch.zeros(n, 1, 2, *vae.latent_shape, device=device)
     y = torch.zeros(n, dtype=torch.int64, device=device)
     tensors = [moments, y, *step_randomness(model, n, vae.latent_shape, cfg, generator(0, device=device))]
-    call, optimizer = partial(backward, model, model, scaler, 1), make_optimizer(model.parameters(), cfg, device)
+    call, optimizer = partial(backward, model, model, scaler, 1), make_optimizer(model.parameters(), cfg)
     seconds = rehearse(cfg, plan, [model], [model.unet], call, tensors, optimizer, scaler)
     train, unet = splits["train"], UNet(**model.unet.config).to(device)  # one that is not compiled
     cost = training_cost(unet, moments[:1, 0, 0], y[:1], y[:1] if model.num_classes else None, amp_dtype=dtype)
@@ -280,7 +280,7 @@ def main(cfg: TrainConfig) -> None:
         model.amp_dtype = pick_amp_dtype(cfg.precision, device)
         vae.amp_dtype = model.amp_dtype if device.type == "cuda" else None
         ema = EMA(model, cfg.ema_decay)
-        optimizer: torch.optim.Optimizer = make_optimizer(model.parameters(), cfg, device)
+        optimizer: torch.optim.Optimizer = make_optimizer(model.parameters(), cfg)
         if cfg.lookahead:
             optimizer = Lookahead(optimizer)
         schedule = CosineAnnealingWarmupScheduler(optimizer, max(1, round(cfg.warmup * plan.steps)), plan.steps)

@@ -441,6 +441,11 @@ def test_check_command_reports_what_a_person_wants_to_know(tmp_path: Path):
     cv2.imwrite(str(root / "val/AD/a9_0.png"), np.clip(twin, 0, 255).astype(np.uint8))
     report = run("dataset.py", "check", root, "--cache", tmp_path / "cache").stdout
     assert "correlation > 0.96): 1" in report and "a1_0.png" in report and "a9_0.png" in report
+    strict = run("dataset.py", "check", root, "--cache", tmp_path / "cache", "--near-identical", "1").stdout
+    assert "correlation > 1.0): 0" in strict
+    # Another idea of whose slice it is: the letter that a name begins with
+    letters = run_any("dataset.py", "check", root, "--cache", tmp_path / "cache", "--subject-regex", "^([a-z])").stdout
+    assert "11 slices of 2 people" in letters and "people in more than one split: 2" in letters
 
     shutil.copy(root / "train/AD/a1_0.png", root / "val/AD/a1_7.png")
     (root / "train/NC/n1_9.png").write_text("no")

@@ -60,7 +60,7 @@ def networks() -> tuple[StableDiffusion, VAE]:
 
 def gradients_of(model: StableDiffusion, batch: int, micro: int) -> tuple[Gradients, torch.optim.Optimizer]:
     """What train.py takes for its steps."""
-    optimizer, scaler = make_optimizer(model.parameters(), TrainConfig(), DEVICE), make_scaler(model.amp_dtype, DEVICE)
+    optimizer, scaler = make_optimizer(model.parameters(), TrainConfig()), make_scaler(model.amp_dtype, DEVICE)
     call = partial(backward, model, model, scaler, 10)
     return Gradients(call, [model], optimizer, scaler, 1.0, Ranks(DEVICE), batch, micro), optimizer
 

@@ -1,6 +1,7 @@
 """The VAE, its losses and the latent contract, against torch.distributions, torchmetrics and formulas in float64."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,9 @@ from torch import distributions
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 import metrics
+from config import PretrainConfig
+from loop import Plan
+from pre_train import augment, make_optimizer_and_schedule
 from utils import UserError
 from vae import (
     LOGVAR_RANGE,
@@ -457,3 +461,32 @@ def test_encoder_and_decoder_are_compiled_apart():
     """torch.compile counts how often it compiled a function, whosever method it is, and gives up after eight times."""
     vae = VAE(32, 4, 2, (8, 16), 1)
     assert vae.encoder.forward.__code__ is not vae.decoder.forward.__code__
+
+
+def test_augmentation_moves_and_brightens_by_as_much_as_asked_for():
+    """A quarter turn, a shift by two pixels of eight, half as bright again; the background stays black."""
+    x = torch.zeros(1, 1, 8, 8)
+    x[0, 0, 3:5, 3:6] = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]])
+    zero = torch.zeros(1, 5)
+
+    def augmented(place: int, **how: float) -> torch.Tensor:
+        u = zero.clone()
+        u[0, place] = 1
+        return (augment(2 * x - 1, u, replace(PretrainConfig(), **how)) + 1) / 2
+
+    torch.testing.assert_close(augmented(0, rotate=90.0), x.rot90(1, (2, 3)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(augmented(2, shift=0.25), x.roll(-2, 3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(augmented(3, shift=0.25), x.roll(-2, 2), atol=1e-5, rtol=0)
+    torch.testing.assert_close(augmented(4, brightness=0.5), 1.5 * x, atol=1e-5, rtol=0)
+    assert torch.equal(augment(2 * x - 1, zero + 1, PretrainConfig()), 2 * x - 1)  # all off
+
+
+@pytest.mark.parametrize("patience", [1, 3])
+def test_the_plateau_is_waited_for_as_long_as_asked_for(patience: int):
+    cfg = replace(PretrainConfig(), plateau_patience=patience, schedule="plateau")
+    optimizer, schedule = make_optimizer_and_schedule(cfg, tiny_vae(), torch.nn.Linear(1, 1), Plan(1, 1, 1))
+    rates = []
+    for _ in range(patience + 2):
+        schedule.step(1.0)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[-2:] == [cfg.lr, cfg.lr / 2]

@@ -110,7 +110,7 @@ def check_a_step_of_train_waits_for_nothing(
 ):
     model, _ = networks(dtype)
     cfg, device = TrainConfig(), torch.device("cuda")
-    optimizer, scaler = make_optimizer(model.parameters(), cfg, device), make_scaler(dtype, device)
+    optimizer, scaler = make_optimizer(model.parameters(), cfg), make_scaler(dtype, device)
     optimizer = Lookahead(optimizer, k=2) if lookahead else optimizer
     call = partial(train.backward, model, model, scaler, 10)
     gradients = Gradients(call, [model], optimizer, scaler, 1.0, Ranks(device), 8, micro)
@@ -130,7 +130,7 @@ def check_a_step_of_pre_train_waits_for_nothing(
 ):
     vae, discriminator = networks(dtype)[1], on_the_card(PatchDiscriminator((8, 8, 8)), dtype)
     cfg, device = PretrainConfig(adversarial=0.5, flip=True), torch.device("cuda")
-    optimizer, _ = pre_train.make_optimizer_and_schedule(cfg, vae, discriminator, None, device)
+    optimizer, _ = pre_train.make_optimizer_and_schedule(cfg, vae, discriminator, None)
     scaler = make_scaler(dtype, device)
     if adversarial:
         pre_train.freeze_encoder(vae, EMA(vae, 0.9).module)
@@ -152,7 +152,7 @@ def check_a_step_of_pre_train_waits_for_nothing(
 def check_a_step_of_distil_waits_for_nothing(dtype=DTYPES, on_the_host=(False, True), micro=(8, 3)):
     model, _ = networks(dtype, "student", 4)
     cfg, device = DistilConfig(), torch.device("cuda")
-    optimizer, scaler = make_optimizer(model.parameters(), cfg, device), make_scaler(dtype, device)
+    optimizer, scaler = make_optimizer(model.parameters(), cfg), make_scaler(dtype, device)
     call = partial(distil.backward, distil.Student(model), scaler)
     gradients = Gradients(call, [model], optimizer, scaler, 1.0, Ranks(device), 8, micro)
     tensors = [torch.rand(64, 5, 2, 8, 8).half(), torch.zeros(64, dtype=torch.int64)]
@@ -202,7 +202,7 @@ def check_a_graph_that_cannot_be_recorded_changes_nothing():
 
 def check_a_step_that_cannot_be_recorded_goes_on_without():
     layer, device = nn.Linear(3, 3).cuda(), torch.device("cuda")
-    optimizer, scaler = make_optimizer(layer.parameters(), TrainConfig(), device), make_scaler(None, device)
+    optimizer, scaler = make_optimizer(layer.parameters(), TrainConfig()), make_scaler(None, device)
 
     def call(weight: float, x: Tensor) -> Tensor:
         loss = layer(x).mean()
@@ -382,11 +382,8 @@ def count_a_step(batch: int = 16) -> dict[str, float]:
     model = on_the_card(
         StableDiffusion(UNet(8, 32, num_classes=2, norm_group=24), NoiseScheduler_Fast_DDPM()), torch.bfloat16
     )
-    optimizer, scaler, ema = (
-        make_optimizer(model.parameters(), cfg, device),
-        make_scaler(torch.bfloat16, device),
-        EMA(model, 0.999),
-    )
+    optimizer, scaler = make_optimizer(model.parameters(), cfg), make_scaler(torch.bfloat16, device)
+    ema = EMA(model, 0.999)
     call = partial(train.backward, model, model, scaler, 10)
     gradients = Gradients(call, [model], optimizer, scaler, 1.0, Ranks(device), batch, batch)
     moments, y = torch.zeros(64, 1, 2, 8, 32, 32).half().to(device), torch.zeros(64, dtype=torch.int64, device=device)
