@@ -523,7 +523,10 @@ def main(cfg: AppConfig) -> None:
     if cfg.run == AppConfig.run:  # the default: those of the shipped weights that are there
         cfg = replace(cfg, run=tuple(r for r in cfg.run if (Path(cfg.checkpoints) / r).is_dir()))
     if not cfg.run:
-        raise UserError(f"there are no pretrained weights in {cfg.checkpoints}: train a run and name it with --run")
+        raise UserError(
+            f"there are no pretrained weights in {cfg.checkpoints}: go to the folder of this repository, "
+            "or name another run with --run"
+        )
     for number in (signal.SIGTERM, signal.SIGHUP):  # leave by sys.exit, so that the private folder is removed
         signal.signal(number, lambda got, _: sys.exit(128 + got))
     for name in ("NO_PROXY", "no_proxy"):  # gradio asks its own address whether it is up

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -384,37 +385,62 @@ class CheckConfig:
 
 @dataclass(frozen=True)
 class SliceConfig:
-    """Cut volumes (NIfTI files, DICOM series) into slices, in the folder layout for training.
+    """Cut volumes into slices, in the folder layout for training.
 
-    Slices have square pixels, front or top upwards, and the patient's right on the left side. OUT/volumes.csv lists
-    every volume: how many slices, of which patient and class, or why it was left out. After an interruption, or when
-    volumes were added, repeat the command: it does what is left.
+    Reads NIfTI, Analyze, MGZ, NRRD, MetaImage and DICOM, whatever the files are called. Slices have square pixels,
+    front or top upwards, and the patient's right on the left side. OUT/volumes.csv lists every volume: how many slices,
+    of which patient and class, or why it was left out; OUT/slices.html shows one slice of each. After an interruption,
+    or when volumes were added, repeat the command: it does what is left.
     """
 
     volumes: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="VOLUMES")]
-    """Folder with .nii and .nii.gz files and folders of DICOM files, at any depth."""
+    """Folder with volumes, at any depth."""
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder to write to, as OUT/SPLIT/CLASS/SCAN_SLICE.png: a new one, or one that this command wrote before."""
+    match: tuple[str, ...] = ()
+    """Take only volumes whose path below VOLUMES, or one part of it, fits one of these patterns, e.g. "*_T1w*"."""
+    skip: tuple[str, ...] = ()
+    """Leave out volumes whose path, or one part of it, fits one of these patterns, e.g. derivatives."""
     table: str = ""
-    """CSV file as LONI exports it, with the columns Subject, Group and Image Data ID. It gives classes and patients."""
+    """Table of groups and people: an export of LONI, ADNIMERGE, a BIDS participants.tsv, a spreadsheet of OASIS or IXI,
+    or your own, with a column for the scan (Image Data ID) or the person (Subject). It gives classes and patients."""
+    group_column: str = ""
+    """Column of the table that holds the class. Default: Group, Research Group, DX or the like."""
     groups: tuple[str, ...] = ()
     """Groups of the table to keep, e.g. AD CN. Default: all."""
+    attributes: tuple[str, ...] = ()
+    """Further columns of the table to keep, e.g. age sex education: they go into OUT/attributes.csv."""
     class_name: str = "all"
-    """Class of all volumes, if there is no table."""
+    """Class of all volumes, if there is no table, or none with groups."""
     split: Literal["train", "val", "test"] = "train"
     """Split to write to. If there is no val/, training sets people of train/ aside for validation."""
+    prepare: Literal["none", "all"] = "none"
+    """all: --strip, --bias and --register affine, which is right for raw heads."""
+    strip: bool = False
+    """Remove the skull (deepbet). A brain that has none is left as it is."""
+    bias: bool = False
+    """Even out the brightness within the brain (N4)."""
+    register: Literal["off", "rigid", "affine"] = "off"
+    """Align the brain with the MNI152 template, so that a level shows the same anatomy in everybody. rigid keeps sizes,
+    affine changes them, too."""
     plane: Literal["axial", "coronal", "sagittal"] = "axial"
     """Plane of the slices. Sagittal slices and coronal ones near the front show the face, unless it was removed."""
     range: tuple[float, float] | None = None
     """Positions of the first and the last slice in mm. Axial: distance below the top of the head (default 44 75, for
     brains with the skull removed; with a skull add about 12). Coronal: in front of the middle of the head; sagittal: to
-    the right of it (default -16 15)."""
+    the right of it (default -16 15). With --register: coordinates of MNI152 (default: axial 5 36, coronal -34 -3)."""
     spacing: float = 1.0
     """Distance between slices in mm."""
+    frame: float | None = None
+    """Side of a slice in mm, around the head: all slices have the same scale. Default: 240, or 200 with --strip."""
     pixel_size: float | None = None
-    """Side of a pixel in mm. Default: the smallest side of the volume's voxels."""
+    """Side of a pixel in mm. Default: such that a slice has 256 x 256 pixels."""
     window: tuple[float, float] = (0.5, 99.5)
     """Percentiles of the brain's intensities that become black and white."""
+    cache: str = "cache"
+    """Folder for what --strip, --bias and --register found out, by the content of each volume."""
+    device: str = "auto"
+    """Where --strip runs: auto takes CUDA, else the CPU; or name one: cuda, cuda:1, cpu."""
     workers: int = 0
     """Volumes to work on at the same time. 0: one per core, at most 8."""
 
@@ -489,7 +515,8 @@ LIMITS: dict[str, tuple[float, float]] = {
     "beta_end": (1e-9, 0.5),
     "teacher_steps": (1, 999), "trajectories": (16, 10**8), "perplexity": (1, 10**6), "max_slices": (10, 10**9),
     "count": (10, 10**6), "resamples": (10, 10**5),
-    "range": (-1000, 1000), "spacing": (0.01, 100), "pixel_size": (0.05, 20), "window": (0, 100), "workers": (0, 256),
+    "range": (-1000, 1000), "spacing": (0.01, 100), "frame": (20, 1000), "pixel_size": (0.05, 20), "window": (0, 100),
+    "workers": (0, 256),
     "port": (1, 65535), "max_images": (1, 256), "max_steps": (2, 1000), "queue": (1, 10**4),
 }  # fmt: skip
 
@@ -503,6 +530,8 @@ def parse(config: type[Config], argv: list[str] | None = None) -> Config:
 
     On an unknown preset or flag, or a value outside LIMITS, prints one sentence and exits with 2.
     """
+    if argv is None:
+        leave_on_ctrl_c()
     # The first word is a preset, unless it is a flag.
     argv = list(sys.argv[1:] if argv is None else argv)
     named = bool(argv) and not argv[0].startswith("-")
@@ -521,6 +550,11 @@ def parse(config: type[Config], argv: list[str] | None = None) -> Config:
     about += f"\n\nusage: python {name} [{'|'.join(PRESETS)}] [--flag value ...]   (no preset: adni)"
     cfg = tyro.cli(config, default=default, args=argv, prog=f"python {name} {preset}", description=about)
     return within_limits(cfg)
+
+
+def leave_on_ctrl_c() -> None:
+    """Until `run_script` takes over, Ctrl-C ends the process at once, without a traceback out of torch's import."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 
 def within_limits(cfg: Config) -> Config:
@@ -572,6 +606,8 @@ def check_arguments(make: Callable, given: object) -> dict[str, Any]:
 
 def parse_dataset(argv: list[str] | None = None) -> CheckConfig | SliceConfig:
     """Read the command line of `python dataset.py check DIR` or `python dataset.py slice VOLUMES OUT`."""
+    if argv is None:
+        leave_on_ctrl_c()
     argv = list(sys.argv[1:] if argv is None else argv)
     kinds = {"check": CheckConfig, "slice": SliceConfig}
     if argv[:1] and argv[0] in kinds:
@@ -579,7 +615,7 @@ def parse_dataset(argv: list[str] | None = None) -> CheckConfig | SliceConfig:
         return within_limits(tyro.cli(kind, args=argv[1:], prog=prog, description=inspect.cleandoc(kind.__doc__ or "")))
     print(
         "usage: python dataset.py check DIR          looks a data folder over\n"
-        "       python dataset.py slice VOLUMES OUT  cuts NIfTI and DICOM volumes into slices\n"
+        "       python dataset.py slice VOLUMES OUT  cuts volumes (NIfTI, DICOM, MGZ ...) into slices\n"
         "(check --help and slice --help say more)"
     )
     raise SystemExit(0 if argv[:1] in (["--help"], ["-h"]) else 2)

@@ -7,6 +7,7 @@ Also a script: `python dataset.py check DIR` reports what is in a data folder an
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -29,14 +30,15 @@ import torch
 from torch import Tensor
 
 from device import gather_batches
+from people import known_person
 from pictures import MAX_PIXELS, import_cv2
-from utils import UserError, is_folder_name, progress_bar, read_table, run_script
+from utils import UserError, evenly_spaced, is_folder_name, progress_bar, read_table, run_script
 from weights import write_atomic
 
 IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 SPLITS = ("train", "val", "test")
 RANGPUR = "/home/groups/comp3710/ADNI/AD_NC"  # the course's copy of ADNI, --data rangpur
-CACHE_VERSION = 2  # of the cached pixels: raise it when decoding changes, and old caches are made again
+CACHE_VERSION = 3  # of the cached pixels: raise it when decoding changes, and old caches are made again
 CHUNK = 1024  # slices decoded and written at a time; each chunk has its own checksum
 
 
@@ -158,24 +160,28 @@ def scan(root: Path, subject_regex: str) -> list[Slice]:
     for split in SPLITS:
         if not (root / split).is_dir():
             continue
-        folders = sorted((d for d in os.scandir(root / split) if d.is_dir()), key=lambda d: d.name)
+        # What is hidden (.ipynb_checkpoints, macOS's ._x.png) is no data.
+        shown = (d for d in os.scandir(root / split) if not d.name.startswith("."))
+        folders = sorted((d for d in shown if d.is_dir()), key=lambda d: d.name)
         if not folders:
             raise UserError(f"{root / split} has no class folders: put slices into {root / split}/CLASS/")
         for folder in folders:
             if not is_folder_name(folder.name):  # class names are written into weight headers, tables and pictures
                 raise UserError(f"the name of class folder {folder.path} is not UTF-8: rename it")
-            files = [f for f in os.scandir(folder) if f.name.lower().endswith(IMAGE_TYPES) and f.is_file()]
+            shown = (f for f in os.scandir(folder) if not f.name.startswith("."))
+            files = [f for f in shown if f.name.lower().endswith(IMAGE_TYPES) and f.is_file()]
             if not files:
                 raise UserError(f"class folder {folder.path} holds no {'/'.join(t[1:] for t in IMAGE_TYPES)} images")
             for file in sorted(files, key=lambda f: f.name):
-                # the person: by the file's name, then by subjects.csv
+                # the person: by the file's name, then by subjects.csv, else by the names of the usual data sets
                 match = pattern.search(os.path.splitext(file.name)[0])
                 if not match or not match[1]:
                     raise UserError(
                         f"no person can be read from the file name {file.path}: name files <subject>_<slice>.png, "
                         "or describe your names with --subject-regex"
                     )
-                person = sys.intern(patients.get(match[1], match[1]))  # one string object for all slices of a person
+                known = known_person(match[1]) if subject_regex == DataConfig.subject_regex else ""
+                person = sys.intern(patients.get(match[1], known or match[1]))  # one object for all slices of a person
                 stat = file.stat()
                 path = f"{split}/{folder.name}/{file.name}"
                 slices.append(Slice(path, split, folder.name, person, (stat.st_size, stat.st_mtime_ns)))
@@ -262,6 +268,9 @@ def read_slice(path: str | Path) -> tuple[np.ndarray, bool]:
     if head == b"\x89PNG\r\n\x1a\n" and width * height > MAX_PIXELS:
         raise BadFile(f"claims to be {width}x{height} pixels")
 
+    if head[:4] in (b"II*\0", b"MM\0*") and pages(data) > 1:
+        raise BadFile(f"a stack of {pages(data)} pages: save each slice as a file of its own")
+
     # decode
     try:
         image = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
@@ -275,7 +284,8 @@ def read_slice(path: str | Path) -> tuple[np.ndarray, bool]:
         raise BadFile(f"{image.dtype} pixels: convert to 8 bits, with one window for all slices")
     colour = image.ndim == 3
     if colour:
-        image = cv2.cvtColor(image, cv2.COLOR_BGRA2GRAY if image.shape[2] == 4 else cv2.COLOR_BGR2GRAY)
+        opaque = image[:, :, 3:] / 255 if image.shape[2] == 4 else 1.0  # what is transparent becomes black
+        image = cv2.cvtColor((image[:, :, :3] * opaque).round().astype(np.uint8), cv2.COLOR_BGR2GRAY)
     if min(image.shape) < 32 or max(image.shape) > 2 * min(image.shape):
         raise BadFile(
             f"wrong size {image.shape[1]}x{image.shape[0]}: at least 32 pixels, at most twice as long as wide"
@@ -283,6 +293,17 @@ def read_slice(path: str | Path) -> tuple[np.ndarray, bool]:
     if not image.any():
         raise BadFile("all black")
     return image, colour
+
+
+def pages(data: np.ndarray) -> int:
+    """How many pages a TIFF file has; 0 if it is damaged."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data.tobytes())) as image:
+            return int(getattr(image, "n_frames", 1))
+    except Exception:  # a damaged file can make it fail in any way; OpenCV then refuses it, too
+        return 0
 
 
 def to_square(image: np.ndarray, size: int) -> np.ndarray:
@@ -605,12 +626,14 @@ def read_images(folder: Path) -> tuple[Tensor, list[str], list[str]]:
 # python dataset.py check DIR
 
 
-def near_identical(a: np.ndarray, b: np.ndarray, threshold: float) -> list[tuple[float, int, int]]:
+def near_identical(
+    a: np.ndarray, b: np.ndarray, threshold: float, people: np.ndarray | None = None
+) -> list[tuple[float, int, int]]:
     """Find slices of b that look the same as a slice of a: [(correlation, i, j)], the highest correlation first.
 
     a, b: uint8 thumbnails [N, S, S] and [M, S, S]. Each b[j] is compared with all of a, and its best match a[i] is
     listed if the correlation of their grey values exceeds the threshold. Pixels that are background in the mean image
-    are ignored, because all slices agree there.
+    are ignored, because all slices agree there. `people` [N], if b is a: slices of one person are not compared.
     """
     inside = np.concatenate([a, b]).mean(0) > 8
 
@@ -623,6 +646,8 @@ def near_identical(a: np.ndarray, b: np.ndarray, threshold: float) -> list[tuple
     a, pairs = standardise(a), []
     for start in range(0, len(b), 256):  # 256 rows at a time, to limit memory
         r = standardise(b[start : start + 256]) @ a.T
+        if people is not None:
+            r[people[start : start + 256, None] == people[None]] = -1
         best = r.argmax(1)
         pairs += [(float(r[k, i]), int(i), start + k) for k, i in enumerate(best) if r[k, i] > threshold]
     return sorted(pairs, reverse=True)
@@ -663,23 +688,36 @@ def check(cfg: CheckConfig) -> None:
     for person, (a, b) in overlap.items():
         print(f"  {person}: {root / a.path} and {root / b.path}")
 
-    # look-alikes: held-out slices that look like a training slice, perhaps the same patient under two numbers
+    # Look-alikes: slices of two people that look the same are perhaps of one person under two names. Between splits,
+    # and within train/, from which people are set aside. 20,000 slices take a minute.
     bad = {path for path, _ in notes["bad"]}
     rows = {split: [i for i, s in enumerate(slices) if s.split == split and s.path not in bad] for split in SPLITS}
-    for held_out in ("val", "test"):
-        if not rows[held_out] or not rows["train"]:
+    train = [rows["train"][i] for i in evenly_spaced(len(rows["train"]), 20_000)]
+    alike = 0
+    for split in SPLITS if train else ():
+        if not rows[split]:
             continue
-        pairs = near_identical(images[rows["train"]].numpy(), images[rows[held_out]].numpy(), cfg.near_identical)
-        print(f"{held_out} slices that look like a training slice (correlation > {cfg.near_identical}): {len(pairs)}")
+        if split == "train":
+            people = np.unique([slices[i].person for i in train], return_inverse=True)[1]
+            pairs = near_identical(*[images[train].numpy()] * 2, cfg.near_identical, people)
+            whose = "one of another person"
+        else:
+            pairs = near_identical(images[train].numpy(), images[rows[split]].numpy(), cfg.near_identical)
+            whose = "a training slice"
+        print(f"{split} slices that look like {whose} (correlation > {cfg.near_identical}): {len(pairs)}")
+        alike += len(pairs)
         for r, i, j in pairs[:20]:
-            a, b = slices[rows["train"][i]], slices[rows[held_out][j]]
+            a, b = slices[train[i]], slices[(train if split == "train" else rows[split])[j]]
             print(f"  {r:.4f}  {root / a.path}  {root / b.path}")
-        if pairs:
-            print("  perhaps one patient under two scan numbers: list them in subjects.csv (scan,patient)")
+    if alike:
+        print("  perhaps one patient under two names: list them in subjects.csv (scan,patient)")
 
+    # Whether training would refuse
     if notes["bad"] or overlap:
         raise UserError(f"{root} cannot be trained on as it is: fix the bad files and overlaps listed above")
-    print("fit for training")
+    if not rows["val"]:
+        carve_validation(slices, DataConfig.val_fraction, 0)
+    print("fit for training" + ", if those are different people" * bool(alike))
 
 
 def main(cfg: CheckConfig | SliceConfig) -> None:

@@ -53,6 +53,14 @@ def import_cv2() -> ModuleType:
     return cv2
 
 
+def in_font(text: str) -> str:
+    """The text as matplotlib's own font can show it: a letter that it lacks becomes its number, such as U+5065."""
+    from matplotlib.font_manager import findfont, get_font
+
+    font = get_font(findfont("DejaVu Sans"))
+    return "".join(c if c == "\n" or font.get_char_index(ord(c)) else f"U+{ord(c):04X} " for c in text)
+
+
 def png_bytes(image: np.ndarray) -> bytes:
     """The bytes of a PNG file of a grey uint8 [H, W] picture."""
     cv2 = import_cv2()

@@ -289,7 +289,10 @@ def main(cfg: PredictConfig) -> None:
     rank, ranks, _ = job_ranks()
     folder, out = Path(cfg.checkpoints) / cfg.run, Path(cfg.out)
     if cfg.run == "pretrained" and not folder.exists():
-        raise UserError(f"there are no pretrained weights in {folder}: train a run and name it with --run")
+        raise UserError(
+            f"there are no pretrained weights in {folder}: go to the folder of this repository, "
+            "or name another run with --run"
+        )
     model, vae, meta, unet_file = load_run(folder, cfg.weights, device, cfg.precision)
     check_request(cfg, model, meta["classes"])
     how, checkpoint = plan_sampling(cfg, model), file_hash(unet_file)

@@ -63,6 +63,9 @@ class RunLog(NullLog):
         mode = cfg.wandb
         if mode == "auto":
             mode = "online" if logged_in_to_wandb() else "offline"
+        elif mode == "online" and not logged_in_to_wandb():  # wandb would ask, and wait for an answer
+            print("nobody is logged in to wandb, so it logs offline: wandb login, then wandb sync", file=sys.stderr)
+            mode = "offline"
         # The id is kept beside the log, so that a resumed run goes on in the same wandb run.
         id_file = self.folder / "wandb_id"
         if not id_file.exists():

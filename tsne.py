@@ -14,6 +14,7 @@ if __name__ == "__main__":
 import io
 import json
 import os
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from dataset import load_splits_as_trained, read_images
 from device import eval_mode, pick_device
 from metrics import TooFew, auc_between_people, interval, resample_people
 from modules import load_diffusion
+from pictures import in_font
 from report import refresh_report
 from runlog import RunLog
 from sampling import belongs_to
@@ -42,15 +44,15 @@ def draw_map(
     ax = figure.add_subplot()
     colours = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]  # distinct for the colour-blind
     for i, name in enumerate(classes):
-        xy = real[labels == i]
-        ax.scatter(xy[:, 0], xy[:, 1], s=9, alpha=0.55, lw=0, color=colours[i % 6], label=f"real {name} ({len(xy):,})")
+        xy, label = real[labels == i], in_font(f"real {name} ({len(real[labels == i]):,})")
+        ax.scatter(xy[:, 0], xy[:, 1], s=9, alpha=0.55, lw=0, color=colours[i % 6], label=label)
     if generated is not None:
         for name in sorted(set(of)):
             xy = generated[np.array(of) == name]
             colour = colours[classes.index(name) % 6] if name in classes and len(classes) > 1 else "black"
             ax.scatter(xy[:, 0], xy[:, 1], s=60, marker="X", color=colour, edgecolors="white", linewidths=0.9,
-                       label=f"generated {name} ({len(xy):,})")  # fmt: skip
-    ax.set_title(title, fontsize=10)
+                       label=in_font(f"generated {name} ({len(xy):,})"))  # fmt: skip
+    ax.set_title("\n".join(textwrap.fill(line, 80) for line in in_font(title).splitlines()), fontsize=10)
     ax.set_xticks([]), ax.set_yticks([])
     ax.legend(fontsize=8, markerscale=1.2, framealpha=0.9)
     buffer = io.BytesIO()

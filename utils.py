@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -30,8 +31,13 @@ def run_script(main: Callable[[Any], None], cfg: Any) -> None:
     """Run main(cfg). Errors people can cause end in one sentence on stderr and exit code 2, bugs in a traceback."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may not fit the terminal's encoding
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # config.parse put its own there while torch was imported
     try:
         main(cfg)
+        sys.stdout.flush()
+    except BrokenPipeError:  # of `| head`: who reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(128 + signal.SIGPIPE)
     except UserError as e:
         sys.exit(_complain(str(e)))
     except KeyboardInterrupt:

@@ -1,7 +1,7 @@
-"""Cut volumes (NIfTI files and DICOM series, in any orientation) into the folder of slices that dataset.py reads.
+"""Cut a folder of volumes into the folder of slices that dataset.py reads, so that the command can be repeated.
 
-Three parts: reading a volume, cutting it into slices, and working through a folder of volumes so that the same command
-can be repeated after an interruption or when volumes were added.
+What is in the folder and what of it is taken; whose it is, by people.py; then, volume by volume, reading (readers.py),
+preparing (prepare.py) and cutting (cutting.py). OUT/volumes.csv says what became of each, OUT/slices.html shows it.
 """
 
 from __future__ import annotations
@@ -13,179 +13,35 @@ import re
 import threading
 import time
 import warnings
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
 
 from config import SliceConfig
-from pictures import import_cv2, png_bytes
-from readers import Unusable, Volume, read_dicom, read_nifti, reason
+from cutting import cut, frame, plan_cut, why_not_mri
+from people import IMAGE_NUMBER, Table, known_person, plain_person
+from pictures import png_bytes
+from readers import Unusable, Volume, reason
+from slicepage import write_page
 from utils import UserError, csv_text, is_folder_name, progress_bar, read_table
 from weights import write_atomic
 
-OTHER_FORMATS = (".mgz", ".mgh", ".img", ".mnc", ".nrrd", ".nhdr", ".mha", ".mhd", ".par")  # listed as not supported
+# What FreeSurfer leaves in a subject's mri/ folder of one scan: the first of these that is there is taken.
+FREESURFER = ("T1", "orig", "nu", "norm", "brain", "brainmask", "rawavg", "001")
+ENDING = re.compile(r"(\.(nii|gz|bz2|mgz|mgh|nrrd|nhdr|mha|mhd|hdr|img|dcm|ima))+$", re.IGNORECASE)
+SEQUENCE = re.compile(
+    r"(?<![A-Za-z0-9])(T1w|T2w|PDw|FLAIR|T1|T2|PD|MRA|DWI|SWI|ADC|T2star)(?![A-Za-z0-9])", re.IGNORECASE
+)
 
 
-@dataclass(frozen=True)
-class Plane:
-    """How slices of one plane lie in the world: RAS+ millimetres, x to the right, y to the front, z upwards.
-
-    `right` and `down` are the directions in which the columns and the rows of the image run: (world axis, sign).
-    """
-
-    across: int  # the world axis that the slices are perpendicular to
-    right: tuple[int, int]
-    down: tuple[int, int]
-    range: tuple[float, float]  # default positions of the first and the last slice in mm, as in SliceConfig.range
-
-
-# Radiological convention: the patient's right is on the left side of the image (sagittal: the front). Front or top is
-# upwards.
-PLANES = {
-    "axial": Plane(across=2, right=(0, -1), down=(1, -1), range=(44.0, 75.0)),
-    "coronal": Plane(across=1, right=(0, -1), down=(2, -1), range=(-16.0, 15.0)),
-    "sagittal": Plane(across=0, right=(1, -1), down=(2, -1), range=(-16.0, 15.0)),
-}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Cutting
-
-
-@dataclass(frozen=True)
-class Head:
-    """Where the head is, in world mm, and which intensities become black and white."""
-
-    top: float  # z
-    middle: np.ndarray  # [x, y]
-    black: float
-    white: float
-
-
-def find_head(volume: Volume, window: tuple[float, float]) -> Head:
-    """Find the head in a volume, with or without a skull. Unusable if there is none.
-
-    The head is what is brighter than half of Otsu's threshold; it begins and ends at the first and last plane (2 mm
-    thick) with at least 2 cm² of it. Black and white are percentiles (`window`) of the brain's intensities: of what is
-    above zero within 50 mm of a point 75 mm below the top, which is brain whether or not there is a skull around it.
-    """
-    cv2 = import_cv2()
-
-    # threshold a coarse copy, about 2 mm, which is accurate enough
-    voxels = volume.voxels
-    stride = [max(1, int(2 / s)) for s in volume.sizes]
-    coarse = voxels[:: stride[0], :: stride[1], :: stride[2]]
-    peak = np.percentile(coarse, 99.8)
-    if not np.isfinite(peak) or peak <= 0:
-        raise Unusable("empty: no intensity above zero")
-    grey = np.clip(coarse * (255 / peak), 0, 255).astype(np.uint8)
-    threshold = cv2.threshold(grey.reshape(-1, 1), 0, 0, cv2.THRESH_OTSU)[0]
-    index = np.argwhere(grey > threshold / 2) * stride
-    world = index @ volume.affine[:3, :3].T + volume.affine[:3, 3]
-    voxel_volume = np.prod(volume.sizes) * np.prod(stride)  # of the coarse copy, mm³
-    if len(world) * voxel_volume < 1e5:
-        raise Unusable(f"no head found: only {len(world) * voxel_volume / 1000:.0f} cm³ are brighter than the rest")
-
-    def extent(x: np.ndarray, least: float = 200.0) -> tuple[float, float]:
-        """First and last coordinate (mm) along one axis where a plane holds at least `least` mm² of head."""
-        # Rounded before binning, so that a volume and its mirror image fall into the same 2 mm bins.
-        bins = np.floor(x.round(3) / 2).astype(int)
-        areas = np.bincount(bins - bins.min()) * voxel_volume / 2  # mm²
-        filled = np.flatnonzero(areas >= least)
-        if not len(filled):
-            raise Unusable("no head found: no plane has 2 cm² of it")
-        return 2.0 * (filled[0] + bins.min()), 2.0 * (filled[-1] + 1 + bins.min())
-
-    # top and middle; neck and shoulders, more than 170 mm below the top, would shift the middle
-    top = extent(world[:, 2])[1]
-    world = world[world[:, 2] > top - 170]
-    middle = np.array([np.mean(extent(world[:, axis])) for axis in (0, 1)])
-
-    # black and white, by the intensities around the brain's centre
-    centre = np.array([*middle, top - 75])
-    inside = np.argwhere(coarse > 0) * stride
-    near = np.linalg.norm(inside @ volume.affine[:3, :3].T + volume.affine[:3, 3] - centre, axis=1) < 50
-    values = coarse[coarse > 0][near]
-    if len(values) < 100:
-        raise Unusable("no brain found within 50 mm of where it should be")
-    black, white = np.percentile(values, window)
-    if white <= black:
-        raise Unusable("all of its brain has one intensity")
-    return Head(top, middle, float(black), float(white))
-
-
-def cut(volume: Volume, cfg: SliceConfig) -> Iterator[tuple[int, np.ndarray]]:
-    """(number, grey uint8 [H, W]) of each slice that is not all black. NaN and infinite voxels are set to 0 in place.
-
-    Voxels are interpolated linearly. But if the volume's own planes are parallel to the cut, a slice is the nearest of
-    them: the mean of two neighbouring planes would be smoother than either. If pixels are larger than voxels, slices
-    are cut with finer pixels and averaged.
-    """
-    cv2 = import_cv2()
-    from scipy.ndimage import map_coordinates
-
-    # find the head
-    plane = PLANES[cfg.plane]
-    first, last = cfg.range or plane.range
-    if not (np.isfinite(volume.voxels.min()) and np.isfinite(volume.voxels.max())):  # a NaN makes both of them NaN
-        np.nan_to_num(volume.voxels, copy=False, nan=0, posinf=0, neginf=0)
-    head = find_head(volume, cfg.window)
-    low, high = corners(volume)
-    if (high - low).min() < 60:
-        raise Unusable("it covers {:.0f} x {:.0f} x {:.0f} mm, less than a head".format(*(high - low)))
-
-    # positions of the slices: below the top for axial ones, relative to the middle for the others
-    across = plane.across
-    position = np.arange(first, last + 1e-6, cfg.spacing)
-    position = head.top - position if across == 2 else head.middle[across] + position
-
-    # world coordinates of the rows and columns, from one end of the volume to the other
-    finest = float(volume.sizes.min())
-    side = cfg.pixel_size or finest
-    finer = max(1, round(side / finest))  # pixels per final pixel, along each side
-    step, axes = side / finer, []
-    for axis, sign in (plane.down, plane.right):
-        n = int((high[axis] - low[axis]) / step + 1e-3) + 1
-        axes.append((low if sign > 0 else high)[axis] + sign * step * np.arange(n // finer * finer))
-    if min(shape := [len(a) // finer for a in axes]) < 32 or max(shape) > 2 * min(shape):
-        raise Unusable(
-            f"its slices would have {shape[1]}x{shape[0]} pixels: at least 32, and at most twice as long as wide"
-        )
-    grid = np.empty((3, len(axes[0]), len(axes[1])))
-    grid[plane.down[0]], grid[plane.right[0]] = axes[0][:, None], axes[1][None]
-
-    # the volume's axis that runs across the slices, and whether its planes are parallel to them
-    to_voxel = np.linalg.inv(volume.affine)
-    own = np.abs(to_voxel[:3, across]).argmax()
-    parallel = np.abs(to_voxel[own, across]) > 0.99999 * np.linalg.norm(to_voxel[own, :3])
-
-    # cut
-    for number, mm in enumerate(position):
-        if not low[across] - 1e-3 <= mm <= high[across] + 1e-3:
-            continue
-        # A position halfway between two planes must round to the same plane however the volume is stored: hence 0.01.
-        grid[across] = mm + 0.01 * parallel
-        index = np.einsum("ij,jhw->ihw", to_voxel[:3, :3], grid) + to_voxel[:3, 3, None, None]
-        if parallel:
-            index[own] = np.round(index[own])
-        # Rounded, so that the centre of a voxel gives exactly that voxel in spite of floating-point errors.
-        image = map_coordinates(volume.voxels, index.round(4), order=1, mode="constant", cval=0.0)
-        if finer > 1:
-            image = cv2.resize(image, (image.shape[1] // finer, image.shape[0] // finer), interpolation=cv2.INTER_AREA)
-        image = np.clip((image - head.black) * (255 / (head.white - head.black)), 0, 255).round().astype(np.uint8)
-        if image.any():
-            yield number, image
-
-
-def corners(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
-    """Smallest and largest world coordinates of the voxel centres in mm, each [3]."""
-    ends = np.array(np.meshgrid(*[(0, n - 1) for n in volume.voxels.shape])).reshape(3, -1).T
-    world = ends @ volume.affine[:3, :3].T + volume.affine[:3, 3]
-    return world.min(0), world.max(0)
+def digest(text: str, size: int, key: bytes = b"") -> str:
+    """BLAKE2 hash as 2 * size hex digits. With a key, only who has the key can compute it."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=size, key=key).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -194,16 +50,17 @@ def corners(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class Source:
-    """One thing to read: a NIfTI file, or all DICOM files of a folder (which may hold several series)."""
+    """One volume to read: a file, or all files of one DICOM series."""
 
-    name: str  # path of the file or folder, beginning with the name of the folder of volumes
+    name: str  # path of the file, or folder:number of the series, beginning with the name of the folder of volumes
     files: tuple[Path, ...]
-    dicom: bool
+    dicom: bool = False
+    patient_id: str = ""  # as DICOM has it
 
     @property
     def below(self) -> str:
-        """Its path relative to the folder of volumes."""
-        return self.name.partition("/")[2] or self.name
+        """Its path relative to the folder of volumes, without ending."""
+        return ENDING.sub("", self.name.partition("/")[2] or self.name)
 
     @property
     def stamp(self) -> str:
@@ -211,6 +68,15 @@ class Source:
         stats = [f.stat() for f in self.files]
         facts = [(f.name, s.st_size, s.st_mtime_ns) for f, s in zip(self.files, stats)]
         return digest(repr(facts), 8)
+
+    def read(self) -> Volume:
+        """Its voxels. Unusable, or an OSError, says why not."""
+        try:
+            return read_series(self.files) if self.dicom else read_volume(self.files[0])
+        except (Unusable, OSError):
+            raise
+        except Exception as e:  # readers can fail on a damaged file in many ways
+            raise Unusable(reason(e)) from None
 
 
 @dataclass
@@ -225,72 +91,149 @@ class Row:
     label: str = ""  # the class
     slices: int = 0  # how many were written
     left_out: str = ""  # why there are none; "" if it was cut
+    note: str = ""  # what else is to be known
+    content: str = ""  # hash of its voxels: the same volume under two names is used once
+    brain_ml: str = ""  # with --strip or --register
+    similarity: str = ""  # with the template, after --register
+    window: str = ""  # what became black and white
 
     @classmethod
     def from_table(cls, r: dict[str, str]) -> Row:
         """From a row of the CSV file, in which cells may be missing."""
-        row = cls(r["source"])
-        for name in ("stamp", "scan", "patient", "split", "label", "left_out"):
-            setattr(row, name, r.get(name) or "")
+        row = cls(**{f.name: r.get(f.name) or "" for f in fields(cls) if f.name != "slices"})
         row.slices = int(r.get("slices") or 0)
         return row
 
 
-def digest(text: str, size: int, key: bytes = b"") -> str:
-    """BLAKE2 hash as 2 * size hex digits. With a key, only who has the key can compute it."""
-    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=size, key=key).hexdigest()
+@dataclass
+class Inventory:
+    """What is in a folder of volumes."""
+
+    sources: list[Source] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)  # of what looks like a volume but cannot be read
+    ignored: Counter[str] = field(default_factory=Counter)  # {kind: how many} of no interest
+    not_chosen: int = 0  # volumes that --match and --skip leave out
+    studies: set[str] = field(default_factory=set)  # folders (as in Source.name) that are data sets of their own
 
 
-def find_sources(root: Path) -> tuple[list[Source], list[Row]]:
-    """Everything below a folder that may be a volume, and rows for files that look like volumes but cannot be read."""
-    sources, rows, above = [], [], root.resolve().parent
+def is_chosen(below: str, cfg: SliceConfig) -> bool:
+    """Do --match and --skip let this path through? A pattern may fit the whole path or one part of it."""
+    names = [below, *below.split("/")]
+
+    def fits(patterns: Sequence[str]) -> bool:
+        return any(fnmatch(name, p) for p in patterns for name in names)
+
+    return (not cfg.match or fits(cfg.match)) and not fits(cfg.skip)
+
+
+def take_inventory(root: Path, cfg: SliceConfig) -> Inventory:
+    """Look at every file below a folder: links are followed, and what cannot be opened gets a row."""
+    found, above = Inventory(), root.resolve().parent
+    dicom: list[Path] = []
 
     def named(path: Path) -> str:
         """Path from the folder of volumes on; bytes that are not UTF-8 are escaped, so that the table can hold it."""
         return path.relative_to(above).as_posix().encode("utf-8", "backslashreplace").decode()
 
-    for folder, folders, names in os.walk(root.resolve()):
+    def refused(e: OSError) -> None:
+        found.rows.append(Row(named(Path(e.filename)), left_out=f"cannot be opened: {e.strerror}"))
+
+    # Every file, by its content. A link may lead back up: no real folder is visited twice.
+    visited = set()
+    for folder, folders, names in os.walk(root.resolve(), onerror=refused, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
         folders[:] = sorted(f for f in folders if not f.startswith("."))  # .git/annex would double every volume
-        dicom = []
-        for name in sorted(n for n in names if not n.startswith(".") and n != "DICOMDIR"):
-            path, lower = Path(folder, name), name.lower()
-            if lower.endswith((".nii", ".nii.gz", ".dcm", ".ima")) and not path.is_file():
-                rows.append(Row(named(path), left_out="not a file, or a broken link"))
-            elif lower.endswith((".nii", ".nii.gz")):
-                sources.append(Source(named(path), (path,), False))
-            elif lower.endswith((".dcm", ".ima")) or is_dicom(path):
+        if {"dataset_description.json", "participants.tsv"} & {*names}:
+            found.studies.add(named(Path(folder)))
+        for name in sorted(names):
+            path = Path(folder, name)
+            below = named(path).partition("/")[2]
+            if name.startswith("."):
+                found.ignored["hidden"] += 1
+                continue
+            try:
+                kind = kind_of(path)
+            except OSError as e:
+                found.rows.append(Row(named(path), left_out=f"cannot be opened: {e.strerror}"))
+                continue
+            if kind == "" and not path.exists():
+                found.rows.append(Row(named(path), left_out="a link that leads nowhere"))
+            elif kind in ("", "pair"):
+                found.ignored[path.suffix.lower() or "without ending"] += kind != "pair"
+            elif not is_chosen(below, cfg):
+                found.not_chosen += 1
+            elif kind == "dicom":
                 dicom.append(path)
-            elif lower.endswith(OTHER_FORMATS):
-                rows.append(Row(named(path), left_out="this format is not supported: convert it to NIfTI"))
-        if dicom:
-            sources.append(Source(named(Path(folder)), tuple(dicom), True))
-    return sources, rows
+            elif kind in ("nifti", "analyze", "mgh", "nrrd", "meta"):
+                found.sources.append(Source(named(path), (path,)))
+            else:
+                why = (
+                    "an archive: unpack it first"
+                    if kind == "archive"
+                    else f"{kind} files are not read: convert to NIfTI"
+                )
+                found.rows.append(Row(named(path), left_out=why))
+    found.ignored += Counter()  # without what was counted zero times
+    one_of_freesurfer(found, cfg)
+    gather_series(found, dicom, named)
+    found.sources.sort(key=lambda s: s.name)
+    return found
 
 
-def is_dicom(path: Path) -> bool:
-    """Does the file have DICOM's magic bytes? False also for what is no file or cannot be read."""
-    try:
-        if not path.is_file():  # opening a pipe would block
-            return False
-        with open(path, "rb") as f:
-            return f.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
+def one_of_freesurfer(found: Inventory, cfg: SliceConfig) -> None:
+    """Of the steps of FreeSurfer on one scan, SUBJECT/mri/*.mgz, keep one, unless --match chooses."""
+    folders: dict[str, dict[str, Source]] = defaultdict(dict)
+    for source in found.sources:
+        parts = source.below.split("/")
+        if len(parts) > 1 and "mri" in parts[-3:-1] and source.name.lower().endswith((".mgz", ".mgh")):
+            folders[source.name.rpartition("/mri/")[0]][parts[-1]] = source
+    for steps in folders.values():
+        best = next((steps[name] for name in FREESURFER if name in steps), None)
+        for source in steps.values() if best and not cfg.match else ():
+            if source is not best:
+                found.sources.remove(source)
+                taken = best.name.rpartition("/")[2]
+                why = f"a step of FreeSurfer's; of this scan {taken} is taken, unless --match chooses"
+                found.rows.append(Row(source.name, left_out=why))
 
 
-def read(source: Source) -> Iterator[tuple[str, str, Volume | Unusable]]:
-    """(series number, patient ID, volume or why it cannot be used) for each volume of a source; "" if not known."""
-    if source.dicom:
-        yield from read_dicom(source.files)
-        return
-    try:
-        yield "", "", read_nifti(source.files[0])
-    except Exception as e:  # nibabel, gzip and zlib can fail on a damaged file in many ways
-        yield "", "", e if isinstance(e, Unusable) else Unusable(reason(e))
+def gather_series(found: Inventory, files: Sequence[Path], named: Callable[[Path], str]) -> None:
+    """Make a source of each DICOM series, whose files may lie in several folders. Each file is listed once."""
+    series: dict[str, list[Found]] = defaultdict(list)
+    seen: set[str] = set()
+    damaged: dict[tuple[str, str], list[Path]] = defaultdict(list)
+    with ThreadPoolExecutor() as pool, progress_bar(len(files), what="reading DICOM headers", unit=" files") as bar:
+        for path, header in zip(files, pool.map(scan_dicom, files)):
+            bar.update()
+            if header is None:
+                found.ignored["DICOM without an image"] += 1
+            elif header.problem:
+                damaged[named(path.parent), header.problem].append(path)
+            elif header.instance and header.instance in seen:
+                found.ignored["DICOM, doubled"] += 1
+            else:
+                seen.add(header.instance)
+                series[header.series].append(header)
+    for (folder, problem), paths in damaged.items():
+        names = f"{paths[0].name} and {len(paths) - 1:,} more" if len(paths) > 1 else paths[0].name
+        found.rows.append(Row(f"{folder}/{paths[0].name}", left_out=f"{names}: {problem}"))
+    names = Counter((named(headers[0].path.parent), headers[0].number) for headers in series.values())
+    for uid, headers in series.items():
+        folder, number = named(headers[0].path.parent), headers[0].number
+        name = f"{folder}:{number}" + f"-{digest(uid, 2)}" * (names[folder, number] > 1)
+        found.sources.append(Source(name, tuple(h.path for h in headers), True, headers[0].patient))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whose it is
 
 
 class Subjects:
-    """Finds out which patient and which class a volume belongs to: by LONI's table if there is one, else by its path.
+    """Finds out which patient and which class a volume belongs to: by a table if there is one, else by its path.
 
     UserError if the table cannot be read, or if --groups names a group that is not in it.
     """
@@ -298,58 +241,65 @@ class Subjects:
     def __init__(self, cfg: SliceConfig, key: bytes):
         """key: secret for hashing patient IDs."""
         self.cfg, self.key = cfg, key
-        # read the table: {image number without its I: (subject, group)}, {subject: groups}
-        rows = read_table(Path(cfg.table), "Subject", "Group", "Image Data ID") if cfg.table else []
-        self.by_image = {r["Image Data ID"].strip().lstrip("I"): (r["Subject"], r["Group"]) for r in rows}
-        self.groups: dict[str, set[str]] = {}
-        for r in rows:
-            self.groups.setdefault(r["Subject"], set()).add(r["Group"])
-        if unknown := set(cfg.groups) - {r["Group"] for r in rows}:
-            raise UserError(f"--groups: no row of {cfg.table or 'a --table'} has the Group {sorted(unknown)[0]}")
-        # a pattern for all subjects as whole words; the longest first, because one may begin with another
-        names = "|".join(re.escape(s) for s in sorted(self.groups, key=len, reverse=True))
-        self.subject = re.compile(rf"(?<![A-Za-z0-9])({names})(?![A-Za-z0-9])") if names else None
+        self.table = Table(Path(cfg.table), cfg.group_column, cfg.attributes) if cfg.table else None
+        groups = self.table.groups if self.table else set()
+        if unknown := set(cfg.groups) - groups:
+            raise UserError(
+                f"--groups: no row of {cfg.table or 'a --table'} has the group {sorted(unknown)[0]}; there are "
+                f"{', '.join(sorted(groups)) or 'none'}"
+            )
+        self.studies: set[str] = set()
+        self.several: set[str] = set()  # people of the same name in several studies
 
-    def identify(self, source: Source, patient_id: str = "") -> tuple[str, str, str]:
-        """(scan, patient, class) of a source; patient_id as DICOM has it. Unusable if the table leaves it out."""
-        # scan: ADNI's image number if the path has one, else the path with odd characters replaced
-        image = re.findall(r"(?<![A-Za-z0-9])I(\d{3,})(?![A-Za-z0-9])", source.below)
-        stem = re.sub(r"\.nii(\.gz)?$", "", source.below, flags=re.IGNORECASE)
-        scan = f"I{image[-1]}" if image else re.sub(r"[^A-Za-z0-9_.+-]+", "-", stem).strip("-.") or "volume"
+    def learn(self, names: Iterable[str], studies: set[str]) -> None:
+        """Find people who have the same name in several studies, among the sources of these names."""
+        self.studies = studies
+        seen: dict[str, set[str]] = defaultdict(set)
+        for name in names:
+            if person := known_person(name):
+                seen[person].add(self.study(name))
+        self.several = {person for person, of in seen.items() if len(of) > 1 and person.startswith("sub-")}
+
+    def study(self, name: str) -> str:
+        """The data set that a source is in: the nearest folder that says so, or has a name of OpenNeuro's."""
+        folders = name.split("/")[:-1]
+        for n in range(len(folders), 0, -1):
+            if re.fullmatch(r"ds\d{6}", folders[n - 1]) or "/".join(folders[:n]) in self.studies:
+                if "derivatives" not in folders[:n]:
+                    return folders[n - 1]
+        return ""
+
+    def identify(self, source: Source) -> tuple[str, str, str, Mapping[str, str]]:
+        """(scan, patient, class, attributes) of a source. Unusable if the table leaves it out."""
+        # Scan: LONI's image number if the path has one, else the path with odd characters replaced
+        image = IMAGE_NUMBER.findall(source.below)
+        scan = f"I{image[-1]}" if image else re.sub(r"[^A-Za-z0-9_.+-]+", "-", source.below).strip("-.") or "volume"
         if len(scan) > 120:  # file names can have 255 bytes
             scan = f"{scan[:100]}-{digest(scan, 6)}"
 
-        # patient: an ADNI or BIDS subject in the path, else DICOM's patient ID, else every scan is its own patient
-        in_path = re.search(r"\d{3}_S_\d{4,}|sub-[A-Za-z0-9]+", source.below)
-        if in_path:
-            patient = in_path[0]
-        elif patient_id:  # it may be a hospital number, which must not be in the data set: hash it
-            patient = "p" + digest(patient_id, 5, self.key)
-        else:
-            patient = scan
-        if not self.cfg.table:
-            return scan, patient, self.cfg.class_name
+        # Patient: by the names of the usual data sets, else DICOM's patient ID, else by the names of files and folders
+        patient = known_person(source.name)
+        if patient in self.several:
+            patient = f"{self.study(source.name)}-{patient}".strip("-")
+        if not patient and source.patient_id:  # it may be a hospital number, which must not be in the data set: hash it
+            patient = "p" + digest(source.patient_id, 5, self.key)
+        patient = patient or re.sub(r"[^A-Za-z0-9_.+-]+", "-", plain_person(source.below)).strip("-.") or scan
+        if not self.table:
+            return scan, patient, self.cfg.class_name, {}
 
-        # with a table: look up the image number, or else the one subject that the path names
-        if image:
-            if image[-1] not in self.by_image:
-                raise Unusable(f"the table has no row for the Image Data ID I{image[-1]}")
-            patient, label = self.by_image[image[-1]]
-        else:
-            # A whole folder or file name that is a subject decides; else subjects inside of names are looked for.
-            found = {part for part in stem.split("/") if part in self.groups}
-            found = found or set(self.subject.findall(stem) if self.subject else [])
-            if not found:
-                raise Unusable("the table has no row for it: neither its Image Data ID nor its Subject is in its path")
-            if len(found) > 1:
-                raise Unusable(f"its path names several Subjects of the table: {', '.join(sorted(found))[:100]}")
-            (patient,) = found
-            if len(self.groups[patient]) > 1:  # the diagnosis changed between visits
-                raise Unusable(f"{patient} has several groups in the table, and no Image Data ID is in its path")
-            (label,) = self.groups[patient]
+        # With a table: its row decides.
+        try:
+            entry = self.table.look_up(source.below)
+        except LookupError as e:
+            raise Unusable(str(e.args[0])) from None
+        if entry.subject and known_person(entry.subject) not in self.several:
+            patient = entry.subject
+        label = entry.group if self.table.has_groups else self.cfg.class_name
+        if not label:
+            raise Unusable(f"row {entry.line:,} of the table, its own, has no group")
         if self.cfg.groups and label not in self.cfg.groups:
             raise Unusable(f"of the group {label}, which --groups leaves out")
-        return scan, patient, label
+        return scan, patient, label, entry.attributes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -360,8 +310,9 @@ class Slicer:
     """Cuts sources, several at a time in threads, and keeps the records in OUT.
 
     OUT/subjects.csv always names the patient of every slice in OUT, even after a kill: a row is written before the
-    slices are. OUT/volumes.csv lists what was done, so that a repeated command does only the rest. It is written every
-    few seconds: after a kill, the volumes of the last seconds are cut again, into the same slices.
+    slices are. OUT/volumes.csv lists what was done, so that a repeated command does only the rest, and
+    OUT/attributes.csv what is known of each slice. Both are written every few seconds: after a kill, the volumes of the
+    last seconds are cut again, into the same slices.
     """
 
     def __init__(self, cfg: SliceConfig, root: Path):
@@ -384,15 +335,15 @@ class Slicer:
         self.on_disk: dict[str, list[Path]] = {}
         for path in self.out.glob("*/*/*.png"):
             self.on_disk.setdefault(path.stem.rpartition("_")[0], []).append(path)
-        # {source: its rows of volumes.csv}
-        self.rows: dict[str, list[Row]] = {}
+        # {source: its row of volumes.csv}, {file: what attributes.csv says of it}
         path = self.out / "volumes.csv"
-        for r in read_table(path, "source") if path.exists() else []:
-            row = Row.from_table(r)
-            self.rows.setdefault(row.source, []).append(row)
+        self.rows = {r["source"]: Row.from_table(r) for r in (read_table(path, "source") if path.exists() else [])}
+        path = self.out / "attributes.csv"
+        self.attributes = {r.pop("file"): r for r in (read_table(path, "file") if path.exists() else [])}
 
         self.scans: dict[str, str] = {}  # {source: scan}, for what this command cuts
-        self.source_of = {r.scan: r.source for rows in self.rows.values() for r in rows if r.slices}  # {scan: source}
+        self.source_of = {r.scan: r.source for r in self.rows.values() if r.slices}  # {scan: source}
+        self.same_as = {r.content: r.source for r in self.rows.values() if r.slices and r.content}  # {content: source}
 
     def check_settings(self, root: Path) -> tuple[bytes, bool]:
         """Compare the settings with those that OUT was made with: (new content of OUT/slices.json, `moved`).
@@ -401,7 +352,8 @@ class Slicer:
         differs, the file is damaged, or OUT holds files that are not from this command.
         """
         # Only the settings that change slices. Another command may add other people, another class or another split.
-        settings = {k: getattr(self.cfg, k) for k in ("plane", "range", "spacing", "pixel_size", "window")}
+        names = ("plane", "range", "spacing", "frame", "pixel_size", "window", "strip", "bias", "register")
+        settings = {k: getattr(self.cfg, k) for k in names}
         settings = json.loads(json.dumps(settings))  # with lists for tuples, as they will be read again
         roots: dict[str, str] = {}  # {name of a folder of volumes: hash of its path}
         place = digest(str(root.resolve()), 8)
@@ -409,6 +361,10 @@ class Slicer:
         if made_with.exists():
             try:
                 before = json.loads(made_with.read_bytes())
+                if "plane" in before and "frame" not in before:
+                    raise UserError(
+                        f"{self.out} was made by an older version, whose slices have another scale: name another folder"
+                    )
                 other, roots = [k for k in settings if before[k] != settings[k]], dict(before["roots"])
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{made_with} is damaged: delete {self.out}, or name another folder") from None
@@ -420,23 +376,26 @@ class Slicer:
         settings["roots"] = roots | {self.root: place}
         return json.dumps(settings, indent=1).encode(), roots.get(self.root, place) != place
 
-    def plan(self, sources: Sequence[Source]) -> list[Source]:
+    def plan(self, found: Inventory) -> list[Source]:
         """The sources that must be cut, each with a scan name; writes OUT/slices.json.
 
         That is, new or changed volumes, volumes whose class or split changed, and those with missing slices. Volumes
         that are no longer in the folder keep their slices and rows. UserError if one of them seems to be another volume
         of the same name, from a folder elsewhere: its slices would replace the old ones.
         """
-        left = [source for source in sources if not self.is_done(source)]
+        self.subjects.learn([*self.rows, *(s.name for s in found.sources)], found.studies)
+        left = [source for source in found.sources if not self.is_done(source)]
         if self.moved and (same := [s.name for s in left if s.name in self.rows]):
             raise UserError(
                 f"{self.out} already holds {same[0]}, cut from another folder named {self.root} (or from this one, "
                 "before it was moved and changed): rename the folder of volumes"
             )
         write_atomic(self.out / "slices.json", self.settings)
+        cut_anew = {source.name for source in left}
+        self.same_as = {content: name for content, name in self.same_as.items() if name not in cut_anew}
         for source in left:
             try:
-                scan, _, _ = self.subjects.identify(source)
+                scan = self.subjects.identify(source)[0]
             except Unusable:
                 continue
             # Two files can come to the same name. ADNI's image numbers are unique: there it is the same scan twice.
@@ -444,96 +403,118 @@ class Slicer:
                 scan = f"{scan}-{digest(source.name, 3)}"
             self.scans[source.name] = scan
             self.source_of.setdefault(scan, source.name)
+        # What the table says now of slices that are there already
+        for source in found.sources:
+            row = self.rows.get(source.name)
+            if row and row.slices and source.name not in cut_anew and self.cfg.attributes:
+                for path in self.on_disk.get(row.scan, []):
+                    self.attributes.setdefault(path.name, {}).update(self.subjects.identify(source)[3])
         return left
 
     def is_done(self, source: Source) -> bool:
-        """Was the source cut before, and nothing has changed since: its files, class, split, patient and slices?"""
-        rows = self.rows.get(source.name, [])
+        """Was the source cut before, and nothing has changed since: its file, class, split, patient and slices?"""
+        row = self.rows.get(source.name)
         try:
-            if not rows or rows[0].stamp != source.stamp:
+            if row is None or row.stamp != source.stamp:
                 return False
-            _, patient, label = self.subjects.identify(source)
+            _, patient, label, _ = self.subjects.identify(source)
         except OSError:
             return False
         except Unusable as e:  # the table leaves it out: done if it did so before, for the same reason
-            return all(r.left_out == str(e) for r in rows)
-        for r in rows:
-            if (r.split, r.label) != (self.cfg.split, label) or (self.cfg.table and r.patient != patient):
-                return False
-            # These may be the fault of the machine and not of the volume: try again.
-            if r.left_out.startswith(("OSError", "PermissionError", "TimeoutError", "MemoryError")):
-                return False
-            in_place = [p for p in self.on_disk.get(r.scan, []) if p.parent.parts[-2:] == (r.split, r.label)]
-            if not r.left_out and len(in_place) != r.slices:
-                return False
-        return True
+            return row.left_out == str(e)
+        if (row.split, row.label) != (self.cfg.split, label):
+            return False
+        if (self.cfg.table or known_person(source.name) in self.subjects.several) and row.patient != patient:
+            return False
+        # These may be the fault of the machine and not of the volume: try again.
+        if row.left_out.startswith(("OSError", "PermissionError", "TimeoutError", "MemoryError")):
+            return False
+        in_place = [p for p in self.on_disk.get(row.scan, []) if p.parent.parts[-2:] == (row.split, row.label)]
+        return bool(row.left_out) or len(in_place) == row.slices
 
     def cut_source(self, source: Source) -> None:
-        """Read one source, write the slices of all its volumes, and record them. Runs in several threads at a time.
+        """Read a source, write its slices, and record it. Runs in several threads at a time.
 
         Anything wrong with the volume ends in its row. OSError is raised only if OUT cannot be written.
         """
-        rows: list[Row] = []
-        stamp = ""
+        row = Row(source.name, split=self.cfg.split)
         try:
-            stamp = source.stamp
-            self.subjects.identify(source)  # a source that the table leaves out need not be read
-            for series, patient_id, volume in read(source):
-                scans = [r.scan for r in rows]
-                rows.append(self.cut_volume(source, Row(source.name, stamp), scans, series, patient_id, volume))
-        except (OSError, Unusable) as e:
-            if self.is_about_out(e):
+            row.stamp = source.stamp
+            _, row.patient, row.label, attributes = self.subjects.identify(source)
+            row.scan = self.scans[source.name]
+            if not is_folder_name(row.label):
+                raise Unusable(f"its class {row.label!r} cannot be the name of a folder")
+            self.cut_volume(source, row, attributes)
+        except Exception as e:  # a damaged volume can fail in any way, and must not stop the others
+            if isinstance(e, OSError) and self.is_about_out(e):
                 raise
+            row.left_out = str(e) if isinstance(e, Unusable) else reason(e)
+            row.slices = 0
             # Without a stamp, the next command tries again: an OSError may be gone by then.
-            stamp = stamp if isinstance(e, Unusable) else ""
-            rows.append(Row(source.name, stamp, left_out=str(e) if isinstance(e, Unusable) else reason(e)))
-
-        # remove the slices of scans that this source no longer has
-        for old in self.rows.get(source.name, []):
-            if old.slices and old.scan not in {r.scan for r in rows if r.slices}:
-                self.remove_slices(old.scan)
+            row.stamp = "" if isinstance(e, OSError) else row.stamp
 
         with self.lock:
-            self.rows[source.name] = rows
+            # remove the slices of a scan that it no longer is
+            before = self.rows.get(source.name)
+            if before and before.slices and (before.scan != row.scan or not row.slices):
+                self.remove_slices(before.scan)
+            self.rows[source.name] = row
             # The whole table is written each time. After every volume, that would take time quadratic in their number.
             if time.time() - self.saved_at > 5:
                 self.save()
 
-    def cut_volume(
-        self, source: Source, row: Row, before: list[str], series: str, patient_id: str, volume: Volume | Unusable
-    ) -> Row:
-        """Write the slices of one volume of a source, and return its row, filled in.
+    def cut_volume(self, source: Source, row: Row, attributes: Mapping[str, str]) -> None:
+        """Write the slices of a source's volume, and fill in the rest of its row."""
+        cfg, registered = self.cfg, self.cfg.register != "off"
+        volume = source.read()
+        row.note = volume.note
+        if why := why_not_mri(volume):
+            raise Unusable(why)
+        row.content = content_hash(volume)
+        self.claim(row)
+        if cfg.strip or cfg.bias or registered:
+            from prepare import prepare
 
-        before: scan names of the volumes of this source so far. OSError is raised only if OUT cannot be written.
-        """
-        try:
-            # fill in the row; further series of a folder get their number added to the scan name
-            _, row.patient, row.label = self.subjects.identify(source, patient_id)
-            row.split = self.cfg.split
-            row.scan = self.scans[source.name]
-            if row.scan in before:
-                row.scan += f"-{re.sub(r'[^A-Za-z0-9]+', '', series)[:20] or len(before)}"
-            if row.scan in before:
-                row.scan += f"-{len(before)}"
-            if not is_folder_name(row.label):
-                raise Unusable(f"its class {row.label!r} cannot be the name of a folder")
-            if isinstance(volume, Unusable):
-                raise volume
+            from device import pick_device
 
-            # cut, then write: first the patient, then remove old slices, then write the new ones
-            files = {f"{row.scan}_{k:03d}.png": png_bytes(image) for k, image in cut(volume, self.cfg)}
-            if not files:
-                raise Unusable("no slices: all positions of --range are black or outside of the volume")
-            self.register_patient(row)
-            self.remove_slices(row.scan, keep=[self.out / row.split / row.label / name for name in files])
-            for name, data in files.items():
-                write_atomic(self.out / row.split / row.label / name, data)
-            row.slices = len(files)
-        except Exception as e:  # a damaged volume can fail in any way, and must not stop the others
-            if self.is_about_out(e):
-                raise
-            row.left_out = str(e) if isinstance(e, Unusable) else reason(e)
-        return row
+            done = prepare(
+                volume, cfg.strip, cfg.bias, cfg.register, Path(cfg.cache), row.content, pick_device(cfg.device)
+            )
+            volume = done.volume
+            row.brain_ml, row.similarity = (
+                shown(done.facts.get(k), form) for k, form in (("brain_ml", ".0f"), ("similarity", ".3f"))
+            )
+
+        # Cut, then write: first the patient, then remove old slices, then write the new ones.
+        what = plan_cut(volume, cfg, registered)
+        row.window = f"{what.head.black:.4g} to {what.head.white:.4g}"
+        row.note = "; ".join(filter(None, (row.note, what.missing)))
+        files, known = {}, {}
+        for number, level, image in cut(volume, cfg, what, registered):
+            name = f"{row.scan}_{number:03d}.png"
+            files[name], known[name] = png_bytes(image), {"level": f"{level:g}", **attributes}
+        if not files:
+            raise Unusable("no slices: all positions of --range are black or outside of the volume")
+        self.register_patient(row)
+        paths = [self.out / row.split / row.label / name for name in files]
+        self.remove_slices(row.scan, keep=paths)
+        with self.lock:
+            self.attributes |= known
+            self.on_disk[row.scan] = paths
+        for path in paths:
+            write_atomic(path, files[path.name])
+        row.slices = len(files)
+
+    def claim(self, row: Row) -> None:
+        """Unusable if this content belongs to a source with a smaller name; else takes it from one with a larger."""
+        with self.lock:
+            other = self.same_as.setdefault(row.content, row.source)
+            if other < row.source:
+                raise Unusable(f"the same volume as {other}")
+            self.same_as[row.content] = row.source
+            if other > row.source and other in self.rows:
+                self.remove_slices(self.rows[other].scan)
+                self.rows[other] = replace(self.rows[other], slices=0, left_out=f"the same volume as {row.source}")
 
     def is_about_out(self, e: Exception) -> bool:
         """Is it an OSError about a file in OUT, such as a full disk? Then it is not the volume's fault."""
@@ -549,7 +530,8 @@ class Slicer:
             if (other := self.source_of.setdefault(row.scan, row.source)) != row.source:
                 raise Unusable(f"{other} is the same scan {row.scan}")
             known = self.patients.get(row.scan)
-            if self.cfg.table or known is None:
+            person = known_person(row.source)
+            if self.cfg.table or known is None or (known == person and person in self.subjects.several):
                 self.patients[row.scan] = row.patient
             row.patient = self.patients[row.scan]
             if row.patient == known:
@@ -557,15 +539,35 @@ class Slicer:
             write_csv(self.out / "subjects.csv", ["scan", "patient"], sorted(self.patients.items()))
 
     def remove_slices(self, scan: str, keep: Sequence[Path] = ()) -> None:
-        """Delete the slices that a scan had when the command started, except `keep`."""
+        """Delete the slices that a scan has in OUT, except `keep`, and what is known of them."""
+        kept = {path.name for path in keep}
         for path in set(self.on_disk.get(scan, [])) - set(keep):
             path.unlink(missing_ok=True)
+            if path.name not in kept:
+                self.attributes.pop(path.name, None)
 
     def save(self) -> None:
-        """Write OUT/volumes.csv."""
-        rows = [list(asdict(r).values()) for name in sorted(self.rows) for r in self.rows[name]]
+        """Write OUT/volumes.csv and OUT/attributes.csv."""
+        rows = [list(asdict(self.rows[name]).values()) for name in sorted(self.rows)]
         write_csv(self.out / "volumes.csv", [f.name for f in fields(Row)], rows)
+        head = ["level", *sorted({k for known in self.attributes.values() for k in known} - {"level"})]
+        lines = [[name, *(self.attributes[name].get(k, "") for k in head)] for name in sorted(self.attributes)]
+        write_csv(self.out / "attributes.csv", ["file", *head], lines)
         self.saved_at = time.time()
+
+
+def shown(value: object, form: str) -> str:
+    """A number as it goes into a table; "" if there is none."""
+    return format(value, form) if isinstance(value, (int, float)) else ""
+
+
+def content_hash(volume: Volume) -> str:
+    """16 hex digits of the voxels, in whatever order of axes they are stored: dcm2niix turns what it converts."""
+    from nibabel.orientations import apply_orientation, io_orientation
+
+    upright = np.ascontiguousarray(apply_orientation(volume.voxels, io_orientation(volume.affine)))
+    sizes = np.sort(volume.sizes).round(2).tolist()
+    return hashlib.blake2b(upright.view(np.uint8), digest_size=8, key=repr((upright.shape, sizes)).encode()).hexdigest()
 
 
 def write_csv(path: Path, head: Sequence[str], rows: Sequence[Sequence]) -> None:
@@ -574,7 +576,7 @@ def write_csv(path: Path, head: Sequence[str], rows: Sequence[Sequence]) -> None
 
 
 def slice_volumes(cfg: SliceConfig) -> None:
-    """`python dataset.py slice VOLUMES OUT`: write slices, subjects.csv and volumes.csv, and print a summary.
+    """`python dataset.py slice VOLUMES OUT`: write slices, tables about them and slices.html, and print a summary.
 
     UserError if the settings make no sense, there are no volumes, not one slice could be cut, or another process is
     writing to OUT.
@@ -582,6 +584,8 @@ def slice_volumes(cfg: SliceConfig) -> None:
     from filelock import FileLock, Timeout
 
     # check the settings
+    if cfg.prepare == "all":
+        cfg = replace(cfg, strip=True, bias=True, register="affine")
     root, out = Path(cfg.volumes).expanduser(), Path(cfg.out)
     if not root.is_dir():
         raise UserError(f"there is no folder of volumes {root}: name one that exists")
@@ -589,10 +593,13 @@ def slice_volumes(cfg: SliceConfig) -> None:
         raise UserError("--window needs two percentiles, the smaller one first, e.g. 0.5 99.5")
     if cfg.range and not cfg.range[0] <= cfg.range[1]:
         raise UserError("--range needs two positions in mm, the smaller one first, e.g. 44 75")
+    if (side := frame(cfg) / (cfg.pixel_size or frame(cfg) / 256)) < 32 or side > 4096:
+        raise UserError(f"slices of {side:.0f} pixels along each side: take another --frame or --pixel-size")
     if not is_folder_name(cfg.class_name):
         raise UserError(f"--class-name {cfg.class_name!r} cannot be the name of a folder: choose another")
-    if cfg.groups and not cfg.table:
-        raise UserError("--groups needs a table: name one with --table FILE.csv")
+    for flag in ("groups", "group_column", "attributes"):
+        if getattr(cfg, flag) and not cfg.table:
+            raise UserError(f"--{flag.replace('_', '-')} needs a table: name one with --table FILE.csv")
     if out.resolve().is_relative_to(root.resolve()):
         raise UserError(f"{out} lies inside of the folder of volumes: name a folder elsewhere")
 
@@ -600,17 +607,25 @@ def slice_volumes(cfg: SliceConfig) -> None:
     warnings.simplefilter("ignore")  # the readers warn about every odd header; what matters is in volumes.csv
     try:
         with FileLock(out / ".lock", timeout=0):
-            sources, unsupported = find_sources(root)
-            if not sources and not unsupported:
-                raise UserError(f"{root} holds no volumes: no .nii, no .nii.gz, no DICOM files at any depth")
             slicer = Slicer(cfg, root)
-            left = slicer.plan(sources)
-            slicer.rows |= {r.source: [r] for r in unsupported}
-            cut_all(slicer, left, len(sources))
-            print_summary(slicer)
-            if not any(r.slices for name in {s.name for s in sources} for r in slicer.rows.get(name, [])):
+            found = take_inventory(root, cfg)
+            if not found.sources and not found.rows:
+                raise UserError(
+                    f"{root} holds no volumes{' that --match and --skip let through' * bool(found.not_chosen)}"
+                )
+            left = slicer.plan(found)
+            slicer.rows |= {r.source: r for r in found.rows}
+            cut_all(slicer, left, len(found.sources))
+            ignored = [f"{n:,} {kind}" for kind, n in found.ignored.most_common()]
+            ignored = [f"files that are no volumes: {', '.join(ignored)}"] if ignored else []
+            ignored += [f"{found.not_chosen:,} volumes that --match and --skip leave out"] * bool(found.not_chosen)
+            rows = [slicer.rows[name] for name in sorted(slicer.rows)]
+            write_page(out, rows, slicer.on_disk, ignored)
+            print_summary(slicer, rows, ignored)
+            if not any(slicer.rows[s.name].slices for s in found.sources if s.name in slicer.rows):
                 raise UserError(f"no slice could be cut from {root}: see the reasons above")
-            print(f"next: python dataset.py check {out}, then python pre_train.py adni --data {out}")
+            print(f"look at {out / 'slices.html'}; it shows people. next: python dataset.py check {out}, then")
+            print(f"python pre_train.py adni --data {out}")
     except Timeout:
         raise UserError(f"another command is writing to {out}: wait for it, or name another folder") from None
 
@@ -643,10 +658,9 @@ def cut_all(slicer: Slicer, left: Sequence[Source], total: int) -> None:
             slicer.save()
 
 
-def print_summary(slicer: Slicer) -> None:
+def print_summary(slicer: Slicer, rows: Sequence[Row], ignored: Sequence[str]) -> None:
     """Print the counts per class, why volumes were left out, and whether there are scans of unknown patients."""
     cfg, out = slicer.cfg, slicer.out
-    rows = [r for name in sorted(slicer.rows) for r in slicer.rows[name]]
     good, bad = [r for r in rows if not r.left_out], [r for r in rows if r.left_out]
 
     # what was cut
@@ -657,13 +671,25 @@ def print_summary(slicer: Slicer) -> None:
         patients = {r.patient for r in in_class}
         print(f"  {label:8} {sum(r.slices for r in in_class):8,} slices {len(patients):6,} people")
 
-    # what was left out: the 20 most frequent reasons, with an example each
+    # what was left out, or is to be known: the 20 most frequent reasons, with an example each
     print(f"left out: {len(bad):,} of {len(rows):,} volumes" + f" (all of them in {out / 'volumes.csv'})" * bool(bad))
-    for why, n in Counter(r.left_out for r in bad).most_common(20):
-        example = next(r.source for r in bad if r.left_out == why)
-        print(f"  {example}{f' and {n - 1:,} more' * (n > 1)}: {why}")
+    for what, column in ((bad, "left_out"), (good, "note")):
+        for why, n in Counter(getattr(r, column) for r in what).most_common(20):
+            example = next(r.source for r in what if getattr(r, column) == why)
+            if why:
+                print(f"  {example}{f' and {n - 1:,} more' * (n > 1)}: {why}")
+    for sentence in ignored:
+        print(f"not looked at: {sentence}")
+    kinds = Counter(m[-1].upper() for r in good if (m := SEQUENCE.findall(r.source)))
+    if len(kinds) > 1:
+        seen = ", ".join(f"{kind} ({n:,})" for kind, n in kinds.most_common())
+        print(f'several kinds of images are in one data set: {seen}; to take one: --match "*{max(kinds)}*"')
 
-    # scans that count as their own patient, because nothing says whose they are
-    if unnamed := sum(r.patient == r.scan for r in good if not cfg.table):
-        print(f"{unnamed:,} scans have no patient in their path or header, so each counts as one person. If one person")
-        print(f"has several of them, give these the same patient in {out / 'subjects.csv'}, or splits will mix people.")
+    # scans whose patient is a guess
+    hashed = re.compile(r"p[0-9a-f]{10}")
+    guessed = [r for r in good if not (cfg.table or known_person(r.source) or hashed.fullmatch(r.patient))]
+    if guessed:
+        print(f"{len(guessed):,} scans follow no known convention of names, so file and folder name the patient (e.g.")
+        print(
+            f"{guessed[0].patient}). If one person has two, correct {out / 'subjects.csv'}, or splits will mix people."
+        )
