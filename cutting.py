@@ -143,7 +143,7 @@ def find_head(volume: Volume, window: tuple[float, float]) -> Head:
         raise Unusable(f"no head found: only {len(world) * voxel_volume / 1000:.0f} cm³ are brighter than the rest")
 
     def extent(x: np.ndarray) -> tuple[float, float, float]:
-        """First and last coordinate (mm) along one axis where a plane holds at least 200 mm² of head; the last's mm²."""
+        """First and last coordinate (mm) along an axis where a plane holds 200 mm² of head or more; the last's mm²."""
         # Rounded before binning, so that a volume and its mirror image fall into the same 2 mm bins.
         bins = np.floor(x.round(3) / 2).astype(int)
         areas = np.bincount(bins - bins.min()) * voxel_volume / 2  # mm²

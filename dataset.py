@@ -698,8 +698,9 @@ def check(cfg: CheckConfig) -> None:
         if not rows[split]:
             continue
         if split == "train":
-            people = np.unique([slices[i].person for i in train], return_inverse=True)[1]
-            pairs = near_identical(*[images[train].numpy()] * 2, cfg.near_identical, people)
+            whose_slice = np.unique([slices[i].person for i in train], return_inverse=True)[1]
+            thumbnails = images[train].numpy()
+            pairs = near_identical(thumbnails, thumbnails, cfg.near_identical, whose_slice)
             whose = "one of another person"
         else:
             pairs = near_identical(images[train].numpy(), images[rows[split]].numpy(), cfg.near_identical)

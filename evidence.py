@@ -395,7 +395,7 @@ def class_fidelity(e: Evidence) -> None:
         return
     labels = e.generated.labels
     if (labels < 0).all():
-        e.notes.append("The generated images have no classes: class fidelity was not measured.")
+        e.notes.append("The generated images have none of the data's classes: class fidelity was not measured.")
         return
     for c, name in enumerate(e.classes):
         if (labels == c).sum() < 20:

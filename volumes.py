@@ -26,7 +26,7 @@ from config import SliceConfig
 from cutting import cut, frame, plan_cut, why_not_mri
 from people import IMAGE_NUMBER, Table, known_person, plain_person
 from pictures import png_bytes
-from readers import Unusable, Volume, reason
+from readers import Found, Unusable, Volume, kind_of, read_series, read_volume, reason, scan_dicom
 from slicepage import write_page
 from utils import UserError, csv_text, is_folder_name, progress_bar, read_table
 from weights import write_atomic
@@ -59,8 +59,9 @@ class Source:
 
     @property
     def below(self) -> str:
-        """Its path relative to the folder of volumes, without ending."""
-        return ENDING.sub("", self.name.partition("/")[2] or self.name)
+        """Its path relative to the folder of volumes, without ending; of a DICOM series, that of its folder."""
+        path = self.name.rpartition(":")[0] if self.dicom else ENDING.sub("", self.name)
+        return path.partition("/")[2] or path
 
     @property
     def stamp(self) -> str:
@@ -100,8 +101,10 @@ class Row:
     @classmethod
     def from_table(cls, r: dict[str, str]) -> Row:
         """From a row of the CSV file, in which cells may be missing."""
-        row = cls(**{f.name: r.get(f.name) or "" for f in fields(cls) if f.name != "slices"})
-        row.slices = int(r.get("slices") or 0)
+        row = cls(r["source"], slices=int(r.get("slices") or 0))
+        for f in fields(cls):
+            if f.name not in ("source", "slices"):
+                setattr(row, f.name, r.get(f.name) or "")
         return row
 
 
@@ -193,7 +196,9 @@ def one_of_freesurfer(found: Inventory, cfg: SliceConfig) -> None:
             folders[source.name.rpartition("/mri/")[0]][parts[-1]] = source
     for steps in folders.values():
         best = next((steps[name] for name in FREESURFER if name in steps), None)
-        for source in steps.values() if best and not cfg.match else ():
+        if best is None or cfg.match:
+            continue
+        for source in steps.values():
             if source is not best:
                 found.sources.remove(source)
                 taken = best.name.rpartition("/")[2]
@@ -203,28 +208,31 @@ def one_of_freesurfer(found: Inventory, cfg: SliceConfig) -> None:
 
 def gather_series(found: Inventory, files: Sequence[Path], named: Callable[[Path], str]) -> None:
     """Make a source of each DICOM series, whose files may lie in several folders. Each file is listed once."""
-    series: dict[str, list[Found]] = defaultdict(list)
-    seen: set[str] = set()
+    series: dict[tuple[str, str], list[Found]] = defaultdict(list)
+    seen: set[tuple[tuple[str, str], str]] = set()
     damaged: dict[tuple[str, str], list[Path]] = defaultdict(list)
     with ThreadPoolExecutor() as pool, progress_bar(len(files), what="reading DICOM headers", unit=" files") as bar:
         for path, header in zip(files, pool.map(scan_dicom, files)):
             bar.update()
             if header is None:
                 found.ignored["DICOM without an image"] += 1
-            elif header.problem:
+                continue
+            if header.problem:
                 damaged[named(path.parent), header.problem].append(path)
-            elif header.instance and header.instance in seen:
+                continue
+            of = header.series or named(path.parent), header.patient
+            if header.instance and (of, header.instance) in seen:
                 found.ignored["DICOM, doubled"] += 1
             else:
-                seen.add(header.instance)
-                series[header.series].append(header)
+                seen.add((of, header.instance))
+                series[of].append(header)
     for (folder, problem), paths in damaged.items():
         names = f"{paths[0].name} and {len(paths) - 1:,} more" if len(paths) > 1 else paths[0].name
         found.rows.append(Row(f"{folder}/{paths[0].name}", left_out=f"{names}: {problem}"))
-    names = Counter((named(headers[0].path.parent), headers[0].number) for headers in series.values())
+    alike = Counter((named(headers[0].path.parent), headers[0].number) for headers in series.values())
     for uid, headers in series.items():
         folder, number = named(headers[0].path.parent), headers[0].number
-        name = f"{folder}:{number}" + f"-{digest(uid, 2)}" * (names[folder, number] > 1)
+        name = f"{folder}:{number}" + f"-{digest(repr(uid), 2)}" * (alike[folder, number] > 1)
         found.sources.append(Source(name, tuple(h.path for h in headers), True, headers[0].patient))
 
 
@@ -398,9 +406,11 @@ class Slicer:
                 scan = self.subjects.identify(source)[0]
             except Unusable:
                 continue
-            # Two files can come to the same name. ADNI's image numbers are unique: there it is the same scan twice.
-            if self.source_of.get(scan, source.name) != source.name and not re.fullmatch(r"I\d+", scan):
-                scan = f"{scan}-{digest(source.name, 3)}"
+            # Several series of a folder get their number added. Two files can come to the same name, too. LONI's image
+            # numbers are unique: there it is the same scan twice.
+            for more in (source.name.rpartition(":")[2] * source.dicom, digest(source.name, 3)):
+                if self.source_of.get(scan, source.name) != source.name and not re.fullmatch(r"I\d+", scan) and more:
+                    scan = f"{scan}-{more}"
             self.scans[source.name] = scan
             self.source_of.setdefault(scan, source.name)
         # What the table says now of slices that are there already
@@ -414,8 +424,10 @@ class Slicer:
     def is_done(self, source: Source) -> bool:
         """Was the source cut before, and nothing has changed since: its file, class, split, patient and slices?"""
         row = self.rows.get(source.name)
+        if row is None:
+            return False
         try:
-            if row is None or row.stamp != source.stamp:
+            if row.stamp != source.stamp:
                 return False
             _, patient, label, _ = self.subjects.identify(source)
         except OSError:
@@ -454,6 +466,10 @@ class Slicer:
             row.stamp = "" if isinstance(e, OSError) else row.stamp
 
         with self.lock:
+            # The same volume under a smaller name may have come while this one was worked on.
+            if row.slices and (other := self.same_as[row.content]) != row.source:
+                self.remove_slices(row.scan)
+                row.slices, row.left_out = 0, f"the same volume as {other}"
             # remove the slices of a scan that it no longer is
             before = self.rows.get(source.name)
             if before and before.slices and (before.scan != row.scan or not row.slices):
@@ -567,7 +583,7 @@ def content_hash(volume: Volume) -> str:
 
     upright = np.ascontiguousarray(apply_orientation(volume.voxels, io_orientation(volume.affine)))
     sizes = np.sort(volume.sizes).round(2).tolist()
-    return hashlib.blake2b(upright.view(np.uint8), digest_size=8, key=repr((upright.shape, sizes)).encode()).hexdigest()
+    return hashlib.blake2b(upright.data.cast("B"), digest_size=8, key=repr((upright.shape, sizes)).encode()).hexdigest()
 
 
 def write_csv(path: Path, head: Sequence[str], rows: Sequence[Sequence]) -> None:
