@@ -185,14 +185,12 @@ class Cut:
 
 
 def plan_cut(volume: Volume, cfg: SliceConfig, registered: bool = False) -> Cut:
-    """Find the head and decide which slices are cut. NaN and infinite voxels are set to 0 in place.
+    """Find the head and decide which slices are cut.
 
     A level is in mm and grows upwards (coronal: to the front, sagittal: to the right): of registered volumes the
     coordinate of MNI152; else axial ones are counted from the top of the head, the others from its middle. Unusable if
     the volume covers less than half of the slices that are asked for.
     """
-    if not (np.isfinite(volume.voxels.min()) and np.isfinite(volume.voxels.max())):  # a NaN makes both of them NaN
-        np.nan_to_num(volume.voxels, copy=False, nan=0, posinf=0, neginf=0)
     head, plane = find_head(volume, cfg.window), PLANES[cfg.plane]
     across = plane.across
     side = [axis for axis in range(3) if axis != across]

@@ -701,6 +701,7 @@ def check(cfg: CheckConfig) -> None:
             whose_slice = np.unique([slices[i].person for i in train], return_inverse=True)[1]
             thumbnails = images[train].numpy()
             pairs = near_identical(thumbnails, thumbnails, cfg.near_identical, whose_slice)
+            pairs = [*{frozenset(pair[1:]): pair for pair in pairs}.values()]  # two slices are alike both ways
             whose = "one of another person"
         else:
             pairs = near_identical(images[train].numpy(), images[rows[split]].numpy(), cfg.near_identical)

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+MGH_HEADER = 284  # bytes
 MAX_BYTES = 2**30  # largest volume, unpacked: protects against headers and archives that claim absurd sizes
 
 
@@ -188,7 +189,7 @@ def read_nifti(path: Path) -> Volume:
     values = np.frombuffer(data, dtype, count, offset).reshape(shape, order="F").astype(np.float32)
     if analyze:
         note = "an Analyze file: left and right are as that format has them"
-        return Volume(values, analyze_affine(int(header["orient"]), header.get_zooms(), shape), note)
+        return Volume(values, analyze_affine(ord(header["orient"].tobytes()), header.get_zooms(), shape), note)
     slope, intercept = header.get_slope_inter()
     if slope is not None and (slope, intercept) != (1.0, 0.0):
         values *= slope
@@ -239,12 +240,12 @@ def read_mgh(path: Path) -> Volume:
         raise Unusable(f"4-D ({'x'.join(map(str, shape))}): keep one volume of three dimensions")
     check_size(shape)
     dtype, count = header.get_data_dtype(), int(np.prod(shape))
-    if header.data_offset + count * dtype.itemsize > len(data):
+    if MGH_HEADER + count * dtype.itemsize > len(data):
         raise Unusable("truncated: it is shorter than its header says")
     affine = np.asarray(header.get_affine(), np.float64)
     if not header["goodRASFlag"] or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
         raise Unusable("its header has no orientation: convert it again")
-    values = np.frombuffer(data, dtype, count, header.data_offset).reshape(shape[:3], order="F")
+    values = np.frombuffer(data, dtype, count, MGH_HEADER).reshape(shape[:3], order="F")
     return Volume(values.astype(np.float32), affine)
 
 
@@ -384,6 +385,9 @@ def read_series(files: Sequence[Path]) -> Volume:
     for path in files:
         try:
             header = pydicom.dcmread(path, force=True, defer_size="1 KB")
+            if "TransferSyntaxUID" not in header.file_meta:  # without a preamble nothing says it
+                plain = pydicom.uid.ImplicitVRLittleEndian, pydicom.uid.ExplicitVRLittleEndian
+                header.file_meta.TransferSyntaxUID = plain[not header.original_encoding[0]]
             own = frames_of(path, header)
             uid = str(header.get("SOPInstanceUID", "")) or str(path)
             if "PixelData" not in header:
@@ -401,6 +405,8 @@ def read_series(files: Sequence[Path]) -> Volume:
         fits = [(f.shape, tuple(round(v, 2) for v in f.along)) == usual for f in frames]
         wrong += [(f.file.name, "of another size or orientation") for f, fit in zip(frames, fits) if not fit]
         frames = [f for f, fit in zip(frames, fits) if fit]
+    if frames and sum(not fit for fit in fits) > 0.1 * len(fits):
+        raise Unusable("slices of several orientations or sizes: a localizer?")
     if not frames or len(wrong) > 0.1 * (len(frames) + len(wrong)):
         several = f" and {len(wrong) - 1:,} more" * (len(wrong) > 1)
         raise Unusable(f"{wrong[0][0]}{several}: {wrong[0][1]}")

@@ -71,9 +71,12 @@ class Source:
         return digest(repr(facts), 8)
 
     def read(self) -> Volume:
-        """Its voxels. Unusable, or an OSError, says why not."""
+        """Its voxels; what is not finite becomes 0. Unusable, or an OSError, says why not."""
         try:
-            return read_series(self.files) if self.dicom else read_volume(self.files[0])
+            volume = read_series(self.files) if self.dicom else read_volume(self.files[0])
+            if not (np.isfinite(volume.voxels.min()) and np.isfinite(volume.voxels.max())):  # NaN makes both NaN
+                np.nan_to_num(volume.voxels, copy=False, nan=0, posinf=0, neginf=0)
+            return volume
         except (Unusable, OSError):
             raise
         except Exception as e:  # readers can fail on a damaged file in many ways
@@ -489,9 +492,8 @@ class Slicer:
         row.content = content_hash(volume)
         self.claim(row)
         if cfg.strip or cfg.bias or registered:
-            from prepare import prepare
-
             from device import pick_device
+            from prepare import prepare
 
             done = prepare(
                 volume, cfg.strip, cfg.bias, cfg.register, Path(cfg.cache), row.content, pick_device(cfg.device)
@@ -696,10 +698,12 @@ def print_summary(slicer: Slicer, rows: Sequence[Row], ignored: Sequence[str]) -
                 print(f"  {example}{f' and {n - 1:,} more' * (n > 1)}: {why}")
     for sentence in ignored:
         print(f"not looked at: {sentence}")
-    kinds = Counter(m[-1].upper() for r in good if (m := SEQUENCE.findall(r.source)))
+    kinds = Counter(m[-1] for r in good if (m := SEQUENCE.findall(r.source)))
     if len(kinds) > 1:
         seen = ", ".join(f"{kind} ({n:,})" for kind, n in kinds.most_common())
-        print(f'several kinds of images are in one data set: {seen}; to take one: --match "*{max(kinds)}*"')
+        print(
+            f'several kinds of images are in one data set: {seen}; to take one: --match "*{kinds.most_common()[0][0]}*"'
+        )
 
     # scans whose patient is a guess
     hashed = re.compile(r"p[0-9a-f]{10}")
