@@ -77,10 +77,12 @@ class Source:
             if not (np.isfinite(volume.voxels.min()) and np.isfinite(volume.voxels.max())):  # NaN makes both NaN
                 np.nan_to_num(volume.voxels, copy=False, nan=0, posinf=0, neginf=0)
             return volume
-        except (Unusable, OSError):
+        except Unusable:
             raise
-        except Exception as e:  # readers can fail on a damaged file in many ways
-            raise Unusable(reason(e)) from None
+        except Exception as e:  # readers can fail on a damaged file in many ways; gzip's errors are OSErrors, too
+            if isinstance(e, OSError) and e.errno:
+                raise
+            raise Unusable(f"damaged ({reason(e)})") from None
 
 
 @dataclass

@@ -23,6 +23,7 @@ import pytest
 import torch
 from conftest import run_any
 from safetensors.torch import save_file
+from test_readers import FILES, SYNTAXES, classic, enhanced
 
 import predict
 from config import DataConfig, PredictConfig
@@ -30,8 +31,10 @@ from dataset import BadFile, carved_people, load_slices, load_splits, load_split
 from dataset import scan as scan_folder
 from modules import NoiseScheduler_Fast_DDPM, StableDiffusion, UNet, load_diffusion
 from pictures import plot_curves
+from readers import Unusable, kind_of, scan_dicom
 from utils import UserError, read_jsonl
 from vae import VAE, load_vae
+from volumes import Source
 from weights import file_hash, load_state, save_state, save_weights
 
 CPU = torch.device("cpu")
@@ -63,14 +66,14 @@ def confined() -> Iterator[None]:
     signal.signal(signal.SIGPROF, old)
 
 
-def survive(call: Callable[[], Any], case: object, counts: Counter) -> Any:
-    """What the call gives, None where it refuses in the ways it may."""
+def survive(call: Callable[[], Any], case: object, counts: Counter, most: int = 400 * 2**20) -> Any:
+    """What the call gives, None where it refuses in the ways it may; it may take `most` bytes."""
     before, result = memory("VmHWM"), None
     signal.setitimer(signal.ITIMER_PROF, 5)  # of CPU time: others may be busy, too
     try:
         result = call()
         counts["read"] += 1
-    except (UserError, BadFile) as e:
+    except (UserError, BadFile, Unusable) as e:
         sentence = str(e)
         assert sentence and "\n" not in sentence and len(sentence) < 1000, (case, sentence)
         counts["refused"] += 1
@@ -81,7 +84,7 @@ def survive(call: Callable[[], Any], case: object, counts: Counter) -> Any:
         raise AssertionError(f"case {case}: {type(e).__name__}: {e}") from e
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
-    assert memory("VmHWM") - before < 400 * 2**20, f"case {case} took {(memory('VmHWM') - before) >> 20} MiB"
+    assert memory("VmHWM") - before < most, f"case {case} took {(memory('VmHWM') - before) >> 20} MiB"
     return result
 
 
@@ -465,3 +468,42 @@ def test_damage_as_a_person_meets_it(tmp_path: Path):
         assert "Traceback" not in done.stderr and done.returncode == 2 * len(errors) <= 2, (path, done.stderr)
         codes[done.returncode] += 1
     assert codes == {0: 1, 2: 2}, codes  # a damaged manifest costs nothing but the drawing of its images
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Volumes
+
+VOLUMES = {
+    **{name: FILES[name] for name in ("nifti", "nifti-2", "gzip", "bzip2", "pair", "mgh", "mgz", "nrrd", "meta")},
+    **{f"dicom {syntax}": partial(lambda syntax, d: classic(d / "in", syntax)[3], syntax) for syntax in SYNTAXES},
+    "many frames": lambda d: enhanced(d / "a.dcm"),
+}
+
+
+def fuzz_volume(name: str, folder: Path, count: int) -> Counter:
+    """Damage one file, or the header of a pair, or one file of a series, and read it."""
+    path, counts, rng = VOLUMES[name](folder), Counter(), np.random.default_rng(len(name))
+    whole, dicom = path.read_bytes(), "dicom" in name or name == "many frames"
+    files = tuple(sorted(path.parent.iterdir())) if "dicom" in name else (path,)
+    for case in range(count):
+        path.write_bytes(mutate(whole, rng) if case else whole)
+        if dicom:
+            survive(lambda: scan_dicom(path), (name, case), Counter())
+        assert kind_of(path) is not None
+        survive(Source("a", files, dicom).read, (name, case), counts, 2**31)
+    assert counts["read"], (name, counts)
+    return counts
+
+
+@pytest.mark.filterwarnings("ignore")  # pydicom warns of every odd value
+@pytest.mark.parametrize("name", VOLUMES)
+def test_fuzzed_volumes_are_read_or_refused(name: str, tmp_path: Path, confined: None):
+    fuzz_volume(name, tmp_path, 60)
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", VOLUMES)
+def test_many_fuzzed_volumes_are_read_or_refused(name: str, tmp_path: Path, confined: None):
+    counts = fuzz_volume(name, tmp_path, 1000)
+    assert counts["refused"] > 100, counts

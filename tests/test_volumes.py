@@ -285,7 +285,7 @@ def test_what_cannot_be_used_is_said_and_the_rest_goes_on(tmp_path: Path):
     for kind in REASONS:
         make(kind, tmp_path / "in" / kind)
     write_nifti(tmp_path / "in/good.nii.gz", voxels, affine)
-    with_holes = voxels.copy()
+    with_holes = 2 * voxels  # else it would be the same volume
     with_holes[voxels == 0] = np.nan
     write_nifti(tmp_path / "in/nan.nii", with_holes[..., None], affine)
     write_dicom(tmp_path / "in/dicom", voxels, affine)
