@@ -1,26 +1,37 @@
 """Read volumes: files of any of the formats that heads come in, to voxels and where they are in the world.
 
-A file's content decides what it is, not its name. Two entrances: `read_volume` for a file, `read_series` for the files
-of a DICOM series.
+What is in a file decides, not its name. NIfTI, Analyze and FreeSurfer's MGH are a header and plain voxels, which are
+taken from the bytes here. NRRD, MetaImage and compressed DICOM need decoders written in C, which a damaged file can
+crash: they run in a child process, which is this file as a script.
 """
 
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import io
+import itertools
+import json
+import logging
+import lzma
+import os
 import re
+import signal
+import struct
+import subprocess
+import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
-MGH_HEADER = 284  # bytes
 MAX_BYTES = 2**30  # largest volume, unpacked: protects against headers and archives that claim absurd sizes
+TOO_LARGE = f"larger than {MAX_BYTES >> 20} MB"
 
 
 class Unusable(Exception):
@@ -29,11 +40,11 @@ class Unusable(Exception):
 
 @dataclass(frozen=True)
 class Volume:
-    """voxels: float32 [I, J, K]. affine: [4, 4], from voxel indices to RAS+ millimetres. note: what is uncertain."""
+    """voxels: float32 [I, J, K]. affine: [4, 4], from voxel indices to RAS+ millimetres."""
 
     voxels: np.ndarray
     affine: np.ndarray
-    note: str = ""
+    note: str = ""  # what a person should know about how it was read
 
     @property
     def sizes(self) -> np.ndarray:
@@ -46,446 +57,591 @@ def reason(e: Exception) -> str:
     return " ".join(f"{type(e).__name__}: {e}".split())[:200]
 
 
-def check_size(shape: Sequence[int]) -> None:
-    """Unusable if float32 voxels of this shape would take more than MAX_BYTES."""
-    if np.prod([int(n) for n in shape], dtype=object) * 4 > MAX_BYTES:  # as Python integers, which do not overflow
-        raise Unusable(f"larger than {MAX_BYTES >> 20} MB")
+def sentence(e: Exception) -> str:
+    """What is wrong, for a person."""
+    return str(e) if isinstance(e, Unusable) else f"damaged ({reason(e)})"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a file is
+# Which format
 
-# By their names, if the content does not tell: damaged volumes, and formats that are not read.
-BY_NAME = {
-    r"\.nii(\.gz|\.bz2)?": "nifti", r"\.hdr(\.gz)?": "analyze", r"\.img(\.gz)?": "analyze", r"\.mg[hz]": "mgh",
-    r"\.n(rrd|hdr)": "nrrd", r"\.mh[ad]": "meta", r"\.(dcm|ima)": "dicom", r"\.(head|brik(\.gz)?)": "AFNI",
-    r"\.mif(\.gz)?": "MRtrix", r"\.mnc2?(\.gz)?": "MINC", r"\.par": "PAR/REC",
-    r"\.(zip|7z|rar|t?bz2|tgz|tar(\.\w+)?|xz)": "archive",
+OPENERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}  # by the first two bytes
+ENDINGS = {
+    "nifti": ".nii", "analyze": ".hdr .img", "mgh": ".mgh .mgz", "nrrd": ".nrrd .nhdr", "meta": ".mha .mhd",
+    "dicom": ".dcm .ima .dicom", "afni": ".brik", "mrtrix": ".mif .mih", "minc": ".mnc", "par": ".par",
+    "archive": ".zip .tar .tgz .tbz .tbz2 .txz .7z .rar",
 }  # fmt: skip
-ENDINGS = [(re.compile(f".*{pattern}", re.IGNORECASE | re.DOTALL), kind) for pattern, kind in BY_NAME.items()]
+NOT_READ = {
+    "": "not a volume of any format that is known",
+    "pair": "the voxels of a pair of files: name its .hdr",
+    "archive": "an archive: unpack it",
+    "afni": "AFNI's format: convert it to NIfTI (3dAFNItoNIFTI)",
+    "mrtrix": "MRtrix's format: convert it to NIfTI (mrconvert)",
+    "minc": "MINC: convert it to NIfTI (mnc2nii)",
+    "par": "Philips PAR/REC: convert it to NIfTI (dcm2niix)",
+}
 
 
 def kind_of(path: Path) -> str:
-    """nifti, analyze, mgh, nrrd, meta or dicom; "pair" for the voxels of a pair, whose .hdr is the volume; the name of
-    another format, or archive, which are not read; "" for what is of no interest. OSError if it cannot be opened."""
-    if not path.is_file():  # opening a pipe would block
-        return ""
-    with open(path, "rb") as f:
-        raw = f.read(2048)
-    by_name = next((kind for pattern, kind in ENDINGS if pattern.fullmatch(path.name)), "")
-    return kind_of_content(unpacked_head(raw), path) or by_name
+    """The format of a file, "" if it is of no interest. PermissionError if it may not be read.
 
-
-def unpacked_head(raw: bytes) -> bytes:
-    """The beginning of a file, from its first bytes, which may be packed by gzip or bzip2."""
+    "nifti", "analyze", "mgh", "nrrd", "meta" and "dicom" can be read; the keys of NOT_READ are named so that they can
+    be reported ("pair" is the .img that belongs to a .hdr). The first KB decides. Where it says nothing, as in a
+    damaged file, the name does.
+    """
+    head = b""
     try:
-        if raw.startswith(b"\x1f\x8b"):
-            return zlib.decompressobj(31).decompress(raw, 1024)
-        if raw.startswith(b"BZh"):  # its blocks are far larger than what was read
-            return b""
-    except zlib.error:
+        if not path.is_file():  # opening a pipe would wait for ever
+            return ""
+        with open(path, "rb") as f:
+            head = f.read(1024)
+        if head[:2] == b"\x1f\x8b":
+            head = zlib.decompressobj(31).decompress(head, 1024)
+    except PermissionError:
+        raise
+    except (OSError, zlib.error):
         pass
-    return raw
-
-
-def kind_of_content(head: bytes, path: Path) -> str:
-    """The kind of a file by its first bytes; "" if they do not tell."""
-    sizes = {int.from_bytes(head[:4], order) for order in ("little", "big")}
-    if 540 in sizes and head[4:7] in (b"n+2", b"ni2"):
-        return "nifti"
-    if 348 in sizes and len(head) >= 348:
-        return "nifti" if head[344:347] in (b"n+1", b"ni1") else "analyze"
-    if re.fullmatch(r".*\.img(\.gz)?", path.name, re.IGNORECASE) and header_of(path):
-        return "pair"
-    if head[:4] == b"\0\0\0\1" and int.from_bytes(head[20:24], "big") in (0, 1, 3, 4) and any(head[4:8]):
-        return "mgh"
-    if head.startswith(b"NRRD000"):
-        return "nrrd"
-    if re.match(rb"(ObjectType|NDims|Comment|ObjectSubType)\s*=", head):
-        return "meta"
-    if head[128:132] == b"DICM" or is_bare_dicom(head):
+    ending = split_name(path)[1]
+    by_name = next((kind for kind, endings in ENDINGS.items() if ending in endings.split()), "")
+    if head[128:132] == b"DICM":
         return "dicom"
-    if head.startswith((b"PK\3\4", b"7z\xbc\xaf", b"Rar!")) or head[257:262] == b"ustar":
-        return "archive"
-    return ""
+    if head[344:348] in (b"n+1\0", b"ni1\0") or head[4:7] in (b"n+2", b"ni2"):
+        return "nifti"
+    if ending == ".img" and partner(path, ".hdr"):  # before what voxels can look like by chance
+        return "pair"
+    if head[:4] in (b"\0\0\x01\x5c", b"\x5c\x01\0\0") and len(head) >= 348 and by_name != "nifti":  # 348, its size
+        return "analyze"
+    if head[:7] == b"NRRD000":
+        return "nrrd"
+    if re.match(rb"\s*(ObjectType|NDims|Comment)\s*=", head) and b"NDims" in head:
+        return "meta"
+    if head[:4] == b"\0\0\0\1" and len(head) >= 284 and head[20:24] in [bytes([0, 0, 0, t]) for t in (0, 1, 3, 4, 10)]:
+        return "mgh"
+    return "dicom" if begins_with_elements(head) else by_name
 
 
-def is_bare_dicom(head: bytes) -> bool:
-    """Do these bytes begin like a DICOM file without preamble: with an element of group 2 or 8, of a small length?"""
-    group, element = (int.from_bytes(head[i : i + 2], "little") for i in (0, 2))
-    if group not in (2, 8) or element > 0x30 or len(head) < 16:
-        return False
-    explicit = head[4:6] in (b"UL", b"UI", b"CS", b"SH", b"LO", b"DA", b"TM", b"OB")
-    length = int.from_bytes(head[6:8] if explicit else head[4:8], "little")
-    return 0 < length <= 64 and (explicit or head[8 : 8 + length].strip(b" \0").isascii())
+def split_name(path: Path) -> tuple[str, str]:
+    """("x", ".nii") for x.nii.gz; the ending in lower case."""
+    stem, dot, ending = re.sub(r"(?i)\.(gz|bz2|xz|zst)$", "", path.name).rpartition(".")
+    return stem, (dot + ending).lower()
 
 
-def header_of(path: Path) -> Path | None:
-    """The .hdr beside an .img; None without one."""
-    stem = re.sub(r"\.img(\.gz)?$", "", path.name, flags=re.IGNORECASE)
-    return next((p for end in (".hdr", ".HDR", ".hdr.gz") if (p := path.with_name(stem + end)).exists()), None)
+def partner(path: Path, ending: str) -> Path | None:
+    """The file beside it that has the same name but for the ending, such as the .img or .img.gz of a .hdr."""
+    names = (split_name(path)[0] + e + z for e in (ending, ending.upper()) for z in ("", ".gz", ".GZ"))
+    return next((p for p in map(path.with_name, names) if p.exists()), None)
+
+
+def begins_with_elements(head: bytes) -> bool:
+    """Is it DICOM without a preamble? Then three short elements of group 2 or 8 come first, in ascending order."""
+    for order in "<>":
+        at, last, good = 0, (0, -1), 0
+        while good < 3 and len(head) >= at + 12:
+            tag, kind = struct.unpack_from(f"{order}HH", head, at), head[at + 4 : at + 6]
+            # where the length is: after the type in one of two ways, or without a type
+            skip, form, size = (8, "I", 12) if kind in (b"OB", b"UN", b"SQ", b"UT") else (6, "H", 8)
+            skip, form, size = (skip, form, size) if kind.isalpha() and kind.isupper() else (4, "I", 8)
+            (length,) = struct.unpack_from(order + form, head, at + skip)
+            if tag[0] not in (2, 8) or tag <= last or length % 2 or length > 512:
+                break
+            at, last, good = at + size + length, tag, good + 1
+        if good == 3:
+            return True
+    return False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files that are volumes
+# Files that are a volume
 
 
 def read_volume(path: Path) -> Volume:
-    """Read a file, or a pair of .hdr and .img. Unusable, or an error of the libraries, says what is wrong with it."""
-    read: dict[str, Callable[[Path], Volume]] = {
-        "nifti": read_nifti, "analyze": read_nifti, "mgh": read_mgh, "nrrd": read_with_itk, "meta": read_with_itk,
-    }  # fmt: skip
-    return read[kind_of(path)](path)
+    """Read a file that holds a volume (a pair by its .hdr). Unusable says what is wrong with it; else its OSError."""
+    kind = kind_of(path)
+    try:
+        if kind in NOT_READ:
+            raise Unusable(NOT_READ[kind])
+        if kind == "dicom":
+            return read_series([path])
+        if kind in ("nrrd", "meta"):
+            ((_, voxels, affine),) = in_child([path])
+            if isinstance(voxels, Unusable):
+                raise voxels
+            return Volume(voxels.T.astype(np.float32), checked(affine))
+        return read_plain(path, kind)
+    except Exception as e:  # a damaged file can make the libraries fail in any way
+        if isinstance(e, OSError) and e.errno:  # of the file system; gzip's own have no number
+            raise OSError(e.errno, e.strerror, str(path)) from None
+        raise Unusable(sentence(e)) from None
+
+
+def opened(path: Path) -> IO[bytes]:
+    """The file, decompressed while it is read."""
+    with open(path, "rb") as f:
+        start = f.read(2)
+    return OPENERS.get(start, open)(path, "rb")
 
 
 def unpacked(path: Path) -> bytes:
-    """The whole content of a file: only at its end does gzip compare the checksum."""
-    with open(path, "rb") as f:
-        magic = f.read(3)
-    pack: Any = gzip.open if magic.startswith(b"\x1f\x8b") else bz2.open if magic == b"BZh" else open
-    with pack(path, "rb") as f:
+    """All of a file: only at its end does gzip compare the checksum."""
+    with opened(path) as f:
         data = f.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
-        raise Unusable(f"larger than {MAX_BYTES >> 20} MB")
+    if not data or len(data) > MAX_BYTES:
+        raise Unusable(TOO_LARGE if data else "an empty file")
     return data
 
 
-def read_nifti(path: Path) -> Volume:
-    """NIfTI-1 or -2 in a file or a pair, or an Analyze pair; packed or not, whatever their names say."""
-    import nibabel
-
-    # The header, in either byte order; then which file the voxels are in.
-    data = unpacked(path)
-    if re.search(r"\.img(\.gz)?$", path.name, re.IGNORECASE) and int.from_bytes(data[:4], "little") != 348:
-        raise Unusable("its .hdr file is missing")
-    sizes = [int.from_bytes(data[:4], order) for order in ("little", "big")]
-    if not {348, 540} & {*sizes}:
-        raise Unusable("its header is damaged: it does not begin as NIfTI or Analyze do")
-    analyze = 348 in sizes and data[344:347] not in (b"n+1", b"ni1")
-    kind: Any = nibabel.AnalyzeHeader if analyze else nibabel.Nifti1Header if 348 in sizes else nibabel.Nifti2Header
-    header = kind.from_fileobj(io.BytesIO(data), check=False)
-    offset = int(header["vox_offset"])
-    if analyze or data[344:347] == b"ni1" or data[4:7] == b"ni2":
-        stem = re.sub(r"\.hdr(\.gz)?$", "", path.name, flags=re.IGNORECASE)
-        voxels = [path.with_name(stem + end) for end in (".img", ".img.gz", ".IMG")]
-        if not (image := next((p for p in voxels if p.exists()), None)):
-            raise Unusable("its .img file is missing")
-        data = unpacked(image)
-
-    # Three dimensions, grey voxels, as many bytes as it claims
-    shape = tuple(int(n) for n in header.get_data_shape())
+def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """The three sides of a volume, of the sides in a header."""
+    shape = tuple(map(int, shape))
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
     if len(shape) != 3 or min(shape) < 1:
         raise Unusable(f"{len(shape)}-D ({'x'.join(map(str, shape))}): keep one volume of three dimensions")
-    check_size(shape)
-    dtype, count = header.get_data_dtype(), int(np.prod(shape))
+    if np.prod(shape, dtype=object) * 4 > MAX_BYTES:  # of Python integers, which do not overflow
+        raise Unusable(TOO_LARGE)
+    return shape
+
+
+def read_plain(path: Path, kind: str) -> Volume:
+    """Read NIfTI, Analyze or MGH."""
+    from nibabel import AnalyzeHeader, Nifti1Header, Nifti2Header, nifti1, nifti2
+    from nibabel.freesurfer.mghformat import MGHHeader
+
+    # parse the header. {magic bytes or format: class, size, first byte where voxels can be (0: in another file)}
+    classes: dict[bytes | str, tuple[Any, int, int]] = {
+        b"n+1": (Nifti1Header, 348, 352), b"ni1": (nifti1.Nifti1PairHeader, 348, 0), "mgh": (MGHHeader, 999, 284),
+        b"n+2": (Nifti2Header, 540, 544), b"ni2": (nifti2.Nifti2PairHeader, 540, 0), "analyze": (AnalyzeHeader, 348, 0),
+    }  # fmt: skip
+    data = unpacked(path)
+    if kind == "analyze" and split_name(path)[1] == ".img":
+        raise Unusable("an .img file whose .hdr is missing: put it beside")
+    found = next((classes[key] for key in (data[344:347], data[4:7], kind) if key in classes), None)
+    if found is None or (kind == "analyze" and data[:4] not in (b"\0\0\x01\x5c", b"\x5c\x01\0\0")):
+        raise Unusable(f"not a {kind} file, gzipped or plain: it begins with {data[:8]!r}")
+    make, size, least = found
+    header = make(data[:size], check=False)
+    header.check_fix(logger=logging.Logger("quiet", logging.CRITICAL + 1))  # nibabel tells of all that it mends
+
+    # where the voxels are, and where in the world
+    affine: np.ndarray | None
+    note, slope = "", None
+    if kind == "analyze":
+        affine = analyze_affine(path, header)
+        note = "an Analyze file: left and right are as the format's convention has them"
+    elif kind == "mgh":
+        affine = header.get_affine() if any(data[28:30]) else None  # a flag says whether it has one
+    else:
+        affine = nifti_affine(header)
+        slope, intercept = header.get_slope_inter()
+    if not least:
+        if (other := partner(path, ".img")) is None:
+            raise Unusable("a .hdr file whose .img is missing: put it beside")
+        data = unpacked(other)
+    shape, dtype, offset = check_shape(header.get_data_shape()), header.get_data_dtype(), header.get_data_offset()
     if dtype.kind not in "iuf":
-        raise Unusable(f"{dtype} voxels, not grey")
-    if offset < 0 or offset + count * dtype.itemsize > len(data):
+        raise Unusable(f"{'colour' if dtype.names else dtype} voxels, not grey")
+    count, offset = int(np.prod(shape)), offset or least
+    if offset < least or offset + count * dtype.itemsize > len(data):
         raise Unusable("truncated: it is shorter than its header says")
 
-    # Voxels, and where they are
-    values = np.frombuffer(data, dtype, count, offset).reshape(shape, order="F").astype(np.float32)
-    if analyze:
-        note = "an Analyze file: left and right are as that format has them"
-        return Volume(values, analyze_affine(ord(header["orient"].tobytes()), header.get_zooms(), shape), note)
-    slope, intercept = header.get_slope_inter()
+    # Take the voxels from the bytes directly: several volumes are in memory at the same time, and libraries copy them.
+    voxels = np.frombuffer(data, dtype, count, offset).reshape(shape, order="F").astype(np.float32)
     if slope is not None and (slope, intercept) != (1.0, 0.0):
-        values *= slope
-        values += intercept or 0.0
-    return Volume(values, nifti_affine(header))
+        voxels *= slope
+        voxels += intercept
+    return Volume(voxels, checked(affine), note)
 
 
-def nifti_affine(header: Any) -> np.ndarray:
-    """sform if it can be used, else qform. Unusable if neither can."""
-    for code, get in (("sform_code", header.get_sform), ("qform_code", header.get_qform)):
-        if header[code] > 0:
-            try:
-                affine = np.asarray(get(), np.float64)
-            except Exception:  # a quaternion that is none
-                continue
-            if np.isfinite(affine).all() and 1e-6 < abs(np.linalg.det(affine[:3, :3])) < 1e9:
-                return affine
-    raise Unusable("its header has no orientation: set its sform, or convert the DICOM files again")
+def checked(affine: np.ndarray | None) -> np.ndarray:
+    """The affine, if it puts voxels of a possible size into three dimensions."""
+    if affine is not None and np.isfinite(affine).all() and np.abs(affine).max() < 1e5:
+        sizes = np.linalg.norm(affine[:3, :3], axis=0)
+        if sizes.min() > 0.01 and abs(np.linalg.det(affine[:3, :3] / sizes)) > 0.01:
+            return affine
+    raise Unusable("its header has no orientation that can be used: convert the DICOM files again, or set its sform")
 
 
-def analyze_affine(orient: int, zooms: Sequence[float], shape: Sequence[int]) -> np.ndarray:
-    """The affine that Analyze 7.5's `orient` stands for, with the middle of the volume in the origin.
-
-    Axes run to the left in all of them; 0 transverse, 1 coronal, 2 sagittal, and 3 to 5 the same with one axis flipped.
-    """
-    axes = ["LAS", "LSA", "ASL", "LPS", "LIA", "AIL"][orient if 0 <= orient < 6 else 0]
-    affine = np.eye(4)
-    for i, letter in enumerate(axes):
-        world = next(k for k, pair in enumerate(("LR", "PA", "IS")) if letter in pair)
-        affine[:3, i] = 0
-        affine[world, i] = abs(float(zooms[i])) * (1 if letter in "RAS" else -1)
-    if not 1e-6 < abs(np.linalg.det(affine[:3, :3])) < 1e9:
-        raise Unusable("its header has no sizes of voxels: convert it to NIfTI")
-    affine[:3, 3] = -affine[:3, :3] @ ((np.array(shape) - 1) / 2)
-    return affine
+def nifti_affine(header: Any) -> np.ndarray | None:
+    """The sform, or the qform where there is no sform that can be used."""
+    for get in (header.get_sform, header.get_qform):
+        with contextlib.suppress(Exception):  # Unusable, or whatever nibabel says of a bad quaternion
+            return checked(get(coded=True)[0])
+    return None
 
 
-def read_mgh(path: Path) -> Volume:
-    """FreeSurfer's .mgh and .mgz."""
+# Where i, j and k go, for each value that `orient` has in the Analyze format: transverse, coronal and sagittal, then
+# the same with j flipped. OASIS-1 is 2 as it was scanned and 0 as it was registered.
+ORIENT = ("LAS", "LSA", "ASL", "LPS", "LIA", "AIL")
+LETTERS = {"L": (-1, 0, 0), "A": (0, 1, 0), "P": (0, -1, 0), "S": (0, 0, 1), "I": (0, 0, -1)}
+
+
+def analyze_affine(path: Path, header: Any) -> np.ndarray:
+    """The affine of an Analyze header. SPM's .mat file beside it is believed, then SPM's origin, then the middle."""
     import nibabel
 
-    data = unpacked(path)
-    header = nibabel.freesurfer.mghformat.MGHHeader.from_fileobj(io.BytesIO(data), check=False)
-    shape = [int(n) for n in header["dims"]]
-    if int(header["version"]) != 1 or min(shape) < 1:
-        raise Unusable("its header is damaged")
-    if shape[3] > 1:
-        raise Unusable(f"4-D ({'x'.join(map(str, shape))}): keep one volume of three dimensions")
-    check_size(shape)
-    dtype, count = header.get_data_dtype(), int(np.prod(shape))
-    if MGH_HEADER + count * dtype.itemsize > len(data):
-        raise Unusable("truncated: it is shorter than its header says")
-    affine = np.asarray(header.get_affine(), np.float64)
-    if not header["goodRASFlag"] or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
-        raise Unusable("its header has no orientation: convert it again")
-    values = np.frombuffer(data, dtype, count, MGH_HEADER).reshape(shape[:3], order="F")
-    return Volume(values.astype(np.float32), affine)
-
-
-def read_with_itk(path: Path) -> Volume:
-    """NRRD and MetaImage, with their voxels in the same file or beside it."""
-    import SimpleITK as itk
-
-    # The header first: it may claim anything.
-    reader = itk.ImageFileReader()
-    reader.SetFileName(str(path))
-    try:
-        reader.ReadImageInformation()
-        shape = reader.GetSize()
-        if len(shape) > 3 and all(n == 1 for n in shape[3:]):
-            reader.SetExtractSize([*shape[:3], *[0] * (len(shape) - 3)])
-        elif len(shape) != 3 or reader.GetNumberOfComponents() > 1:
-            raise Unusable(f"{len(shape)}-D, {reader.GetNumberOfComponents()} values a voxel: keep one grey volume")
-        check_size(shape)
-        if kind_of(path) == "nrrd" and "NRRD_space" not in reader.GetMetaDataKeys():
-            raise Unusable("its header has no orientation (space): convert it again")
-        image = reader.Execute()
-    except RuntimeError as e:
-        raise Unusable(f"cannot be read ({str(e).strip().splitlines()[-1].strip()[:150]})") from None
-
-    # ITK's world is LPS+, and its arrays have the last axis first.
-    values = np.ascontiguousarray(itk.GetArrayFromImage(image).astype(np.float32).T)
-    affine = np.eye(4)
-    affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing())
-    affine[:3, 3] = image.GetOrigin()
-    if not np.isfinite(affine).all() or not 1e-6 < abs(np.linalg.det(affine[:3, :3])) < 1e9:
-        raise Unusable("its header has no usable orientation: convert it again")
-    return Volume(values, np.diag([-1.0, -1, 1, 1]) @ affine)
+    if partner(path, ".mat"):
+        return nibabel.Spm99AnalyzeImage.from_filename(path).affine
+    shape, sizes = np.array(header["dim"][1:4], float), np.abs(header["pixdim"][1:4].astype(float))
+    origin = np.frombuffer(header.binaryblock, header["dim"].dtype, 3, 253).astype(float)
+    if not origin.any() or (origin < -shape).any() or (origin > 2 * shape).any():
+        origin = (shape + 1) / 2
+    affine, orient = np.eye(4), header["orient"].tobytes()[0]
+    affine[:3, :3] = np.transpose([LETTERS[c] for c in ORIENT[orient if orient < 6 else 0]]) * sizes
+    affine[:3, 3] = -affine[:3, :3] @ (origin - 1)  # Matlab counts from 1
+    return affine
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # DICOM
 
+SERIES_TAGS = ["SeriesInstanceUID", "SOPInstanceUID", "SeriesNumber", "PatientID", "Modality", "SeriesDescription"]
+IMAGE_TAGS = [
+    "SOPInstanceUID", "ImageType", "NumberOfFrames", "Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation",
+    "PlanarConfiguration", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelSpacing",
+    "ImagePositionPatient", "ImageOrientationPatient", "RescaleSlope", "RescaleIntercept",
+    "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
+]  # fmt: skip
+NO_IMAGES = {"SR", "PR", "KO", "SEG", "REG", "RTSTRUCT", "RTPLAN", "RTDOSE", "DOC", "PLAN", "RWV", "FID"}  # modalities
+DICOMDIR, DEFLATED = "1.2.840.10008.1.3.10", b"1.2.840.10008.1.2.1.99"
+NO_IMAGE = "DICOM without an image"
+FOUR_D = "several images at one position: 4-D, or two scans in one series"
+
 
 @dataclass(frozen=True)
 class Found:
-    """What the header of a DICOM file says; `problem`, if it is not "", why it cannot be used."""
+    """What a DICOM file says it is part of."""
 
     path: Path
-    series: str = ""  # its UID
-    instance: str = ""  # the UID of this file
+    series: str = ""  # SeriesInstanceUID
+    instance: str = ""  # SOPInstanceUID
     number: str = ""  # of the series
     patient: str = ""
-    problem: str = ""
-
-
-def scan_dicom(path: Path) -> Found | None:
-    """Read a header without its pixels; None if it holds no image (reports, DICOMDIR, segmentations ...)."""
-    import pydicom
-
-    tags = ["SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "SeriesNumber", "PatientID", "Modality", "Rows"]
-    try:
-        header = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=[*tags])
-        meta = getattr(header, "file_meta", {})
-        if "1.2.840.10008.1.3.10" in (str(meta.get("MediaStorageSOPClassUID", "")), str(header.get("SOPClassUID", ""))):
-            return None
-        text = {tag: str(header.get(tag, "") or "") for tag in tags}
-    except Exception as e:  # a damaged file can make pydicom fail in any way
-        return Found(path, problem=f"cannot be read as DICOM ({reason(e)})")
-    if not text["SOPClassUID"] and not text["SeriesInstanceUID"]:
-        return Found(path, problem="cannot be read as DICOM: it is damaged, or something else")
-    if text["Modality"] in ("SR", "PR", "KO", "SEG", "DOC", "REG", "RTSTRUCT", "RTDOSE", "RTPLAN") or not text["Rows"]:
-        return None
-    number = re.sub(r"[^A-Za-z0-9]+", "", text["SeriesNumber"])[:20]
-    return Found(path, text["SeriesInstanceUID"], text["SOPInstanceUID"], number, text["PatientID"])
+    modality: str = ""
+    description: str = ""
+    problem: str = ""  # why it is no part of a volume
 
 
 @dataclass(frozen=True)
 class Frame:
-    """One slice: of a file of its own, or of a file of many."""
+    """One slice: a whole file, or a frame of it."""
 
-    file: Path
-    index: int  # within its file
-    position: tuple[float, ...]  # LPS+, of the centre of its first pixel
-    along: tuple[float, ...]  # directions in which columns and rows grow: six numbers
-    spacing: tuple[float, ...]  # between rows, between columns
-    shape: tuple[int, int]
+    path: Path
+    number: int  # of the frame in the file
+    packed: bool  # its pixels are compressed
+    size: tuple[int, int]  # rows, columns
+    along: np.ndarray  # directions in which columns and rows run, then the distances between rows and columns [8]
+    place: np.ndarray  # of its first pixel in DICOM's LPS+ mm [3]
     slope: float
     intercept: float
+    mirror: float | None  # MONOCHROME1, where zero is white: stored values become this number minus them
+
+    @property
+    def name(self) -> str:
+        return self.path.name if not self.number else f"frame {self.number + 1} of {self.path.name}"
 
 
-def frames_of(path: Path, header: Any) -> list[Frame]:
-    """The slices of one file. Unusable, or an error of pydicom's, if it has none with a position."""
-    if "MOSAIC" in [str(v) for v in header.get("ImageType", [])]:
+def read_dataset(path: Path, tags: list[str], pixels: bool = False) -> Any:
+    """Some elements of a DICOM file, as a pydicom Dataset."""
+    import pydicom
+
+    with io.BytesIO(unpacked(path)) if pixels else opened(path) as f:
+        head = f.read(1024)
+        f.seek(0)
+        if DEFLATED in head:  # pydicom would unpack it to whatever size
+            raise Unusable("deflated DICOM: convert it to NIfTI (dcm2niix)")
+        bare = head[128:132] != b"DICM"
+        if bare and not begins_with_elements(head):
+            raise Unusable("not a DICOM file")
+        ds = pydicom.dcmread(f, stop_before_pixels=not pixels, force=bare, specific_tags=[*tags, "PixelData"])
+    if "TransferSyntaxUID" not in ds.file_meta:
+        implicit, little = ds.original_encoding
+        syntax = "1.2.840.10008.1.2" + ("" if implicit else ".1" if little else ".2")
+        ds.file_meta.TransferSyntaxUID = pydicom.uid.UID(syntax)
+    return ds
+
+
+def scan_dicom(path: Path) -> Found | None:
+    """What a DICOM file is part of, by its header. None if it is no DICOM file at all. OSError if it cannot be read."""
+    if kind_of(path) != "dicom":
+        return None
+    try:
+        ds = read_dataset(path, [*SERIES_TAGS, "Rows", "Columns"])
+        found = Found(path, *(str(ds.get(tag) or "") for tag in SERIES_TAGS))
+        if ds.file_meta.get("MediaStorageSOPClassUID") == DICOMDIR:
+            return replace(found, problem=f"{NO_IMAGE} (a DICOMDIR)")
+        if not ds.get("Rows") or not ds.get("Columns") or found.modality in NO_IMAGES:
+            return replace(found, problem=f"{NO_IMAGE} ({found.modality or 'of no modality'})")
+        return found
+    except Exception as e:
+        if isinstance(e, OSError) and e.errno:
+            raise
+        return Found(path, problem=sentence(e))
+
+
+def frames_of(path: Path) -> tuple[str, list[Frame]]:
+    """The SOP instance UID and the slices of a DICOM file, without their pixels. Any error if it is no grey image."""
+    from pydicom import Dataset
+
+    ds = read_dataset(path, IMAGE_TAGS)
+    if not ds.get("Rows") or not ds.get("Columns"):
+        raise Unusable("DICOM, but not an image")
+    if "MOSAIC" in (ds.get("ImageType") or ()):
         raise Unusable("a mosaic of functional MRI")
-    kind = str(header.get("PhotometricInterpretation", ""))
-    if kind not in ("MONOCHROME1", "MONOCHROME2"):
-        raise Unusable(f"{kind or 'unknown'} pixels, not grey")
-    count = int(header.get("NumberOfFrames", 1) or 1)
-    shape = int(header.Rows), int(header.Columns)
-    check_size((count, *shape))
-    groups = header.get("PerFrameFunctionalGroupsSequence") or [header] * count
-    if len(groups) != count:
-        raise Unusable(f"it has {count} frames, and {len(groups)} descriptions of them")
-    shared = (header.get("SharedFunctionalGroupsSequence") or [None])[0]
+    colour = ds.get("PhotometricInterpretation")
+    if ds.get("SamplesPerPixel", 1) != 1 or colour not in ("MONOCHROME1", "MONOCHROME2"):
+        raise Unusable(f"{colour} pixels, not grey")
+    shared = (ds.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
+    each = ds.get("PerFrameFunctionalGroupsSequence") or [Dataset()]
+    if len(each) != int(ds.get("NumberOfFrames") or 1):
+        raise Unusable("many frames that do not say where they are: convert it to NIfTI (dcm2niix)")
+    size, packed = (int(ds.Rows), int(ds.Columns)), ds.file_meta.TransferSyntaxUID.is_compressed
+    check_shape([*size, len(each)])
+    mirror = (2.0 ** int(ds.BitsStored) - 1 if ds.PixelRepresentation == 0 else -1.0) if colour[-1] == "1" else None
 
-    def value(group: Any, sequence: str, name: str, default: Any = None) -> Any:
-        """From the frame's own description, the one that all share, or the file's header."""
-        for place in (group, shared):
-            if place is not None and place.get(sequence) and place.get(sequence)[0].get(name) is not None:
-                return place.get(sequence)[0].get(name)
-        return header.get(name, default)
+    def numbers(own: Any, group: str, name: str, count: int, default: float | None = None) -> np.ndarray:
+        """A value of one frame: in the frame's own group, in the group that all share, or in the whole file."""
+        for where in (*(own.get(group) or ()), *(shared.get(group) or ()), ds):
+            if (value := where.get(name)) is not None and value != "":
+                values = np.array(value, dtype=float).reshape(-1)
+                if len(values) != count or not np.isfinite(values).all():
+                    raise Unusable(f"its {name} makes no sense")
+                return values
+        if default is None:
+            raise Unusable("it does not say where it is in space")
+        return np.array([default])
 
     frames = []
-    for index, group in enumerate(groups):
-        position = value(group, "PlanePositionSequence", "ImagePositionPatient")
-        along = value(group, "PlaneOrientationSequence", "ImageOrientationPatient")
-        spacing = value(group, "PixelMeasuresSequence", "PixelSpacing")
-        if position is None or along is None or spacing is None:
-            raise Unusable("no position in space, or no size of pixels")
-        slope = value(group, "PixelValueTransformationSequence", "RescaleSlope", 1) or 1
-        intercept = value(group, "PixelValueTransformationSequence", "RescaleIntercept", 0) or 0
-        place, axes, sizes = (tuple(float(v) for v in given) for given in (position, along, spacing))
-        if [len(place), len(axes), len(sizes)] != [3, 6, 2] or not np.isfinite([*place, *axes, *sizes]).all():
-            raise Unusable("its position in space is damaged")
-        frames.append(Frame(path, index, place, axes, sizes, shape, float(slope), float(intercept)))
-    return frames
+    for k, own in enumerate(each):
+        place = numbers(own, "PlanePositionSequence", "ImagePositionPatient", 3)
+        directions = numbers(own, "PlaneOrientationSequence", "ImageOrientationPatient", 6)
+        spacing = numbers(own, "PixelMeasuresSequence", "PixelSpacing", 2)
+        slope = float(numbers(own, "PixelValueTransformationSequence", "RescaleSlope", 1, 1)[0]) or 1.0
+        intercept = float(numbers(own, "PixelValueTransformationSequence", "RescaleIntercept", 1, 0)[0])
+        along = np.concatenate([directions, spacing])
+        frames.append(Frame(path, k, packed, size, along, place, slope, intercept, mirror))
+    return str(ds.get("SOPInstanceUID") or path), frames
 
 
 def read_series(files: Sequence[Path]) -> Volume:
-    """Stack the slices of one DICOM series, of files with one slice or many, in any order.
+    """Read the DICOM files of one series, in any order. Files of one SOP instance UID and position count once.
 
-    A few files (a tenth at most) that cannot be read, or do not fit the others, are left out and named in the note, if
-    what is left is whole; otherwise Unusable names the first of them.
+    A few files that cannot be read or do not belong are left out, and named in the note, if the slices of the others
+    have no gap.
     """
-    import pydicom
-
-    # The slices of every file. Doubled files have the same UID.
+    # where the slices are
     frames: list[Frame] = []
-    wrong: list[tuple[str, str]] = []  # (file, why)
-    headers: dict[Path, Any] = {}
-    seen: set[str] = set()
+    seen: set[tuple] = set()
+    left: dict[str, str] = {}  # {what is left out: why}
     for path in files:
         try:
-            header = pydicom.dcmread(path, force=True, defer_size="1 KB")
-            if "TransferSyntaxUID" not in header.file_meta:  # without a preamble nothing says it
-                plain = pydicom.uid.ImplicitVRLittleEndian, pydicom.uid.ExplicitVRLittleEndian
-                header.file_meta.TransferSyntaxUID = plain[not header.original_encoding[0]]
-            own = frames_of(path, header)
-            uid = str(header.get("SOPInstanceUID", "")) or str(path)
-            if "PixelData" not in header:
-                raise Unusable("it has no pixels")
-        except Exception as e:  # a damaged file can make pydicom fail in any way
-            wrong.append((path.name, str(e) if isinstance(e, Unusable) else f"cannot be read ({reason(e)})"))
-            continue
-        if uid not in seen:
-            seen.add(uid)
-            frames += own
-            headers[path] = header
-    if frames:
-        # What most agree about; a few others are in the wrong place.
-        usual = Counter((f.shape, tuple(round(v, 2) for v in f.along)) for f in frames).most_common(1)[0][0]
-        fits = [(f.shape, tuple(round(v, 2) for v in f.along)) == usual for f in frames]
-        wrong += [(f.file.name, "of another size or orientation") for f, fit in zip(frames, fits) if not fit]
-        frames = [f for f, fit in zip(frames, fits) if fit]
-    if frames and sum(not fit for fit in fits) > 0.1 * len(fits):
+            instance, found = frames_of(path)
+            identity = instance, *found[0].place, *found[0].along  # some anonymizers give all files one UID
+            frames += found if identity not in seen else []
+            seen.add(identity)
+        except Exception as e:
+            if isinstance(e, OSError) and e.errno:
+                raise
+            left[path.name] = sentence(e)
+    if not frames:
+        raise Unusable(listed(left) if len(files) > 1 else next(iter(left.values()), "no files"))
+    allowed = 1 + (len(frames) + len(left)) // 10
+
+    # those of another size or orientation than most
+    size = Counter(f.size for f in frames).most_common(1)[0][0]
+    along = np.median([f.along for f in frames], axis=0)
+    odd = {f.name for f in frames if f.size != size or np.abs(f.along - along).max() > 2e-3}
+    if len(odd) > allowed:
         raise Unusable("slices of several orientations or sizes: a localizer?")
-    if not frames or len(wrong) > 0.1 * (len(frames) + len(wrong)):
-        several = f" and {len(wrong) - 1:,} more" * (len(wrong) > 1)
-        raise Unusable(f"{wrong[0][0]}{several}: {wrong[0][1]}")
-    if len(frames) < 2:
-        raise Unusable("a single slice")
-    check_size((len(frames), *frames[0].shape))
+    left |= dict.fromkeys(sorted(odd), "another size or orientation than the rest")
 
-    # The pixels; then slices by their position along the normal
-    pixels, frames = decode(frames, headers, wrong)
-    columns, rows = np.array(frames[0].along[:3]), np.array(frames[0].along[3:])
-    if abs(np.dot(columns, rows)) > 0.01 or not 0.98 < np.linalg.norm(columns) * np.linalg.norm(rows) < 1.02:
-        raise Unusable("its orientation in space is damaged")
-    place = np.array([f.position for f in frames])
-    depth = place @ np.cross(columns, rows)
-    order = np.argsort(depth, kind="stable")
-    order = without_doubles(order, depth, pixels)
-    if len(order) < 2:
-        raise Unusable("a single slice")
-    gaps = np.diff(depth[order])
-    middle = float(np.median(gaps))
-    if gaps.min() < 0.5 * middle or gaps.max() > 1.5 * middle:
-        at = depth[order][int(gaps.argmax())]
-        named = f" ({wrong[0][0]}: {wrong[0][1]})" if wrong else ""
-        raise Unusable(
-            f"slices are {gaps.min():.2f} to {gaps.max():.2f} mm apart: one is missing after {at:.1f} mm{named}"
-        )
+    # sort them by their position along the normal; `index` is where each goes, the same for those at one position
+    columns, rows = along[:3], along[3:6]  # directions in which the column index and the row index grow
+    normal = np.cross(columns, rows)
+    frames = sorted((f for f in frames if f.name not in odd), key=lambda f: float(f.place @ normal))
+    gaps = np.diff([f.place @ normal for f in frames])
+    if not (gaps > 1e-3).any():
+        raise Unusable(FOUR_D if len(frames) > 1 else "a single slice")
+    index = np.cumsum([0, *(gaps > max(1e-3, 0.1 * np.median(gaps[gaps > 1e-3])))])
+    slices = [frames[i] for i in np.unique(index, return_index=True)[1]]  # one of each position
+    check_shape([*size, len(slices)])
+    check_spacing(slices, normal, left)
 
-    # DICOM's world is LPS+, ours RAS+, so x and y change sign.
-    height, width = frames[0].spacing
-    affine = np.eye(4)
-    affine[:3, 0], affine[:3, 1] = rows * height, columns * width
-    affine[:3, 2] = (place[order[-1]] - place[order[0]]) / (len(order) - 1)
-    affine[:3, 3] = place[order[0]]
-    if not 1e-6 < abs(np.linalg.det(affine[:3, :3])) < 1e9:
-        raise Unusable("its positions in space are damaged")
-    voxels = np.ascontiguousarray(np.moveaxis(pixels[order], 0, 2))
-    note = "; ".join(f"left out {name}: {why}" for name, why in wrong[:3])
-    return Volume(voxels, np.diag([-1.0, -1, 1, 1]) @ affine, note)
-
-
-def decode(
-    frames: list[Frame], headers: dict[Path, Any], wrong: list[tuple[str, str]]
-) -> tuple[np.ndarray, list[Frame]]:
-    """(float32 [N, rows, columns], the frames that they are of). Files that cannot be decoded go into `wrong`."""
-    values = np.empty((len(frames), *frames[0].shape), np.float32)
-    kept: list[Frame] = []
-    by_file: dict[Path, list[Frame]] = {}
-    for frame in frames:
-        by_file.setdefault(frame.file, []).append(frame)
-    for path, own in by_file.items():
-        header = headers.pop(path)
-        try:
-            stored = header.pixel_array
-            stored = stored[None] if stored.ndim == 2 else stored
-            if stored.ndim != 3 or stored.shape[1:] != own[0].shape or len(stored) <= own[-1].index:
-                raise Unusable("its pixels are not as many as its header says")
-        except Exception as e:  # so can a decoder
-            wrong.append((path.name, str(e) if isinstance(e, Unusable) else f"cannot be decoded ({reason(e)})"))
-            if len(wrong) > 0.1 * len(frames):
-                raise Unusable(f"{wrong[-1][0]}: {wrong[-1][1]}") from None
+    # read the pixels; each slice can have its own slope and intercept
+    voxels, filled = np.empty((len(slices), *size), np.float32), np.zeros(len(slices), bool)
+    for i, pixels in decoded(frames):
+        f, k = frames[i], index[i]
+        if isinstance(pixels, Unusable):
+            left[f.name] = str(pixels)
+            if len(left) > allowed:
+                break
             continue
-        for frame in own:
-            values[len(kept)] = stored[frame.index]
-            if header.PhotometricInterpretation == "MONOCHROME1":  # where small is bright
-                values[len(kept)] = float(stored.max()) - values[len(kept)]
-            values[len(kept)] *= frame.slope
-            values[len(kept)] += frame.intercept
-            kept.append(frame)
-        del header.PixelData
-    return values[: len(kept)], kept
+        values = pixels if f.mirror is None else f.mirror - pixels.astype(np.float32)
+        values = (values * f.slope + f.intercept).astype(np.float32)
+        if filled[k] and not np.array_equal(voxels[k], values):
+            raise Unusable(FOUR_D)
+        voxels[k], filled[k] = values, True
+    if len(left) > allowed:
+        raise Unusable(f"too many files cannot be used: {listed(left)}")
+    if not filled.all():
+        voxels, slices = voxels[filled], [s for s, there in zip(slices, filled) if there]
+        check_spacing(slices, normal, left)
+
+    # the affine; DICOM's world is LPS+, ours RAS+, so x and y change sign
+    affine = np.eye(4)
+    affine[:3, 0], affine[:3, 1] = rows * along[6], columns * along[7]
+    affine[:3, 2] = (slices[-1].place - slices[0].place) / (len(slices) - 1)
+    affine[:3, 3] = slices[0].place
+    note = f"left out {listed(left)}" if left else ""
+    return Volume(voxels.transpose(1, 2, 0), checked(np.diag([-1.0, -1, 1, 1]) @ affine), note)
 
 
-def without_doubles(order: np.ndarray, depth: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-    """The order without slices that lie on another and are equal to it. Unusable if they differ."""
-    usual = float(np.median(np.diff(depth[order])[np.diff(depth[order]) > 1e-3] if len(order) > 1 else [1.0]))
-    kept = [order[0]]
-    for i in order[1:]:
-        if depth[i] - depth[kept[-1]] > max(1e-3, 0.1 * usual):
-            kept.append(i)
-        elif not np.array_equal(pixels[i], pixels[kept[-1]]):
-            raise Unusable("several images at one position: 4-D, or two scans in one series")
-    return np.array(kept)
+def listed(left: dict[str, str]) -> str:
+    """What was left out, by reason, with the first file of each."""
+    words = []
+    for why, n in Counter(left.values()).most_common(3):
+        first = next(name for name in left if left[name] == why)
+        words.append(f"{first}{f' and {n - 1} more' * (n > 1)} ({why})")
+    return "; ".join(words)
+
+
+def check_spacing(slices: Sequence[Frame], normal: np.ndarray, left: dict[str, str]) -> None:
+    """Unusable unless the slices, sorted, lie in one line at even distances."""
+    blame = f"; left out {listed(left)}" if left else ""
+    if len(slices) < 2:
+        raise Unusable(f"a single slice{blame}")
+    place = np.array([s.place for s in slices])
+    gaps = np.diff(place @ normal)
+    step, k = np.median(gaps), int(gaps.argmax())
+    if gaps[k] > 1.5 * step:
+        a, b = (f"{s.name} at ({', '.join(f'{v:.5g}' for v in s.place)})" for s in slices[k : k + 2])
+        raise Unusable(f"a slice is missing between {a} and {b}: {gaps[k]:.5g} mm, not {step:.5g}{blame}")
+    if gaps.min() < 0.5 * step:
+        raise Unusable(f"slices are {gaps.min():.5g} to {gaps.max():.5g} mm apart{blame}")
+    line = place[0] + np.linspace(0, 1, len(place))[:, None] * (place[-1] - place[0])
+    away = np.linalg.norm(place - line, axis=1)
+    if away.max() > max(0.5 * step, 0.1):
+        raise Unusable(f"slices do not lie in one line: {slices[away.argmax()].name} is {away.max():.5g} mm off{blame}")
+
+
+def decoded(frames: Sequence[Frame]) -> Iterator[tuple[int, np.ndarray | Unusable]]:
+    """(which frame, its pixels [rows, columns] or what is wrong with them), file by file."""
+    those: dict[Path, list[int]] = {}
+    for i, f in enumerate(frames):
+        those.setdefault(f.path, []).append(i)
+    packed = {f.path for f in frames if f.packed}
+    here = ((path, *tried(path)) for path in those if path not in packed)
+    for path, pixels, _ in itertools.chain(here, in_child([path for path in those if path in packed])):
+        for i in those[path]:
+            if isinstance(pixels, Unusable):
+                yield i, pixels
+            elif pixels.shape[1:] != frames[i].size or frames[i].number >= len(pixels):
+                yield i, Unusable("its pixels are of another size than its header says")
+            else:
+                yield i, pixels[frames[i].number]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoders, and the child process for those that can crash
+
+
+def decode(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """The voxels of a file as they are stored: the frames of DICOM, or [K, J, I] with the affine of other formats."""
+    if kind_of(path) != "dicom":
+        return decode_with_simpleitk(path)
+    from pydicom.pixels import get_decoder
+
+    ds = read_dataset(path, IMAGE_TAGS, pixels=True)
+    if "PixelData" not in ds:
+        raise Unusable("it has no pixels")
+    syntax = ds.file_meta.TransferSyntaxUID
+    if not get_decoder(syntax).is_available:
+        raise Unusable(f"{syntax.name}, for which there is no decoder here: convert it to NIfTI (dcm2niix)")
+    pixels = ds.pixel_array
+    return pixels.reshape(-1, *pixels.shape[-2:]), None
+
+
+def decode_with_simpleitk(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """NRRD and MetaImage."""
+    import SimpleITK
+
+    # ITK takes what has no orientation, or is not about a body, for upright
+    with open(path, "rb") as f:
+        head = f.read(2**16)
+    nrrd = kind_of(path) == "nrrd"
+    oriented = rb"(?mi)^space: *(left|right|LPS|LAS|RAS)" if nrrd else rb"(?m)^(TransformMatrix|Rotation|Orientation)\b"
+    if not re.search(oriented, head):
+        raise Unusable("its header has no orientation: convert the DICOM files again")
+    reader = SimpleITK.ImageFileReader()
+    reader.SetFileName(str(path))
+    reader.SetImageIO("NrrdImageIO" if nrrd else "MetaImageIO")
+    try:
+        reader.ReadImageInformation()
+        check_shape(reader.GetSize())
+        if reader.GetNumberOfComponents() != 1:
+            raise Unusable(f"{reader.GetNumberOfComponents()} values a voxel, not grey")
+        image = reader.Execute()
+    except RuntimeError as e:  # of many lines, of which the last is the cause
+        cause = str(e).strip().splitlines()[-1]
+        raise Unusable(f"damaged, or its voxels are in a file that is missing ({cause})") from None
+    while image.GetDimension() > 3:
+        image = image[..., 0]
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
+    affine[:3, 3] = image.GetOrigin()
+    return SimpleITK.GetArrayFromImage(image), np.diag([-1.0, -1, 1, 1]) @ affine  # ITK's world is LPS+
+
+
+def tried(path: Path) -> tuple[Any, np.ndarray | None]:
+    """As decode, but Unusable in place of voxels where it fails."""
+    try:
+        return decode(path)
+    except Exception as e:
+        return Unusable(sentence(e)), None
+
+
+def in_child(paths: Sequence[Path]) -> Iterator[tuple[Path, Any, np.ndarray | None]]:
+    """(path, *tried(path)) by a child process, which may crash, hang or want too much memory."""
+    left = list(paths)
+    alone = os.environ | {"OPENBLAS_NUM_THREADS": "1", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS": "1"}
+    pipes: dict[str, int] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    while left:
+        with subprocess.Popen([sys.executable, __file__], env=alone, **pipes) as child:  # type: ignore[call-overload]
+            try:
+                with contextlib.suppress(BrokenPipeError), child.stdin as f:
+                    f.write(json.dumps([str(p) for p in left]).encode())
+                while left and (line := child.stdout.readline()):
+                    told = json.loads(line)
+                    voxels: Any = np.empty(told["shape"], told["dtype"])
+                    if child.stdout.readinto(voxels.reshape(-1).view(np.uint8)) < voxels.nbytes:
+                        break
+                    affine = np.array(told["affine"]) if told["affine"] else None
+                    yield left.pop(0), Unusable(told["problem"]) if told["problem"] else voxels, affine
+                if left:
+                    yield left.pop(0), Unusable("damaged: its decoder crashed, hung or wanted too much memory"), None
+            finally:
+                child.kill()
+
+
+def serve() -> None:
+    """The child: decode the files that stdin lists. Of each, write a line of JSON to stdout, then its voxels."""
+    with contextlib.suppress(ImportError, ValueError, OSError):  # not everywhere
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (2 * MAX_BYTES, 2 * MAX_BYTES))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever the libraries print must not get in between
+    for path in map(Path, json.load(sys.stdin)):
+        if hasattr(signal, "setitimer"):  # the process is killed after so many seconds of CPU
+            signal.setitimer(signal.ITIMER_PROF, 20 + path.stat().st_size / 1e6)
+        voxels, affine = tried(path)
+        problem = str(voxels) if isinstance(voxels, Unusable) else ""
+        voxels = np.empty(0, np.uint8) if problem else np.ascontiguousarray(voxels)
+        told = {"shape": voxels.shape, "dtype": voxels.dtype.str, "affine": affine, "problem": problem}
+        out.write(json.dumps(told, default=np.ndarray.tolist).encode() + b"\n")
+        out.write(voxels.reshape(-1).view(np.uint8).data)
+        out.flush()
+
+
+if __name__ == "__main__":
+    serve()

@@ -26,7 +26,7 @@ from config import SliceConfig
 from cutting import cut, frame, plan_cut, why_not_mri
 from people import IMAGE_NUMBER, Table, known_person, plain_person
 from pictures import png_bytes
-from readers import Found, Unusable, Volume, kind_of, read_series, read_volume, reason, scan_dicom
+from readers import NO_IMAGE, NOT_READ, Found, Unusable, Volume, kind_of, read_series, read_volume, reason, scan_dicom
 from slicepage import write_page
 from utils import UserError, csv_text, is_folder_name, progress_bar, read_table
 from weights import write_atomic
@@ -72,17 +72,10 @@ class Source:
 
     def read(self) -> Volume:
         """Its voxels; what is not finite becomes 0. Unusable, or an OSError, says why not."""
-        try:
-            volume = read_series(self.files) if self.dicom else read_volume(self.files[0])
-            if not (np.isfinite(volume.voxels.min()) and np.isfinite(volume.voxels.max())):  # NaN makes both NaN
-                np.nan_to_num(volume.voxels, copy=False, nan=0, posinf=0, neginf=0)
-            return volume
-        except Unusable:
-            raise
-        except Exception as e:  # readers can fail on a damaged file in many ways; gzip's errors are OSErrors, too
-            if isinstance(e, OSError) and e.errno:
-                raise
-            raise Unusable(f"damaged ({reason(e)})") from None
+        volume = read_series(self.files) if self.dicom else read_volume(self.files[0])
+        if not (np.isfinite(volume.voxels.min()) and np.isfinite(volume.voxels.max())):  # a NaN makes both of them NaN
+            np.nan_to_num(volume.voxels, copy=False, nan=0, posinf=0, neginf=0)
+        return volume
 
 
 @dataclass
@@ -179,12 +172,7 @@ def take_inventory(root: Path, cfg: SliceConfig) -> Inventory:
             elif kind in ("nifti", "analyze", "mgh", "nrrd", "meta"):
                 found.sources.append(Source(named(path), (path,)))
             else:
-                why = (
-                    "an archive: unpack it first"
-                    if kind == "archive"
-                    else f"{kind} files are not read: convert to NIfTI"
-                )
-                found.rows.append(Row(named(path), left_out=why))
+                found.rows.append(Row(named(path), left_out=NOT_READ[kind]))
     found.ignored += Counter()  # without what was counted zero times
     one_of_freesurfer(found, cfg)
     gather_series(found, dicom, named)
@@ -211,16 +199,24 @@ def one_of_freesurfer(found: Inventory, cfg: SliceConfig) -> None:
                 found.rows.append(Row(source.name, left_out=why))
 
 
+def header_of(path: Path) -> Found:
+    """What a DICOM file says it is part of; an error of the disk is its `problem`."""
+    try:
+        return scan_dicom(path) or Found(path, problem="it changed while it was read")
+    except OSError as e:
+        return Found(path, problem=f"cannot be opened: {e.strerror}")
+
+
 def gather_series(found: Inventory, files: Sequence[Path], named: Callable[[Path], str]) -> None:
     """Make a source of each DICOM series, whose files may lie in several folders. Each file is listed once."""
     series: dict[tuple[str, str], list[Found]] = defaultdict(list)
     seen: set[tuple[tuple[str, str], str]] = set()
     damaged: dict[tuple[str, str], list[Path]] = defaultdict(list)
     with ThreadPoolExecutor() as pool, progress_bar(len(files), what="reading DICOM headers", unit=" files") as bar:
-        for path, header in zip(files, pool.map(scan_dicom, files)):
+        for path, header in zip(files, pool.map(header_of, files)):
             bar.update()
-            if header is None:
-                found.ignored["DICOM without an image"] += 1
+            if header.problem.startswith(NO_IMAGE):
+                found.ignored[NO_IMAGE] += 1
                 continue
             if header.problem:
                 damaged[named(path.parent), header.problem].append(path)

@@ -59,7 +59,9 @@ def compare(out: Path, levels: int = 5, most: int = 24) -> list[dict]:
                 if (a, k) in loaded and (b, k) in loaded:
                     x, y = outlines[a, k], outlines[b, k]
                     dice.append(2 * (x & y).sum() / max(1, x.sum() + y.sum()))
-                    box = ndimage.find_objects((x | y).astype(np.uint8))[0]  # black around a brain is alike in everybody
+                    box = ndimage.find_objects((x | y).astype(np.uint8))[
+                        0
+                    ]  # black around a brain is alike in everybody
                     both = [torch.from_numpy(loaded[s, k][box])[None, None].float() / 255 for s in (a, b)]
                     alike.append(float(ssim(*both)))
         rows.append(
