@@ -369,8 +369,10 @@ def scan_dicom(path: Path) -> Found | None:
         found = Found(path, *(str(ds.get(tag) or "") for tag in SERIES_TAGS))
         if ds.file_meta.get("MediaStorageSOPClassUID") == DICOMDIR:
             return replace(found, problem=f"{NO_IMAGE} (a DICOMDIR)")
+        if not found.modality and not ds.get("Rows"):
+            return replace(found, problem="damaged, or not an image: its header says neither size nor kind")
         if not ds.get("Rows") or not ds.get("Columns") or found.modality in NO_IMAGES:
-            return replace(found, problem=f"{NO_IMAGE} ({found.modality or 'of no modality'})")
+            return replace(found, problem=f"{NO_IMAGE} ({found.modality})")
         return found
     except Exception as e:
         if isinstance(e, OSError) and e.errno:

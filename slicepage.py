@@ -7,15 +7,12 @@ import html
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
 from pictures import import_cv2
 from weights import write_atomic
-
-if TYPE_CHECKING:
-    from volumes import Row
 
 SIDE = 160  # pixels of a picture
 MOST = 2000  # scans on the page: 10 MB
@@ -48,8 +45,11 @@ def number(text: str) -> float:
     return float(text) if text else float("nan")
 
 
-def judge(rows: Sequence[Row]) -> list[tuple[float, str]]:
-    """(how unusual, why) for each row: by the brain's volume, the similarity with the template, and the window."""
+def judge(rows: Sequence[Any]) -> list[tuple[float, str]]:
+    """(how unusual, why) for each row of volumes.csv (`Row` in volumes.py).
+
+    By the brain's volume, the similarity with the template, and the window.
+    """
     ends = [r.window.partition(" to ")[::2] for r in rows]
     width = [number(b) - number(a) for a, b in ends]
     columns = {
@@ -78,7 +78,7 @@ def thumbnail(path: Path) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode() if done else ""
 
 
-def write_page(out: Path, rows: Sequence[Row], slices: Mapping[str, Sequence[Path]], ignored: Sequence[str]) -> None:
+def write_page(out: Path, rows: Sequence[Any], slices: Mapping[str, Sequence[Path]], ignored: Sequence[str]) -> None:
     """Write OUT/slices.html. `slices`: {scan: its files}; `ignored`: sentences about what was not looked at."""
     good, bad = [r for r in rows if r.slices], [r for r in rows if not r.slices]
     judged = sorted(zip(judge(good), good), key=lambda item: (-(item[0][0] > UNUSUAL) * item[0][0], item[1].source))

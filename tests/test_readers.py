@@ -486,7 +486,7 @@ def test_what_a_dicom_file_says_of_itself(tmp_path: Path):
     edit(path, Modality="SR", Rows=None, PixelData=None)
     assert "without an image (SR)" in scan_dicom(path).problem
     edit(other, Modality="SEG")
-    assert "not an image (SEG)" in scan_dicom(other).problem
+    assert "without an image (SEG)" in scan_dicom(other).problem
     ds = pydicom.dcmread(third)
     ds.file_meta.MediaStorageSOPClassUID = readers.DICOMDIR
     ds.save_as(third)

@@ -272,7 +272,7 @@ def make(kind: str, folder: Path) -> None:
 
 
 REASONS = {
-    "torn": "end-of-stream", "flipped": "CRC", "short": "shorter than its header", "nothing": "", "text": "not a nifti file",
+    "torn": "end-of-stream", "flipped": "CRC", "short": "shorter than its header", "nothing": "", "text": "not a nifti",
     "4-D": "4-D", "empty": "empty", "flat": "neighbouring", "colour": "", "huge": "larger than",
     "lying": "orientation", "slab": "below the top of the head", "freesurfer": "", "gap": "missing",
     "localizer": "orientations", "repeated": "one position", "no dicom": "",
