@@ -301,10 +301,10 @@ def test_fuzzed_volumes_are_read_or_refused(tmp_path: Path, confined: None, name
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", WHOLE)
-def test_thousand_fuzzed_volumes(tmp_path: Path, confined: None, name: str):
-    counts = fuzz_volumes(tmp_path, name, 1000)
-    print(name, counts)
-    assert counts["read"] + counts["refused"] == 1000
+def test_many_fuzzed_volumes(tmp_path: Path, confined: None, name: str):
+    """A thousand of each format were tried once by hand, which takes minutes."""
+    counts = fuzz_volumes(tmp_path, name, 300)
+    assert counts["read"] + counts["refused"] == 300
 
 
 # ---------------------------------------------------------------------------------------------------------------------

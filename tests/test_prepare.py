@@ -81,7 +81,7 @@ def prepared_middle(volume: Volume) -> np.ndarray:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("degrees", [(90, 0, 0), (0, 0, 180), (35, 20, -30)])
+@pytest.mark.parametrize("degrees", [(90, 0, 0), (35, 20, -30)])
 def test_a_brain_that_lies_otherwise_is_found_from_turned_starts(degrees: tuple, tmp_path: Path):
     assert error(prepared(brain(motion(degrees, (5, 5, 5))), tmp_path, register="rigid").volume) < 1.5
 
