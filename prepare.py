@@ -115,8 +115,8 @@ def background(voxels: np.ndarray) -> float:
 def has_no_skull(volume: Volume) -> bool:
     """Is the skull removed already? Then half of the volume or more has one value, and the rest is as large as a brain.
 
-    Of ds002748's brains, 63 to 68 % are one value and the rest is 1,148 to 1,620 ml; of ds000011's heads, 17 to 19 % and
-    8,500 ml. A head whose air was set to 0 is still twice as large as a brain.
+    Of ds002748's brains, 63 to 68 % are one value and the rest is 1,148 to 1,620 ml; of ds000011's heads, 17 to 19 %
+    and 8,500 ml. A head whose air was set to 0 is still twice as large as a brain.
     """
     inside = volume.voxels != background(volume.voxels)
     return bool(inside.mean() < 0.6 and inside.sum() * np.prod(volume.sizes) < 2.2e6)
