@@ -30,6 +30,7 @@ VERSION = 1  # of what is remembered: raise it when a step changes
 # Correlation ratio with the template below which a registration has failed. Of brains of ds000011 and ds002748 it is
 # 0.83 to 0.90, of the same turned by 15 degrees or moved by 10 mm 0.74 at most.
 SIMILAR = 0.78
+MIDDLE = np.array([0.0, -18.0, 5.0])  # of the template's brain
 LPS = np.diag([-1.0, -1, 1, 1])  # between the RAS+ world of volumes and the LPS+ world of ITK
 ONE_AT_A_TIME = threading.Lock()  # deepbet takes 1 GB
 
@@ -76,15 +77,15 @@ def prepare(
     affine = volume.affine
     if register != "off":
         small, grid = coarse(Volume(np.where(brain, voxels, voxels[brain].min()), affine))
-        found = remembered(f"{register}{bias:d}", lambda: {"matrix": find_alignment(small, grid, register)})
-        facts["similarity"] = similarity(small, grid, np.linalg.inv(found["matrix"]))
-        facts["scale"] = float(np.cbrt(np.linalg.det(found["matrix"][:3, :3])))
+        matrix = remembered(f"affine{bias:d}", lambda: {"matrix": find_alignment(small, grid)})["matrix"]
+        facts["similarity"] = similarity(small, grid, np.linalg.inv(matrix))
+        facts["scale"] = float(np.cbrt(np.linalg.det(matrix[:3, :3])))
         if facts["similarity"] < SIMILAR:
             raise Unusable(
                 f"its brain could not be aligned with the template (similarity {facts['similarity']:.2f}, at least "
                 f"{SIMILAR} is needed): look at it, or leave out --register"
             )
-        affine = found["matrix"] @ affine
+        affine = (rigid(matrix) if register == "rigid" else matrix) @ affine
     return Prepared(Volume(voxels.astype(np.float32), affine, volume.note), facts)
 
 
@@ -225,11 +226,22 @@ def coarse(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
     return small - small.min(), volume.affine @ np.diag([*steps, 1.0])
 
 
-def find_alignment(brain: np.ndarray, affine: np.ndarray, kind: str) -> np.ndarray:
-    """The matrix [4, 4] from the world of a brain (0 outside) to the template's, RAS+ mm.
+def rigid(matrix: np.ndarray) -> np.ndarray:
+    """The rotation and shift of an affine matrix, by its polar decomposition; the template's middle stays in place.
 
-    kind: "rigid" (6 degrees of freedom) or "affine" (12). First as the header has it turned, with the middles on one
-    another; if that fails, from turned starts.
+    Fitted by itself, a rotation would suffer from the template being larger than most brains.
+    """
+    u, _, v = np.linalg.svd(matrix[:3, :3])
+    turned = np.eye(4)
+    turned[:3, :3] = u @ v
+    turned[:3, 3] = MIDDLE - turned[:3, :3] @ np.linalg.solve(matrix[:3, :3], MIDDLE - matrix[:3, 3])
+    return turned
+
+
+def find_alignment(brain: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """The matrix [4, 4], 12 degrees of freedom, from the world of a brain (0 outside) to the template's, RAS+ mm.
+
+    First as the header has it turned, with the middles on one another; if that fails, from turned starts.
     """
     fixed_voxels, fixed_affine = template()[:2]
     fixed, moving = as_itk(fixed_voxels, fixed_affine), as_itk(brain, affine)
@@ -238,7 +250,7 @@ def find_alignment(brain: np.ndarray, affine: np.ndarray, kind: str) -> np.ndarr
 
     def attempt(guess: np.ndarray, quick: bool = False) -> tuple[float, np.ndarray]:
         """(similarity, matrix from the template to the brain) after optimising from this guess."""
-        matrix = LPS @ optimised(fixed, moving, LPS @ guess @ LPS, start * [-1, -1, 1], kind, quick) @ LPS
+        matrix = LPS @ optimised(fixed, moving, LPS @ guess @ LPS, start * [-1, -1, 1], quick) @ LPS
         return similarity(brain, affine, matrix), matrix
 
     def turned(turn: np.ndarray) -> np.ndarray:
@@ -259,10 +271,10 @@ def starts() -> Iterator[np.ndarray]:
         yield Rotation.from_euler(axis, degrees, degrees=True).as_matrix()
 
 
-def optimised(fixed: Any, moving: Any, guess: np.ndarray, centre: np.ndarray, kind: str, quick: bool) -> np.ndarray:
+def optimised(fixed: Any, moving: Any, guess: np.ndarray, centre: np.ndarray, quick: bool) -> np.ndarray:
     """The matrix [4, 4] from fixed to moving world (LPS+) with the largest mutual information (Mattes et al. 2003).
 
-    First a rigid one, then, for the kind "affine", from there. quick: rigid, at 6 mm only.
+    First a rigid one, and from there an affine one. quick: rigid, at 6 mm only.
     """
     import SimpleITK as itk
 
@@ -272,7 +284,7 @@ def optimised(fixed: Any, moving: Any, guess: np.ndarray, centre: np.ndarray, ki
     initial.SetTranslation(guess[:3, 3].tolist())
     found = initial
     levels = 1 if quick else 2
-    for degrees in ("rigid", "affine")[: 1 + (kind == "affine" and not quick)]:
+    for degrees in ("rigid", "affine")[:levels]:
         step: Any = itk.Euler3DTransform() if degrees == "rigid" else itk.AffineTransform(3)
         step.SetCenter(centre.tolist())
         method = itk.ImageRegistrationMethod()
