@@ -284,8 +284,10 @@ def read_slice(path: str | Path) -> tuple[np.ndarray, bool]:
         raise BadFile(f"{image.dtype} pixels: convert to 8 bits, with one window for all slices")
     colour = image.ndim == 3
     if colour:
-        opaque = image[:, :, 3:] / 255 if image.shape[2] == 4 else 1.0  # what is transparent becomes black
-        image = cv2.cvtColor((image[:, :, :3] * opaque).round().astype(np.uint8), cv2.COLOR_BGR2GRAY)
+        alpha = image[:, :, 3] if image.shape[2] == 4 else None
+        image = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY if alpha is None else cv2.COLOR_BGRA2GRAY)
+        if alpha is not None:  # what is transparent becomes black
+            image = cv2.multiply(image, alpha, scale=1 / 255)
     if min(image.shape) < 32 or max(image.shape) > 2 * min(image.shape):
         raise BadFile(
             f"wrong size {image.shape[1]}x{image.shape[0]}: at least 32 pixels, at most twice as long as wide"

@@ -719,7 +719,7 @@ import os, sys
 from pathlib import Path
 import runlog
 from config import PretrainConfig
-os.environ["FAIL"] = sys.argv[1]
+os.environ["FAIL"], os.environ["WANDB_API_KEY"] = sys.argv[1], "of somebody"
 runlog.RunLog.PATIENCE = 0.5
 log = runlog.RunLog(Path(sys.argv[2]), PretrainConfig(wandb="online"), "vae")
 log.log(1, {"epoch": 1})
