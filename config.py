@@ -530,9 +530,8 @@ def parse(config: type[Config], argv: list[str] | None = None) -> Config:
 
     On an unknown preset or flag, or a value outside LIMITS, prints one sentence and exits with 2.
     """
-    if argv is None:
-        leave_on_ctrl_c()
     # The first word is a preset, unless it is a flag.
+    typed = argv is None
     argv = list(sys.argv[1:] if argv is None else argv)
     named = bool(argv) and not argv[0].startswith("-")
     preset = argv.pop(0) if named else "adni"
@@ -548,12 +547,14 @@ def parse(config: type[Config], argv: list[str] | None = None) -> Config:
     name = os.path.basename(sys.argv[0]) or "script"
     about = inspect.cleandoc(config.__doc__ or "")
     about += f"\n\nusage: python {name} [{'|'.join(PRESETS)}] [--flag value ...]   (no preset: adni)"
-    cfg = tyro.cli(config, default=default, args=argv, prog=f"python {name} {preset}", description=about)
-    return within_limits(cfg)
+    cfg = within_limits(tyro.cli(config, default=default, args=argv, prog=f"python {name} {preset}", description=about))
+    if typed:
+        leave_on_ctrl_c()
+    return cfg
 
 
 def leave_on_ctrl_c() -> None:
-    """Until `run_script` takes over, Ctrl-C ends the process at once, without a traceback out of torch's import."""
+    """While a script imports torch, Ctrl-C ends it at once and without a traceback; then `run_script` takes over."""
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 
@@ -606,13 +607,17 @@ def check_arguments(make: Callable, given: object) -> dict[str, Any]:
 
 def parse_dataset(argv: list[str] | None = None) -> CheckConfig | SliceConfig:
     """Read the command line of `python dataset.py check DIR` or `python dataset.py slice VOLUMES OUT`."""
-    if argv is None:
-        leave_on_ctrl_c()
+    typed = argv is None
     argv = list(sys.argv[1:] if argv is None else argv)
     kinds = {"check": CheckConfig, "slice": SliceConfig}
     if argv[:1] and argv[0] in kinds:
         kind, prog = kinds[argv[0]], f"python dataset.py {argv[0]}"
-        return within_limits(tyro.cli(kind, args=argv[1:], prog=prog, description=inspect.cleandoc(kind.__doc__ or "")))
+        cfg: Any = within_limits(
+            tyro.cli(kind, args=argv[1:], prog=prog, description=inspect.cleandoc(kind.__doc__ or ""))
+        )
+        if typed:
+            leave_on_ctrl_c()
+        return cfg
     print(
         "usage: python dataset.py check DIR          looks a data folder over\n"
         "       python dataset.py slice VOLUMES OUT  cuts volumes (NIfTI, DICOM, MGZ ...) into slices\n"

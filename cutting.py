@@ -27,13 +27,12 @@ class Plane:
 
 
 # Radiological convention: the patient's right is on the left side of the image (sagittal: the front). Front or top is
-# upwards. Both ranges of a plane show the same anatomy: the top of the template's brain is at z = 80.
+# upwards. Both ranges of a plane show about the same anatomy: the top of the template's brain is at z = 80.
 PLANES = {
     "axial": Plane(2, (0, -1), (1, -1), (44.0, 75.0), (5.0, 36.0)),
     "coronal": Plane(1, (0, -1), (2, -1), (-16.0, 15.0), (-34.0, -3.0)),
     "sagittal": Plane(0, (1, -1), (2, -1), (-16.0, 15.0), (-16.0, 15.0)),
 }
-PIXELS = 256  # along each side of a slice, unless --pixel-size says otherwise
 MNI_MIDDLE = np.array([0.0, -18.0, 5.0])  # of the template's brain: slices of registered volumes are centred there
 
 
@@ -59,6 +58,17 @@ class Head:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is in a volume
+
+
+def faces(voxels: np.ndarray) -> np.ndarray:
+    """The values on the six faces of a volume, in one row: mostly air, or what a mask left."""
+    return np.concatenate([voxels.take(end, axis).ravel() for axis in range(3) for end in (0, -1)])
+
+
+def commonest(values: np.ndarray) -> tuple[float, float]:
+    """The value that occurs most often, and its share of all."""
+    unique, counts = np.unique(values, return_counts=True)
+    return float(unique[counts.argmax()]), float(counts.max() / len(values))
 
 
 def why_not_mri(volume: Volume) -> str:
@@ -101,18 +111,17 @@ def find_head(volume: Volume, window: tuple[float, float]) -> Head:
     voxels = volume.voxels
     stride = [max(1, int(2 / s)) for s in volume.sizes]
     coarse = voxels[:: stride[0], :: stride[1], :: stride[2]]
-    faces = np.concatenate([coarse.take(end, axis).ravel() for axis in range(3) for end in (0, -1)])
-    values, counts = np.unique(faces, return_counts=True)
-    air = float(np.median(faces))
+    outer = faces(coarse)
+    masked, share = commonest(outer)
+    air = float(np.median(outer))
     bottom, peak = np.percentile(coarse, (0.2, 99.8))
     if not np.isfinite(peak) or peak <= air:
         raise Unusable("empty: nothing is brighter than its edges")
 
     # Foreground, by the kind of background
-    masked = float(values[counts.argmax()])
-    spread = 1.4826 * np.median(np.abs(faces - air))
+    spread = 1.4826 * np.median(np.abs(outer - air))
     outside: np.ndarray | None = None  # of the head, voxel by voxel, where it cannot be left as it is
-    if counts.max() > 0.3 * len(faces) and np.mean(coarse < masked) > 0.01:
+    if share > 0.3 and np.mean(coarse < masked) > 0.01:
         inside = coarse != masked
         bright = inside
         outside = voxels == masked
@@ -184,14 +193,14 @@ class Cut:
     missing: str  # which part of --range the volume does not cover, as a sentence; "" if it covers all
 
 
-def plan_cut(volume: Volume, cfg: SliceConfig, registered: bool = False) -> Cut:
+def plan_cut(volume: Volume, cfg: SliceConfig) -> Cut:
     """Find the head and decide which slices are cut.
 
     A level is in mm and grows upwards (coronal: to the front, sagittal: to the right): of registered volumes the
     coordinate of MNI152; else axial ones are counted from the top of the head, the others from its middle. Unusable if
     the volume covers less than half of the slices that are asked for.
     """
-    head, plane = find_head(volume, cfg.window), PLANES[cfg.plane]
+    head, plane, registered = find_head(volume, cfg.window), PLANES[cfg.plane], cfg.register != "off"
     across = plane.across
     side = [axis for axis in range(3) if axis != across]
     if (head.high - head.low)[side].min() < 90:
@@ -211,10 +220,8 @@ def plan_cut(volume: Volume, cfg: SliceConfig, registered: bool = False) -> Cut:
     u, v = np.meshgrid(np.linspace(-0.9, 0.9, 25), np.linspace(-0.9, 0.9, 25))
     u, v = u[u**2 + v**2 < 0.81], v[u**2 + v**2 < 0.81]
     points, half = np.empty((3, len(u))), (head.high - head.low) / 2
-    points[side[0]], points[side[1]] = (
-        head.middle[side[0]] + u * half[side[0]],
-        head.middle[side[1]] + v * half[side[1]],
-    )
+    for axis, x in zip(side, (u, v)):
+        points[axis] = head.middle[axis] + x * half[axis]
     to_voxel, shape = np.linalg.inv(volume.affine), np.array(volume.voxels.shape)[:, None]
 
     def covered(mm: float) -> bool:
@@ -233,14 +240,14 @@ def plan_cut(volume: Volume, cfg: SliceConfig, registered: bool = False) -> Cut:
     return Cut(head, positions, missing)
 
 
-def frame(cfg: SliceConfig) -> float:
-    """Side of a slice in mm. A brain without its skull needs less."""
-    return cfg.frame or (200.0 if cfg.strip else 240.0)
+def size_of_slices(cfg: SliceConfig) -> tuple[float, float, int]:
+    """(side in mm, side of a pixel in mm, pixels along each side). A brain without its skull needs less room."""
+    side = cfg.frame or (200.0 if cfg.strip else 240.0)
+    pixel = cfg.pixel_size or side / 256
+    return side, pixel, round(side / pixel)
 
 
-def cut(
-    volume: Volume, cfg: SliceConfig, what: Cut, registered: bool = False
-) -> Iterator[tuple[int, float, np.ndarray]]:
+def cut(volume: Volume, cfg: SliceConfig, what: Cut) -> Iterator[tuple[int, float, np.ndarray]]:
     """(number, level, grey uint8 [H, W]) of each planned slice that is not all black.
 
     Every slice shows the same square of mm around the head, whatever the volume's field of view is. Voxels are
@@ -252,13 +259,11 @@ def cut(
     from scipy.ndimage import map_coordinates
 
     # The middle of the frame. Slices that show the vertical have the top of the head 15 mm below their upper edge.
-    plane, head, side = PLANES[cfg.plane], what.head, frame(cfg)
-    middle = MNI_MIDDLE if registered else np.array([*head.middle[:2], head.top + 15 - side / 2])
+    plane, head, (side, pixel, count) = PLANES[cfg.plane], what.head, size_of_slices(cfg)
+    middle = MNI_MIDDLE if cfg.register != "off" else np.array([*head.middle[:2], head.top + 15 - side / 2])
 
     # World coordinates of the rows and columns
     finest = float(volume.sizes.min())
-    pixel = cfg.pixel_size or side / PIXELS
-    count = round(side / pixel)
     finer = max(1, round(pixel / finest))  # pixels per final pixel, along each side
     offsets = (np.arange(count * finer) - (count * finer - 1) / 2) * (pixel / finer)
     grid = np.empty((3, len(offsets), len(offsets)))

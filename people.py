@@ -179,7 +179,6 @@ class Table:
         column = {kind: find_column(head, kind) for kind in ("image", "session", "subject", "group")}
         if group_column:
             column["group"] = find_column(head, group_column)
-        # OASIS-1 calls its sessions ID, and has no other column for the person.
         if not (column["image"] or column["session"] or column["subject"]):
             raise UserError(
                 f"{path} has no column that says whose row it is, such as Subject or Image Data ID; it has "
@@ -195,6 +194,7 @@ class Table:
         # The rows, by each of the names that a path may hold
         self.by_image: dict[str, Entry] = {}
         self.by_name: dict[str, list[Entry]] = defaultdict(list)
+        self.groups: set[str] = set()
         for line, row in enumerate(rows, 1):
             cell = {kind: row.get(name, "") if name else "" for kind, name in column.items()}
             subject = subject_as_in_paths(cell["subject"], column["subject"])
@@ -202,6 +202,7 @@ class Table:
                 line, cell["image"].lstrip("I"), cell["session"], known_person(subject) or subject, cell["group"],
                 {name: attribute(name, row.get(found, ""), found) for name, found in named.items()},
             )  # fmt: skip
+            self.groups |= {entry.group} - {""}
             if entry.image:
                 before = self.by_image.setdefault(entry.image, entry)
                 if (before.subject, before.group) != (entry.subject, entry.group):
@@ -209,9 +210,9 @@ class Table:
                         f"{path} contradicts itself about image {entry.image}: {before.subject} {before.group} in row "
                         f"{before.line:,} below the head, {entry.subject} {entry.group} in row {line:,}"
                     )
+            # The ID of OASIS-1 is a session, OAS1_0001_MR1: it is a name, and so is the person in it.
             for name in {entry.session, subject, entry.subject} - {""}:
                 self.by_name[name].append(entry)
-        self.groups = {e.group for e in [*self.by_image.values(), *sum(self.by_name.values(), [])] if e.group}
         names = "|".join(re.escape(name) for name in sorted(self.by_name, key=len, reverse=True))
         self.any_name = re.compile(rf"(?<![A-Za-z0-9])({names})(?![A-Za-z0-9])") if names else None
 
@@ -243,12 +244,11 @@ class Table:
             shown = ", ".join(f"{e.group} in row {e.line:,}" for e in entries[:4])
             raise LookupError(f"{name} has several groups in the table ({shown}), and nothing in its path says which")
         first = next((e for e in entries if e.group), entries[0])
-        agreed = {
-            k: v for k, v in first.attributes.items() if {e.attributes[k] for e in entries if e.attributes[k]} <= {v}
-        }
-        return Entry(
-            first.line, "", "", first.subject or name, first.group, {k: agreed.get(k, "") for k in first.attributes}
-        )
+        agreed = {}
+        for key in first.attributes:
+            values = {e.attributes[key] for e in entries} - {""}
+            agreed[key] = values.pop() if len(values) == 1 else ""
+        return Entry(first.line, "", "", first.subject or name, first.group, agreed)
 
 
 def subject_as_in_paths(subject: str, column: str) -> str:

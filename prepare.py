@@ -23,6 +23,7 @@ import torch
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
+from cutting import MNI_MIDDLE, commonest, faces
 from readers import Unusable, Volume
 from weights import write_atomic
 
@@ -30,7 +31,6 @@ VERSION = 1  # of what is remembered: raise it when a step changes
 # Correlation ratio with the template below which a registration has failed. Of 69 brains of ds000011 and ds002748 it is
 # 0.81 to 0.90, of some of them turned by 15 degrees or moved by 10 mm 0.74 at most.
 SIMILAR = 0.78
-MIDDLE = np.array([0.0, -18.0, 5.0])  # of the template's brain
 LPS = np.diag([-1.0, -1, 1, 1])  # between the RAS+ world of volumes and the LPS+ world of ITK
 ONE_AT_A_TIME = threading.Lock()  # deepbet takes 1 GB
 
@@ -60,7 +60,7 @@ def prepare(
     # The brain: as it is, or found by deepbet. It is needed by every step.
     facts["already_stripped"] = has_no_skull(volume)
     if facts["already_stripped"]:
-        brain = voxels != background(voxels)
+        brain = voxels != commonest(faces(voxels))[0]
     else:
         packed = remembered("brain", lambda: {"bits": np.packbits(find_brain(volume, device))})
         brain = np.unpackbits(packed["bits"], count=voxels.size).astype(bool).reshape(voxels.shape)
@@ -106,20 +106,13 @@ def remember(path: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str,
 # The brain
 
 
-def background(voxels: np.ndarray) -> float:
-    """The value that most voxels of the faces have."""
-    faces = np.concatenate([voxels.take(end, axis).ravel() for axis in range(3) for end in (0, -1)])
-    values, counts = np.unique(faces, return_counts=True)
-    return float(values[counts.argmax()])
-
-
 def has_no_skull(volume: Volume) -> bool:
     """Is the skull removed already? Then half of the volume or more has one value, and the rest is as large as a brain.
 
     Of ds002748's brains, 63 to 68 % are one value and the rest is 1,148 to 1,620 ml; of ds000011's heads, 17 to 19 %
     and 8,500 ml. A head whose air was set to 0 is still twice as large as a brain.
     """
-    inside = volume.voxels != background(volume.voxels)
+    inside = volume.voxels != commonest(faces(volume.voxels))[0]
     return bool(inside.mean() < 0.6 and inside.sum() * np.prod(volume.sizes) < 2.2e6)
 
 
@@ -234,7 +227,7 @@ def rigid(matrix: np.ndarray) -> np.ndarray:
     u, _, v = np.linalg.svd(matrix[:3, :3])
     turned = np.eye(4)
     turned[:3, :3] = u @ v
-    turned[:3, 3] = MIDDLE - turned[:3, :3] @ np.linalg.solve(matrix[:3, :3], MIDDLE - matrix[:3, 3])
+    turned[:3, 3] = MNI_MIDDLE - turned[:3, :3] @ np.linalg.solve(matrix[:3, :3], MNI_MIDDLE - matrix[:3, 3])
     return turned
 
 

@@ -21,9 +21,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from config import SliceConfig
-from cutting import cut, frame, plan_cut, why_not_mri
+from cutting import cut, plan_cut, size_of_slices, why_not_mri
 from people import IMAGE_NUMBER, Table, known_person, plain_person
 from pictures import png_bytes
 from readers import NO_IMAGE, NOT_READ, Found, Unusable, Volume, kind_of, read_series, read_volume, reason, scan_dicom
@@ -163,8 +164,10 @@ def take_inventory(root: Path, cfg: SliceConfig) -> Inventory:
                 continue
             if kind == "" and not path.exists():
                 found.rows.append(Row(named(path), left_out="a link that leads nowhere"))
-            elif kind in ("", "pair"):
-                found.ignored[path.suffix.lower() or "without ending"] += kind != "pair"
+            elif kind == "pair":
+                continue  # its header is the volume
+            elif kind == "":
+                found.ignored[path.suffix.lower() or "without ending"] += 1
             elif not is_chosen(below, cfg):
                 found.not_chosen += 1
             elif kind == "dicom":
@@ -173,7 +176,6 @@ def take_inventory(root: Path, cfg: SliceConfig) -> Inventory:
                 found.sources.append(Source(named(path), (path,)))
             else:
                 found.rows.append(Row(named(path), left_out=NOT_READ[kind]))
-    found.ignored += Counter()  # without what was counted zero times
     one_of_freesurfer(found, cfg)
     gather_series(found, dicom, named)
     found.sources.sort(key=lambda s: s.name)
@@ -439,11 +441,16 @@ class Slicer:
             return False
         if (self.cfg.table or known_person(source.name) in self.subjects.several) and row.patient != patient:
             return False
-        # These may be the fault of the machine and not of the volume: try again.
-        if row.left_out.startswith(("OSError", "PermissionError", "TimeoutError", "MemoryError")):
-            return False
         in_place = [p for p in self.on_disk.get(row.scan, []) if p.parent.parts[-2:] == (row.split, row.label)]
         return bool(row.left_out) or len(in_place) == row.slices
+
+    def leave_out(self, rows: Sequence[Row]) -> None:
+        """Record what this command does not read. What an earlier one cut of it goes."""
+        for row in rows:
+            before = self.rows.get(row.source)
+            if before and before.slices:
+                self.remove_slices(before.scan)
+            self.rows[row.source] = row
 
     def cut_source(self, source: Source) -> None:
         """Read a source, write its slices, and record it. Runs in several threads at a time.
@@ -463,8 +470,9 @@ class Slicer:
                 raise
             row.left_out = str(e) if isinstance(e, Unusable) else reason(e)
             row.slices = 0
-            # Without a stamp, the next command tries again: an OSError may be gone by then.
-            row.stamp = "" if isinstance(e, OSError) else row.stamp
+            # Without a stamp, the next command tries again: what the machine lacked may be there by then.
+            if isinstance(e, (OSError, MemoryError, torch.OutOfMemoryError)):
+                row.stamp = ""
 
         with self.lock:
             # The same volume under a smaller name may have come while this one was worked on.
@@ -482,14 +490,13 @@ class Slicer:
 
     def cut_volume(self, source: Source, row: Row, attributes: Mapping[str, str]) -> None:
         """Write the slices of a source's volume, and fill in the rest of its row."""
-        cfg, registered = self.cfg, self.cfg.register != "off"
-        volume = source.read()
+        cfg, volume = self.cfg, source.read()
         row.note = volume.note
         if why := why_not_mri(volume):
             raise Unusable(why)
         row.content = content_hash(volume)
         self.claim(row)
-        if cfg.strip or cfg.bias or registered:
+        if cfg.strip or cfg.bias or cfg.register != "off":
             from device import pick_device
             from prepare import prepare
 
@@ -502,11 +509,11 @@ class Slicer:
             )
 
         # Cut, then write: first the patient, then remove old slices, then write the new ones.
-        what = plan_cut(volume, cfg, registered)
+        what = plan_cut(volume, cfg)
         row.window = f"{what.head.black:.4g} to {what.head.white:.4g}"
         row.note = "; ".join(filter(None, (row.note, what.missing)))
         files, known = {}, {}
-        for number, level, image in cut(volume, cfg, what, registered):
+        for number, level, image in cut(volume, cfg, what):
             name = f"{row.scan}_{number:03d}.png"
             files[name], known[name] = png_bytes(image), {"level": f"{level:g}", **attributes}
         if not files:
@@ -609,8 +616,8 @@ def slice_volumes(cfg: SliceConfig) -> None:
         raise UserError("--window needs two percentiles, the smaller one first, e.g. 0.5 99.5")
     if cfg.range and not cfg.range[0] <= cfg.range[1]:
         raise UserError("--range needs two positions in mm, the smaller one first, e.g. 44 75")
-    if (side := frame(cfg) / (cfg.pixel_size or frame(cfg) / 256)) < 32 or side > 4096:
-        raise UserError(f"slices of {side:.0f} pixels along each side: take another --frame or --pixel-size")
+    if not 32 <= (count := size_of_slices(cfg)[2]) <= 4096:
+        raise UserError(f"slices of {count} pixels along each side: take another --frame or --pixel-size")
     if not is_folder_name(cfg.class_name):
         raise UserError(f"--class-name {cfg.class_name!r} cannot be the name of a folder: choose another")
     for flag in ("groups", "group_column", "attributes"):
@@ -630,7 +637,7 @@ def slice_volumes(cfg: SliceConfig) -> None:
                     f"{root} holds no volumes{' that --match and --skip let through' * bool(found.not_chosen)}"
                 )
             left = slicer.plan(found)
-            slicer.rows |= {r.source: r for r in found.rows}
+            slicer.leave_out(found.rows)
             cut_all(slicer, left, len(found.sources))
             ignored = [f"{n:,} {kind}" for kind, n in found.ignored.most_common()]
             ignored = [f"files that are no volumes: {', '.join(ignored)}"] if ignored else []
@@ -707,7 +714,6 @@ def print_summary(slicer: Slicer, rows: Sequence[Row], ignored: Sequence[str]) -
     hashed = re.compile(r"p[0-9a-f]{10}")
     guessed = [r for r in good if not (cfg.table or known_person(r.source) or hashed.fullmatch(r.patient))]
     if guessed:
-        print(f"{len(guessed):,} scans follow no known convention of names, so file and folder name the patient (e.g.")
-        print(
-            f"{guessed[0].patient}). If one person has two, correct {out / 'subjects.csv'}, or splits will mix people."
-        )
+        print(f"{len(guessed):,} scans follow no known convention of names: the patient is taken from file and folder,")
+        print(f"e.g. {guessed[0].patient} for {guessed[0].source}. If one person has two names there, correct")
+        print(f"{out / 'subjects.csv'}, or splits will mix people.")

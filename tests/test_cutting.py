@@ -24,10 +24,9 @@ def noisy_head(affine: np.ndarray, shape: np.ndarray) -> np.ndarray:
     return np.where(voxels > 0, voxels + RNG.normal(0, 15, shape), 0).astype(np.float32)
 
 
-def images(volume: Volume, cfg: SliceConfig = CFG, registered: bool = False) -> dict[float, np.ndarray]:
+def images(volume: Volume, cfg: SliceConfig = CFG) -> dict[float, np.ndarray]:
     """{level: slice}, as float."""
-    what = plan_cut(volume, cfg, registered)
-    return {level: image.astype(float) for _, level, image in cut(volume, cfg, what, registered)}
+    return {level: image.astype(float) for _, level, image in cut(volume, cfg, plan_cut(volume, cfg))}
 
 
 def standardised(x: np.ndarray, inside: np.ndarray) -> np.ndarray:
@@ -122,12 +121,12 @@ def test_registered_volumes_are_cut_at_coordinates_of_the_template():
     """Levels are its coordinates, and its middle is the middle of the frame, wherever the head lies."""
     up = AFFINE.copy()
     up[:3, 3] += [0, -18, -5]
-    cfg = replace(CFG, range=None, spacing=31.0, frame=200.0)
-    found = images(Volume(HEAD.copy(), up), cfg, registered=True)
+    cfg = replace(CFG, range=None, spacing=31.0, frame=200.0, register="affine")
+    found = images(Volume(HEAD.copy(), up), cfg)
     assert [*found] == [*PLANES["axial"].registered]
     off = up.copy()
     off[:3, 3] += [12, 0, 0]
-    beside = images(Volume(HEAD.copy(), off), cfg, registered=True)
+    beside = images(Volume(HEAD.copy(), off), cfg)
     columns = [np.flatnonzero((x[5.0] > 60).any(0)).mean() for x in (found, beside)]
     assert columns[0] == pytest.approx(127.5, abs=2) and columns[0] - columns[1] == pytest.approx(12 / 200 * 256, abs=1)
 

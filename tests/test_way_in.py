@@ -78,6 +78,11 @@ def test_what_is_taken_of_a_folder(tmp_path: Path):
     run("dataset.py", "slice", home / "bert", tmp_path / "two", *FLAGS)
     assert patients(tmp_path / "two").keys() == {"bert/mri/T1.mgz"}
     assert all("FreeSurfer" in reason for reason in left_out(tmp_path / "two").values())
+    # One step was chosen by name before: its slices go when another step is taken.
+    run("dataset.py", "slice", home / "bert", tmp_path / "three", *FLAGS, "--match", "brain.mgz")
+    assert [p.name[:5] for p in (tmp_path / "three").rglob("*_000.png")] == ["mri-b"]
+    run("dataset.py", "slice", home / "bert", tmp_path / "three", *FLAGS)
+    assert [p.name[:6] for p in (tmp_path / "three").rglob("*_000.png")] == ["mri-T1"]
     page = (tmp_path / "out/slices.html").read_text()
     assert page.count("<li>") == 4 and "This page shows people" in page and "labels" in page
 
