@@ -1,10 +1,12 @@
 """Synthetic, T1-weighted-like axial brain slices with known anatomy, drawn from a seed: no patient, no download.
 
     python phantom.py data/phantom --people 200      # draw OUT/{train,val}/{AD,NC}/P0001_03.png and OUT/anatomy.csv
+    python phantom.py older --people 200 --given age=85    # the same people, all of them 85
     python phantom.py samples --measure              # ventricle fraction per class of any folder of brain slices
 
 The two classes only borrow their names: "AD" people have, on average, wider ventricles, wider sulci and a thinner
-cortex than "NC" people, and the classes overlap. Use them to test a pipeline, never to say anything about a disease.
+cortex than "NC" people, and the classes overlap. Older people differ from younger ones in the same three signs, and men
+have larger brains than women. Use them to test a pipeline, never to say anything about a disease.
 
 Everything is drawn in head coordinates: x right, y towards the back of the head, 1 = half the head's length.
 Sulci are curves. Every pixel's distance to the nearest curve says what it shows: fluid within the sulcus, then grey
@@ -19,15 +21,19 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from anatomy import cohens_d, ventricle_fraction
 
 CLASSES = ("AD", "NC")
-DRAWING = 2  # counted up when the same seed draws other pictures, so that no old data set is taken for a new one
+SEXES = ("F", "M")
+AGES = (55.0, 90.0)  # years
+DRAWING = 3  # counted up when the same seed draws other pictures, so that no old data set is taken for a new one
 WM, GM, CSF = 203.0, 128.0, 36.0  # grey levels of the three tissues before bias and noise
 
 # Lateral ventricle at four levels, low to high, by 11 stations front to back: y, x of the medial edge, width.
@@ -91,18 +97,23 @@ class _Person:
 
     OUTER, MEDIAL = 22, 10  # sulci per hemisphere from the outline, and from the interhemispheric fissure
 
-    def __init__(self, seed: int, index: int):
+    def __init__(self, seed: int, index: int, group: str = "", age: float | None = None, sex: str = ""):
+        """A group, age or sex that is given replaces the person's own and changes nothing but what depends on it."""
         from scipy.ndimage import gaussian_filter
 
+        # The random numbers are the same whatever is given: a person's noise, folds and shape stay.
         self.rng = rng = np.random.default_rng(np.random.SeedSequence([seed, index]))
-        self.name = CLASSES[index % 2]
-        ad = self.name == "AD"
-        # One latent severity moves all three signs; each has its own noise, so that the signs agree only in part.
-        severity = rng.normal(0.75 if ad else -0.75, 0.8)
-        self.ventricle = float(np.exp(0.05 + 0.23 * severity + rng.normal(0, 0.11)))
-        self.sulcus = float(np.clip(0.0085 + 0.0014 * severity + rng.normal(0, 0.0018), 0.004, 0.018))
-        self.cortex = float(np.clip(0.041 - 0.0013 * severity + rng.normal(0, 0.0018), 0.033, 0.05))
-        self.size = 0.365 * float(np.clip(rng.normal(1, 0.035), 0.9, 1.08))
+        self.name = group or CLASSES[index % 2]
+        own_age, own_sex = round(rng.uniform(*AGES), 1), SEXES[rng.integers(2)]
+        self.age, self.sex = own_age if age is None else age, sex or own_sex
+        # One latent severity moves all three signs, and so do the years; each sign has its own noise, so that the signs
+        # agree only in part.
+        severity = (0.75 if self.name == "AD" else -0.75) + rng.normal(0, 0.6)
+        years = self.age - sum(AGES) / 2
+        self.ventricle = float(np.exp(0.05 + 0.23 * severity + 0.015 * years + rng.normal(0, 0.11)))
+        self.sulcus = float(np.clip(0.0085 + 0.0014 * severity + 1e-4 * years + rng.normal(0, 0.0018), 0.004, 0.018))
+        self.cortex = float(np.clip(0.041 - 0.0013 * severity - 8e-5 * years + rng.normal(0, 0.0018), 0.033, 0.05))
+        self.size = 0.362 * float(np.clip(rng.normal(1.025 if self.sex == "M" else 0.975, 0.02), 0.9, 1.09))
         self.aspect = float(np.clip(rng.normal(0.80, 0.022), 0.74, 0.86))
         self.angle = np.deg2rad(np.clip(rng.normal(0, 2.5), -6, 6))
         self.shift = np.clip(rng.normal(0, 0.008, 2), -0.02, 0.02)
@@ -350,12 +361,16 @@ def _draw_slice(p: _Person, z: float, size: int) -> tuple[np.ndarray, dict]:
     return out, area | {"cortex_fraction": grey / pixels, "sulci_fraction": sulci / pixels}
 
 
-def draw_person(seed: int, index: int, slices: int = 8, size: int = 256) -> tuple[str, np.ndarray, list[dict]]:
+def draw_person(
+    seed: int, index: int, slices: int = 8, size: int = 256, levels: Sequence[float] | None = None, **given: Any
+) -> tuple[str, np.ndarray, list[dict]]:
     """Draw one synthetic person. It depends on (seed, index) alone, not on who else is drawn.
 
     Returns the class name, uint8 images [slices, size, size] from the level of the thalamus up to the roof of the
-    lateral ventricles, and one row per slice: level in [0, 1], brain_area and ventricle_area in pixels of the image,
-    and ventricle_, cortex_ and sulci_fraction of the brain area, all from the drawn shapes, not from grey values.
+    lateral ventricles, and one row per slice: level in [0, 1], age in years, sex, brain_area and ventricle_area in
+    pixels of the image, and ventricle_, cortex_ and sulci_fraction of the brain area, all from the drawn shapes, not
+    from grey values. `levels` asks for slices at these levels instead. `given` (group, age, sex) draws the same person
+    with other values: all random numbers stay, so the difference is what the value causes.
     """
     if size < 32:
         raise Unusable(f"size is {size}, too small to draw a brain; use 32 or more")
@@ -363,21 +378,42 @@ def draw_person(seed: int, index: int, slices: int = 8, size: int = 256) -> tupl
         raise Unusable(f"slices is {slices}, but a person needs at least one")
     if seed < 0:
         raise Unusable(f"seed is {seed}, but it must not be negative")
-    person = _Person(seed, index)
-    levels = np.linspace(0.06, 0.94, slices) if slices > 1 else np.array([0.5])
+    person = _Person(seed, index, **given)
+    own = np.linspace(0.06, 0.94, slices) if slices > 1 else np.array([0.5])
     images, rows = [], []
-    for i, level in enumerate(np.clip(levels + person.level, 0, 1)):
+    for i, level in enumerate(np.clip(own + person.level, 0, 1) if levels is None else levels):
         image, areas = _draw_slice(person, float(level), size)
         images.append(image)
-        rows.append({"slice": i, "level": float(level)} | areas)
+        rows.append({"slice": i, "level": float(level), "age": person.age, "sex": person.sex} | areas)
     return person.name, np.stack(images), rows
 
 
-def _draw_files(root: Path, split: str, seed: int, index: int, slices: int, size: int) -> list[dict]:
+def read_given(words: Sequence[str]) -> dict[str, Any]:
+    """["age=85", "group=AD"] -> {"age": 85.0, "group": "AD"}, for draw_person. Unusable says what is wrong."""
+    given: dict[str, Any] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if name == "age":
+            try:
+                given[name] = float(value)
+            except ValueError:
+                given[name] = float("nan")
+            if not AGES[0] <= given[name] <= AGES[1]:
+                raise Unusable(f"the age in {word!r} is no number from {AGES[0]:g} to {AGES[1]:g}")
+        elif (name, value) in [*(("group", c) for c in CLASSES), *(("sex", s) for s in SEXES)]:
+            given[name] = value
+        else:
+            raise Unusable(f"{word!r} cannot be given; take age=YEARS, sex=F, sex=M, group=AD or group=NC")
+    return given
+
+
+def _draw_files(
+    root: Path, split: str, seed: int, index: int, slices: int, size: int, given: dict[str, Any]
+) -> list[dict]:
     """Draw one person into root/split/CLASS/ and return the rows of anatomy.csv."""
     import cv2
 
-    name, images, rows = draw_person(seed, index, slices, size)
+    name, images, rows = draw_person(seed, index, slices, size, **given)
     subject = f"P{index:04d}"
     for row, image in zip(rows, images):
         row["file"] = f"{split}/{name}/{subject}_{row['slice']:02d}.png"
@@ -394,12 +430,14 @@ def make_dataset(
     seed: int = 0,
     val_fraction: float = 0.15,
     progress: bool = True,
+    given: dict[str, Any] | None = None,
 ) -> Path:
-    """Draw OUT/{train,val}/{AD,NC}/P0001_03.png, OUT/anatomy.csv and OUT/README.txt; return OUT.
+    """Draw OUT/{train,val}/{AD,NC}/P0001_03.png, OUT/anatomy.csv, attributes.csv and OUT/README.txt; return OUT.
 
-    Every person is wholly in train or wholly in val, and both classes are in both. OUT appears only when complete.
+    Every person is wholly in train or wholly in val, and both classes are in both (unless the group is `given`, as
+    draw_person takes it: then the same people are drawn with these values). OUT appears only when complete.
     """
-    out = Path(out)
+    out, given = Path(out), given or {}
     if people < 4:
         raise Unusable(f"people is {people}, but both classes need one for train and one for val; use 4 or more")
     if not 0 < val_fraction < 1:
@@ -423,7 +461,7 @@ def make_dataset(
         out.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         for split in ("train", "val"):
-            for name in CLASSES:
+            for name in [given["group"]] if "group" in given else CLASSES:
                 (work / split / name).mkdir(parents=True)
         # images, one person per task
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -431,7 +469,7 @@ def make_dataset(
         # Threads suffice: numpy and OpenCV release the interpreter lock while they draw.
         with ThreadPoolExecutor(cores) as pool, tqdm(total=people * slices, unit="img", disable=not progress) as bar:
             jobs = [
-                pool.submit(_draw_files, work, "val" if i in val else "train", seed, i, slices, size)
+                pool.submit(_draw_files, work, "val" if i in val else "train", seed, i, slices, size, given)
                 for i in range(people)
             ]
             rows = []
@@ -442,17 +480,25 @@ def make_dataset(
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-        # true areas, a note on what this is, and the final name
-        with open(work / "anatomy.csv", "w", newline="") as f:
-            table = csv.DictWriter(f, rows[0])
-            table.writeheader()
-            table.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows)
+        # true areas, what training can be conditioned on, a note on what this is, and the final name
+        texts = [{k: f"{v:.6g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows]
+        named = [{**r, "file": Path(r["file"]).name} for r in texts]
+        known = ["file", "level", "age", "sex"]
+        for table, columns, lines in (("anatomy.csv", [*rows[0]], texts), ("attributes.csv", known, named)):
+            with open(work / table, "w", newline="") as f:
+                writer = csv.DictWriter(f, columns, extrasaction="ignore")
+                writer.writeheader()
+                writer.writerows(lines)
         (work / "README.txt").write_text(
             "SYNTHETIC phantoms: procedural drawings of axial brain slices; none shows or derives from a patient.\n"
             "AD and NC name two classes of drawings that differ in ventricles, sulci and cortex; they are no medical\n"
-            "evidence. True areas of every slice (pixels, and fractions of the brain) are in anatomy.csv.\n\n"
+            "evidence. True areas of every slice (pixels, and fractions of the brain) are in anatomy.csv; level (0: the\n"
+            "thalamus, 1: the roof of the ventricles), age in years and sex are in attributes.csv, too.\n\n"
             f"Drawn by: phantom.py OUT --people {people} --slices {slices} --size {size} --seed {seed}"
-            f" --val-fraction {val_fraction}\n"
+            f" --val-fraction {val_fraction}"
+            + " --given" * bool(given)
+            + "".join(f" {k}={v:g}" if k == "age" else f" {k}={v}" for k, v in given.items())
+            + "\n"
         )
         work.chmod(0o755)  # mkdtemp made it private
         os.replace(work, out)
@@ -512,6 +558,7 @@ def main() -> None:
         size: int = 256,
         seed: int = 0,
         val_fraction: float = 0.15,
+        given: tuple[str, ...] = (),
         measure: bool = False,
     ) -> None:
         """Draw a data set of synthetic brain slices (no patients), or measure the ventricles of an existing folder.
@@ -523,12 +570,13 @@ def main() -> None:
             size: Width and height of the images in pixels.
             seed: Same seed, same people.
             val_fraction: Share of each class's people that goes to val.
+            given: Draw the same people with other values, e.g. age=85 sex=F group=AD: nothing else about them changes.
             measure: Draw nothing; print the ventricle fraction of the images in the folder, per class.
         """
         if measure:
             _measure(out)
         else:
-            make_dataset(out, people, slices, size, seed, val_fraction)
+            make_dataset(out, people, slices, size, seed, val_fraction, given=read_given(given))
             print(f"{people * slices} synthetic slices of {people} people in {out}")
 
     try:

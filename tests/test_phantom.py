@@ -70,6 +70,40 @@ def test_classes_differ_and_overlap(crowd):
     assert -2 < anatomy.cohens_d(c[ad], c[~ad]) < -0.5
 
 
+def test_age_and_sex_show(crowd):
+    _, names, _, rows = crowd
+    age, male = column(rows, "age"), column(rows, "sex") == "M"
+    assert phantom.AGES[0] <= age.min() and age.max() <= phantom.AGES[1] and 0.2 < male.mean() < 0.8
+    assert np.corrcoef(age, column(rows, "ventricle_fraction"))[0, 1] > 0.3  # found: 0.5
+    assert anatomy.cohens_d(column(rows, "brain_area")[male], column(rows, "brain_area")[~male]) > 1  # found: 1.9
+
+
+@pytest.mark.parametrize("size", [256, 64])
+def test_the_same_person_with_other_values(size):
+    for index in range(8):
+        name, image, (row,) = phantom.draw_person(4, index, 1, size)
+        own = {"group": name, "age": row["age"], "sex": row["sex"]}
+        np.testing.assert_array_equal(phantom.draw_person(4, index, 1, size, **own)[1], image)
+        areas = []
+        for age in (60, 75, 90):
+            group, aged, (r,) = phantom.draw_person(4, index, 1, size, age=age)
+            assert (group, r["age"], r["sex"], r["level"]) == (name, age, row["sex"], row["level"])
+            areas.append(r["ventricle_area"])
+            # Outside of the ventricles and sulci, next to nothing changes: the same head, folds and noise.
+            assert np.median(np.abs(aged.astype(int) - image)) <= 3
+        assert areas[0] < areas[1] < areas[2]
+        ill, well = (phantom.draw_person(4, index, 1, size, group=g)[2][0] for g in ("AD", "NC"))
+        assert ill["ventricle_fraction"] > well["ventricle_fraction"] and ill["age"] == well["age"] == row["age"]
+        men, women = (phantom.draw_person(4, index, 1, size, sex=s)[2][0] for s in ("M", "F"))
+        assert men["brain_area"] > 1.04 * women["brain_area"]
+
+
+def test_slices_at_levels_that_are_asked_for():
+    levels = [0.9, 0.25, 0.5]
+    _, images, rows = phantom.draw_person(4, 2, size=64, levels=levels)
+    assert [r["level"] for r in rows] == levels and len(images) == 3
+
+
 def test_measured_follows_true(crowd):
     size, names, images, rows = crowd
     true, measured = column(rows, "ventricle_fraction"), anatomy.ventricle_fraction(images)
@@ -144,6 +178,8 @@ def test_make_dataset(tmp_path):
     rows = list(csv.DictReader((out / "anatomy.csv").read_text().splitlines()))
     files = {p.relative_to(out).as_posix() for p in out.rglob("*.png")}
     assert {r["file"] for r in rows} == files and len(rows) == len(files) == 20
+    for known, r in zip(csv.DictReader((out / "attributes.csv").read_text().splitlines()), rows):
+        assert known == {"file": Path(r["file"]).name, **{k: r[k] for k in ("level", "age", "sex")}}
     assert "SYNTHETIC" in (out / "README.txt").read_text()
     split = {}
     for r in rows:
@@ -151,8 +187,9 @@ def test_make_dataset(tmp_path):
         i = int(r["slice"])
         assert r["file"] == f"{r['split']}/{name}/{r['subject']}_{i:02d}.png" and r["class"] == name
         np.testing.assert_array_equal(cv2.imread(str(out / r["file"]), cv2.IMREAD_UNCHANGED), images[i])
-        for key in ("brain_area", "ventricle_area", "ventricle_fraction", "cortex_fraction", "sulci_fraction"):
+        for key in ("age", "brain_area", "ventricle_area", "ventricle_fraction", "cortex_fraction", "sulci_fraction"):
             assert float(r[key]) == pytest.approx(truth[i][key], rel=1e-4)
+        assert r["sex"] == truth[i]["sex"]
         assert split.setdefault(r["subject"], r["split"]) == r["split"]
     assert {(r["split"], r["class"]) for r in rows} == {(s, c) for s in ("train", "val") for c in phantom.CLASSES}
     # The same person in a smaller data set; an empty folder may be drawn into.
@@ -211,6 +248,18 @@ def test_command_line_draws_and_measures(tmp_path):
     assert len(lines) == 2 and lines[1].split()[:2] == ["made", "5"]
 
 
+def test_the_same_people_with_other_values(tmp_path):
+    own, ill = tmp_path / "own", tmp_path / "ill"
+    for out, values in ((own, {}), (ill, phantom.read_given(["group=AD", "age=85"]))):
+        phantom.make_dataset(out, people=6, slices=2, size=64, progress=False, given=values)
+    tables = [list(csv.DictReader((f / "anatomy.csv").read_text().splitlines())) for f in (own, ill)]
+    for a, b in zip(*tables, strict=True):
+        assert all(a[k] == b[k] for k in ("split", "subject", "level", "sex"))
+        assert b["class"] == "AD" and b["age"] == "85" and (ill / b["file"]).exists()
+        assert float(b["ventricle_area"]) > float(a["ventricle_area"]) or (a["class"] == "AD" and float(a["age"]) >= 85)
+    assert "--given group=AD age=85" in (ill / "README.txt").read_text()
+
+
 def test_command_line_errors_are_one_sentence(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x.png").write_bytes(b"no image")
@@ -222,6 +271,9 @@ def test_command_line_errors_are_one_sentence(tmp_path):
         ("full", "--measure"),
         ("empty", "--measure"),
         ("none", "--measure"),
+        ("a", "--given", "age=120"),
+        ("a", "--given", "age=old"),
+        ("a", "--given", "weight=70"),
     ]
     if os.geteuid() != 0:
         (tmp_path / "locked").mkdir(mode=0o500)
