@@ -31,11 +31,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from conditions import GROUP, draw_rows, place_of
+from dataset import phantom_drawing
 from device import pick_device
 from metrics import CopyDetector
 from modules import sample_steps, start_noise
-from pictures import denoising_strip, png_bytes, to_uint8
-from sampling import copy_detector, load_run, plan_sampling
+from pictures import denoising_strip, difference_map, png_bytes, to_uint8
+from sampling import class_names, copy_detector, load_run, plan_sampling
 from utils import UserError, csv_text, evenly_spaced, run_script
 from weights import file_hash
 
@@ -85,13 +87,15 @@ class Run:
         self.model, self.vae, self.meta, file = load_run(folder, cfg.weights, self.device, cfg.precision)
         self.checkpoint, self.classes = file_hash(file), self.meta["classes"]
         # What the page lets a visitor choose: a class, and steps and sampler if the weights know every timestep.
-        self.conditional = self.model.num_classes > 1
+        self.group = place_of(self.model.attributes, GROUP)
+        self.conditional = self.group is not None
         self.free = self.model.scheduler.config["grid"] == "full"  # any number of steps, either solver
         self.default_steps = len(self.model.scheduler.fast_timesteps)
-        self.phantom = self.meta.get("config", {}).get("data") == "phantom"
+        trained_on = str(self.meta.get("config", {}).get("data"))
+        self.phantom = bool(phantom_drawing(trained_on))
         self.detector: CopyDetector | None = None
         self.training: Tensor | None = None
-        self.data = "phantom" if self.phantom else cfg.data
+        self.data = trained_on if self.phantom else cfg.data
         self.why_none = "The run's data is not known (--data), so nothing is compared with the training slices."
         if self.data:
             self.why_none = "Still reading the training slices; generate again in a moment to compare with them."
@@ -116,11 +120,12 @@ class Run:
         return start_noise(seed, indices, self.vae.latent_shape)
 
     def steps(
-        self, x: Tensor, noise: list[torch.Generator], y: list[int], how: dict, guidance: float = 1.0,
-        from_class: int | None = None,
+        self, x: Tensor, noise: list[torch.Generator], y: Tensor, how: dict, guidance: float = 1.0,
+        away_from: Tensor | None = None,
     ) -> Iterator[tuple[int, Tensor, Tensor]]:  # fmt: skip
-        """(t, x_t, x0) after every step from this x_T, as `sample_steps` yields them."""
-        denoise = self.model.denoiser(torch.tensor(y, device=self.device), guidance, from_class)
+        """(t, x_t, x0) after every step from this x_T under conditions y [B, A], as `sample_steps` yields them."""
+        away_from = None if away_from is None else away_from.to(self.device)
+        denoise = self.model.denoiser(y.to(self.device), guidance, away_from)
         return sample_steps(denoise, x.to(self.device), self.model.scheduler, generator=noise, **how)
 
     @torch.no_grad()
@@ -186,12 +191,14 @@ class Studio:
         guidance = self.number(guidance, "Guidance", 0, 10, float) if run.conditional else 1.0
         return run, run.how(steps, solver), guidance
 
-    def label(self, run: Run, class_name: str | None) -> int:
-        if not run.conditional:
-            return 0
-        if class_name not in run.classes:
-            raise UserError(f"Class must be one of {', '.join(run.classes)}")
-        return run.classes.index(class_name)
+    def conditions(self, run: Run, class_name: str | None, seed: int, count: int = 1) -> Tensor:
+        """Conditions [count, A] of images of this seed: the class as asked, the others drawn."""
+        rows = draw_rows(run.model.attributes, {}, seed, range(count))
+        if run.group is not None:
+            if class_name not in run.classes:
+                raise UserError(f"Class must be one of {', '.join(run.classes)}")
+            rows[:, run.group] = run.classes.index(class_name)
+        return rows
 
     def generate(
         self, name: str, class_name: str, count: Any, seed: Any, steps: Any, solver: str, guidance: Any
@@ -201,7 +208,7 @@ class Studio:
         run, how, guidance = self.asked(name, steps, solver, guidance)
         count = self.number(count, "Images", 1, self.cfg.max_images)
         seed = self.number(seed, "Seed", 0, MAX_SEED)
-        y = [self.label(run, class_name)] * count
+        y = self.conditions(run, class_name, seed, count)
         seen: list[tuple[Tensor, Tensor]] = []
         start, total = time.time(), len(how["timesteps"])
 
@@ -217,7 +224,7 @@ class Studio:
         seconds = time.time() - start
 
         # The gallery: each image, and beside it the training slice nearest to it.
-        kind, gallery = run.classes[y[0]], []
+        kind, gallery = class_names(run.model.attributes, y, run.classes)[0], []
         rows = [[f"s{seed}i{k:05d}_0.png", kind, seed, k] for k in range(count)]
         words = f"{count} image{'s' * (count > 1)} in {seconds:.1f} s ({total} steps of {how['solver']})."
         detector = run.detector  # read once: it may be set meanwhile
@@ -263,7 +270,7 @@ class Studio:
         a, b = (self.number(s, "Seed", 0, MAX_SEED) for s in (seed_a, seed_b))
         place = self.number(place, "Place", 0, 1, float)
         (x_a, noise), (x_b, _) = run.noise(a, [0]), run.noise(b, [0])
-        image = run.generate(slerp(x_a, x_b, place), noise, [self.label(run, class_name)], how, guidance)[0]
+        image = run.generate(slerp(x_a, x_b, place), noise, self.conditions(run, class_name, a), how, guidance)[0]
         return image, f"{1 - place:.0%} of seed {a}, {place:.0%} of seed {b}"
 
     def between_classes(
@@ -273,13 +280,13 @@ class Studio:
         run, how, _ = self.asked(name, steps, solver, 1.0)
         if not run.conditional:
             raise UserError(f"the run {name} knows one class only: choose one with classes")
-        y0, y1 = self.label(run, start), self.label(run, end)
         seed, place = self.number(seed, "Seed", 0, MAX_SEED), self.number(place, "Place", 0, 2, float)
+        y0, y1 = self.conditions(run, start, seed), self.conditions(run, end, seed)
         # The same noise twice: guided all to the first class (w = 0), and on the way to the second.
         images = []
         for w in (0.0, place):
             x, noise = run.noise(seed, [0])
-            images.append(run.generate(x, noise, [y1], how, w, from_class=y0)[0])
+            images.append(run.generate(x, noise, y1, how, w, away_from=y0)[0])
         change = images[1].astype(int) - images[0]
         words = f"{place:.0%} of the way from {start} to {end}; largest change {np.abs(change).max()} of 255"
         return images[0], images[1], difference_map(change), words
@@ -302,13 +309,6 @@ def slerp(a: Tensor, b: Tensor, place: float) -> Tensor:
     if angle < 1e-4:
         return a
     return (torch.sin((1 - place) * angle) * a + torch.sin(place * angle) * b) / torch.sin(angle)
-
-
-def difference_map(change: np.ndarray) -> np.ndarray:
-    """int [H, W] in [-255, 255] -> RGB: darker is blue, brighter is orange, no change is white."""
-    amount = np.clip(np.abs(change) / 100, 0, 1)[..., None]
-    colour = np.where(change[..., None] > 0, [217, 95, 2], [33, 102, 172])
-    return (255 - amount * (255 - colour)).astype(np.uint8)
 
 
 def answered(f: Callable) -> Callable:

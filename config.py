@@ -29,8 +29,9 @@ class SourceConfig:
     """Where the data is; shared by every script that reads data."""
 
     data: str = field(default_factory=lambda: os.environ.get("ADNI_ROOT", "data"))
-    """Folder with train/CLASS/*.png (and val/ or test/), or a word: `phantom` draws synthetic slices, `rangpur` is the
-    course's copy of ADNI. Default: the environment variable ADNI_ROOT, else `data`."""
+    """Folder with train/CLASS/*.png (and val/ or test/), or a word: `phantom` draws synthetic slices of 200 people,
+    `phantom-1000` of a thousand; `rangpur` is the course's copy of ADNI. Default: the environment variable ADNI_ROOT,
+    else `data`."""
     cache: str = "cache"
     """Folder for decoded slices: images are decoded once, not every epoch."""
     seed: int = 0
@@ -165,10 +166,15 @@ class TrainConfig(SourceConfig, StepsConfig):
     """Dropout inside the residual blocks."""
     norm_group: int = 24
     """Fewest channels in a group of GroupNorm. With narrow groups GroupNorm takes a CPU half of a training step."""
+    condition: tuple[str, ...] = ("group",)
+    """What images are conditioned on: group (the class folder; left out if there is one class only), level (of
+    attributes.csv, else the number at the end of a slice's name) and columns of attributes.csv beside train/, such as
+    age and sex."""
     unconditional: bool = False
-    """Ignore the classes, as if there were only one."""
+    """Take no conditions at all."""
     class_dropout: float = 0.1
-    """Share of labels that are hidden in training, which makes classifier-free guidance possible."""
+    """Share of images whose conditions are hidden in training, which makes classifier-free guidance possible. Of
+    several conditions each is also hidden by itself, in the same share of images, so that each may be unknown."""
     grid: Grid = "logsnr"
     """Timesteps that are trained on and later sampled on. full: all 1000."""
     num_steps: int = 10
@@ -229,6 +235,12 @@ class PredictConfig(SourceConfig, MachineConfig):
     """How many images."""
     class_name: tuple[str, ...] = ()
     """Classes to generate, by the names of their folders; they take turns. Default: all."""
+    set: tuple[str, ...] = ()
+    """What the images are to show, of the attributes that the run was conditioned on: age=75 sex=F level=12. What is
+    not set is drawn for each image as it was distributed in training; age=unknown leaves it to the network."""
+    sweep: str = ""
+    """One image through the values of an attribute, all else held: age=55:90:5, level=-20:40:2, or sex. Writes a
+    strip, a GIF and maps of differences instead of --num-images images."""
     seed: int = 0
     """Image k depends on (seed, k) alone, whatever the batch size."""
     out: str = "out"
@@ -511,7 +523,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "adversarial": (0, 100), "adversarial_start": (0, 1),
     "norm_group": (1, 10**4), "patch": (1, 64), "micro_batch": (1, 10**6), "shards": (1, 10**6), "shard": (0, 10**6),
     "channels": (1, 2**14), "downsample": (1, 1024), "attention": (0, 4096), "in_channels": (1, 1024),
-    "resolution": (1, 4096), "num_classes": (0, 10**5), "num_train_timesteps": (2, 10**4), "beta_start": (1e-9, 0.5),
+    "resolution": (1, 4096), "conditions": (0, 10**5), "num_train_timesteps": (2, 10**4), "beta_start": (1e-9, 0.5),
     "beta_end": (1e-9, 0.5),
     "teacher_steps": (1, 999), "trajectories": (16, 10**8), "perplexity": (1, 10**6), "max_slices": (10, 10**9),
     "count": (10, 10**6), "resamples": (10, 10**5),
@@ -596,7 +608,9 @@ def check_arguments(make: Callable, given: object) -> dict[str, Any]:
             raise ValueError(f"{name[:40]!r} is no setting of this version")
         kind = known[name].annotation
         fits = isinstance(value, KINDS[kind]) and (kind == "bool" or not isinstance(value, bool))
-        if not fits or (kind == "Sequence[int]" and not (value and all(type(v) is int for v in value))):
+        if kind == "Sequence[int]" and fits:
+            fits = all(type(v) is int for v in value) and (value != [] or known[name].default == ())
+        if not fits:
             raise ValueError(f"{name} is {repr(value)[:40]}, which is not of type {kind}")
         if wrong := outside_limits(name, value):
             raise ValueError(f"{name} {wrong}")

@@ -14,7 +14,7 @@ import re
 import sys
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from conditions import GROUP, Attribute, encode_rows
 from device import gather_batches
 from people import known_person
 from pictures import MAX_PIXELS, import_cv2
@@ -58,15 +59,19 @@ class ADNIDataset(torch.utils.data.Dataset):
 
     Item i is (float32 [1, S, S] in [-1, 1], class index). `batch` returns many at once, on a device.
     Attributes: `images` uint8 [N, S, S]; `labels` int64 [N], indices into `classes`; `people` and `files`, one string
-    per slice.
+    per slice; `known`, {name: value in words} for each slice, from attributes.csv.
     """
 
-    def __init__(self, slices: Sequence[Slice], images: Tensor, rows: Sequence[int], classes: Sequence[str]):
-        """images: uint8 of all splits; rows: which of them are these slices."""
+    def __init__(
+        self, slices: Sequence[Slice], images: Tensor, rows: Sequence[int], classes: Sequence[str],
+        known: Sequence[Mapping[str, str]] | None = None,
+    ):  # fmt: skip
+        """images: uint8 of all splits; rows: which of them are these slices; known: of all slices, as for `images`."""
         self.classes = list(classes)
         self.people = [s.person for s in slices]
         self.files = [s.path for s in slices]
         self.labels = torch.tensor([self.classes.index(s.label) for s in slices], dtype=torch.int64)
+        self.known = [{} if known is None else known[i] for i in rows]
         # Consecutive rows stay a view of the memory-mapped file; others must be copied into memory.
         contiguous = list(rows) == list(range(rows[0], rows[0] + len(rows))) if rows else False
         self.images = images[rows[0] : rows[0] + len(rows)] if contiguous else images[list(rows)]
@@ -92,6 +97,24 @@ class ADNIDataset(torch.utils.data.Dataset):
         """Slices by index, int64 [B] -> float32 [B, 1, S, S] in [-1, 1] on the device."""
         return to_float(self.images[index.to(self.images.device)].to(device))
 
+    def column(self, name: str) -> list[str]:
+        """What is known about each slice under this name, in words; "" where nothing is.
+
+        "group" is the class folder; if there is one only, a column of attributes.csv can take its place. "level" is the
+        number at the end of the file's name where attributes.csv does not say it.
+        """
+        if name == GROUP and len(self.classes) > 1:
+            return [self.classes[y] for y in self.labels.tolist()]
+        texts = [known.get(name, "") for known in self.known]
+        if not any(texts) and name == "level":
+            found = (re.search(r"(\d+)\.\w+$", file) for file in self.files)
+            texts = [match[1] if match else "" for match in found]
+        return texts
+
+    def conditions(self, attributes: Sequence[Attribute]) -> Tensor:
+        """What a network that knows these attributes takes for each slice, float32 [N, A]."""
+        return encode_rows(attributes, {a.name: self.column(a.name) for a in attributes}, len(self))
+
     def summary(self) -> str:
         """For example "1,600 slices of 50 people (NC 1,600)". Weights store it, to recognise their data."""
         counts = Counter(self.labels.tolist())
@@ -109,23 +132,25 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def find_root(data: str, cache: str, image_size: int) -> Path:
-    """The data folder that --data means: a path, `rangpur`, or `phantom`. UserError if there is no such folder.
+    """The data folder that --data means: a path, `rangpur`, `phantom` or `phantom-PEOPLE`. UserError if there is none.
 
-    `phantom` draws the synthetic data set into CACHE/phantoms-<size>/ on first use and prints a line about it.
+    `phantom` draws the synthetic data set into CACHE/phantoms-<size>/ on first use and prints a line about it;
+    `phantom-1000` draws a thousand people.
     """
-    if data == "phantom":
+    if phantom_drawing(data):
         import filelock
 
         import phantom
 
-        root = Path(cache) / f"phantoms-v{phantom.DRAWING}-{image_size}"
+        _, dash, people = data.partition("-")
+        root = Path(cache) / f"phantoms-v{phantom.DRAWING}-{image_size}{dash}{people}"
         root.parent.mkdir(parents=True, exist_ok=True)
         # Of several processes that start together, one draws and the others wait.
         with filelock.FileLock(f"{root}.lock"):
             if not root.exists():
                 print(f"drawing synthetic slices (phantoms) into {root}")
                 try:
-                    phantom.make_dataset(root, size=image_size)
+                    phantom.make_dataset(root, int(people or 200), size=image_size)
                 except phantom.Unusable as e:
                     raise UserError(str(e)) from None
         return root
@@ -196,6 +221,37 @@ def scan(root: Path, subject_regex: str) -> list[Slice]:
 def read_patients(path: Path) -> dict[str, str]:
     """{scan: patient} from ROOT/subjects.csv, which says which scans belong to one patient. Empty without that file."""
     return {r["scan"]: r["patient"] for r in read_table(path, "scan", "patient")} if path.exists() else {}
+
+
+KEYS = ("file", "scan", "patient", "subject", "person", "participant_id")  # what a row of attributes.csv can be about
+
+
+def read_attributes(root: Path, slices: Sequence[Slice]) -> list[dict[str, str]] | None:
+    """{name: value} of each slice from ROOT/attributes.csv; None without that file. Names are in lower case.
+
+    A row is about a file, a scan (the file's name up to its last `_`) or a person, by the first of its columns KEYS.
+    UserError if it has none of them, if two rows contradict each other, or if no row is about any slice.
+    """
+    path = root / "attributes.csv"
+    if not path.exists():
+        return None
+    rows = [{str(k).strip().lower(): (v or "").strip() for k, v in row.items()} for row in read_table(path)]
+    key = next((k for k in KEYS if rows and k in rows[0]), None)
+    if key is None:
+        raise UserError(f"{path} needs a column that says what a row is about: {', '.join(KEYS)}")
+    table: dict[str, dict[str, str]] = {}
+    for row in rows:
+        about = row.pop(key)
+        if about and table.setdefault(about, row) != row:
+            raise UserError(f"{path} has two rows about {about} that contradict each other: remove one")
+    found = []
+    for s in slices:
+        name = s.path.rpartition("/")[2]
+        scan = os.path.splitext(name)[0].rpartition("_")[0]
+        found.append(next((table[k] for k in (name, s.path, scan, s.person) if k in table), {}))
+    if not any(found):
+        raise UserError(f"{path} has no row about any slice in {root}: its column {key} names others")
+    return found
 
 
 def find_overlap(slices: Sequence[Slice]) -> dict[str, tuple[Slice, Slice]]:
@@ -454,6 +510,8 @@ def load_splits(cfg: DataConfig, image_size: int) -> tuple[dict[str, ADNIDataset
             "into one split"
         )
 
+    known = read_attributes(root, slices)
+
     # decode, and stop at bad files
     images, notes = load_slices(root, slices, image_size, Path(cfg.cache))
     if notes["bad"] and not cfg.skip_bad_files:
@@ -480,7 +538,7 @@ def load_splits(cfg: DataConfig, image_size: int) -> tuple[dict[str, ADNIDataset
             if s.path not in bad and split == ("val" if s.split == "train" and s.person in validation else s.split)
         ]  # fmt: skip
         if rows:
-            splits[split] = ADNIDataset([slices[i] for i in rows], images, rows, classes)
+            splits[split] = ADNIDataset([slices[i] for i in rows], images, rows, classes, known)
     for split in ("train", "val"):
         if split not in splits:
             raise UserError(f"{root} has no usable slices for {split}: python dataset.py check lists bad files")
@@ -517,7 +575,7 @@ def split_rules(meta: dict[str, Any]) -> dict[str, Any]:
 
 def phantom_drawing(data: str) -> dict[str, int]:
     """What the header of a run's weights says about its phantoms: which drawing they are of. Empty for other data."""
-    if data != "phantom":
+    if not re.fullmatch(r"phantom(-\d{1,6})?", data):
         return {}
     import phantom
 

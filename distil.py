@@ -12,6 +12,7 @@ from config import DistilConfig, parse
 if __name__ == "__main__":
     cfg = parse(DistilConfig)  # before torch is imported, so that --help answers at once
 
+import math
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from cluster import Ranks, StopSignal
+from conditions import draw_rows, to_header
 from dataset import split_rules
 from device import allocate_rows, eval_mode, gather_batches, pick_amp_dtype, pick_device, shuffled_batches, to_half
 from device import to_device_if_it_fits as to_device
@@ -67,8 +69,8 @@ def teacher_grid(teacher_steps: int, num_steps: int) -> list[int]:
 class Trajectories:
     """What the teacher makes of noise k of a seed, at the timesteps where the student stops.
 
-    Public: `states` float16 [N, num_steps + 1, C, h, w], from x_T to the clean latents, and `labels` int64 [N], a tenth
-    of which say "no class"; both on the device if they fit.
+    Public: `states` float16 [N, num_steps + 1, C, h, w], from x_T to the clean latents, and `conditions` float32
+    [N, A], drawn as they were in the teacher's training, a tenth of them unknown; both on the device if they fit.
     """
 
     def __init__(
@@ -76,9 +78,8 @@ class Trajectories:
         what: str,
     ):  # fmt: skip
         grid, every = teacher_grid(cfg.teacher_steps, cfg.num_steps), cfg.teacher_steps // cfg.num_steps
-        self.labels = torch.arange(n) % max(1, teacher.num_classes)
-        if teacher.num_classes:  # so that the student can be guided, too
-            self.labels[torch.arange(n) % 10 == 9] = teacher.num_classes
+        self.conditions = draw_rows(teacher.attributes, {}, seed, range(n))
+        self.conditions[9::10] = math.nan  # so that the student can be guided, too
         self.states = allocate_rows((n, cfg.num_steps + 1, *shape), torch.float16, Path(cfg.cache))
         batch = 64 if ranks.device.type == "cpu" else 256
         bounds, bar = ranks.row_bounds(n, batch), progress_bar(n, what=what)
@@ -87,14 +88,14 @@ class Trajectories:
                 if not len(index):  # a rank may have no share
                     continue
                 x, _ = start_noise(seed, index.tolist(), shape)
-                denoise = teacher.denoiser(self.labels[index].to(ranks.device))
+                denoise = teacher.denoiser(self.conditions[index].to(ranks.device))
                 steps = sample_steps(denoise, x.to(ranks.device), teacher.scheduler, grid)
                 stops = [x_t.cpu() for i, (_, x_t, _) in enumerate(steps, 1) if i % every == 0]
                 self.states[index] = torch.stack([x, *stops], dim=1).half()
                 bar.update(len(index) * ranks.size)
         ranks.all_gather_rows(self.states, bounds)
         self.states, self.device = to_device(self.states, ranks.device), ranks.device
-        self.labels = self.labels.to(self.states.device)
+        self.conditions = self.conditions.to(self.states.device)
 
 
 class Student(nn.Module):
@@ -124,7 +125,7 @@ class Student(nn.Module):
         r = sigma_s / sigma_t
         x0 = (x_s - r * x_t) / (alpha_s - r * alpha_t)
         target = (alpha_t * x_t - x0 if model.prediction == "v" else x_t - alpha_t * x0) / sigma_t
-        out = model.network(x_t, t, y if model.num_classes else None)
+        out = model.network(x_t, t, y)
         return (out - target).square().mean((1, 2, 3))
 
 
@@ -141,10 +142,10 @@ def backward(
 def evaluate(model: StableDiffusion, data: Trajectories, ranks: Ranks) -> dict[str, float]:
     """Loss on trajectories never trained on, and how far the student's own images are from the teacher's."""
     student, steps, total = Student(model), len(model.scheduler.timesteps), torch.zeros(3, dtype=torch.float64)
-    order = torch.arange(len(data.labels)).split(64)
+    order = torch.arange(len(data.states)).split(64)
     order = order[ranks.share(len(order))]
     with eval_mode(model):
-        for index, (states, y) in zip(order, gather_batches([data.states, data.labels], order, data.device)):
+        for index, (states, y) in zip(order, gather_batches([data.states, data.conditions], order, data.device)):
             # The loss of every step of the student, then its own way from noise to image.
             for entry in range(steps):
                 entries = torch.full((len(index),), entry, device=data.device)
@@ -159,7 +160,7 @@ def evaluate(model: StableDiffusion, data: Trajectories, ranks: Ranks) -> dict[s
 def show_samples(model: StableDiffusion, vae: VAE, data: Trajectories, folder: Path, epoch: int, last: bool) -> None:
     """Add a frame to FOLDER/samples.gif: the teacher's images above, the student's of the same noise below."""
     # Eight trajectories of the validation set, always the same
-    states, y = next(gather_batches([data.states, data.labels], [torch.arange(8)], data.device))
+    states, y = next(gather_batches([data.states, data.conditions], [torch.arange(8)], data.device))
     with eval_mode(model, vae):
         z = sample(model.denoiser(y), states[:, 0].float(), model.scheduler)
         images = to_uint8(vae.decode(torch.cat([states[:, -1].float(), z])))
@@ -190,7 +191,7 @@ def print_plan(
     model = model.to(memory_format=torch.channels_last).to(device)
     model.amp_dtype, scaler = dtype, make_scaler(dtype, device)
     states = torch.zeros(n, cfg.num_steps + 1, *vae.latent_shape, device=device)
-    y, entries = torch.zeros(2, n, dtype=torch.int64, device=device)
+    y, entries = torch.zeros(n, len(model.attributes), device=device), torch.zeros(n, dtype=torch.int64, device=device)
     call, optimizer = partial(backward, Student(model), scaler), make_optimizer(model.parameters(), cfg)
     seconds = rehearse(cfg, plan, [model], [model.unet], call, [states, y, entries], optimizer, scaler)
     print(f"teacher   {teacher_file}, {cfg.teacher_steps} steps; student {cfg.num_steps} steps")
@@ -209,7 +210,7 @@ def main(cfg: DistilConfig) -> None:
     teacher_grid(cfg.teacher_steps, cfg.num_steps)
     vae_file, vae_bytes = vae_of_teacher(cfg)
     scheduler = NoiseScheduler_Fast_DDPM(num_steps=cfg.num_steps, grid="student")
-    model = StableDiffusion(UNet(**teacher.unet.config), scheduler, header["prediction"])
+    model = StableDiffusion(UNet(**teacher.unet.config), scheduler, header["prediction"], attributes=teacher.attributes)
     model.load_state_dict(teacher.state_dict())
     if cfg.dry_run:
         return print_plan(cfg, model, vae, teacher_file, plan, device)
@@ -247,14 +248,15 @@ def main(cfg: DistilConfig) -> None:
             call(
                 1.0,
                 train.states[:n].to(device),
-                train.labels[:n].to(device),
-                torch.zeros_like(train.labels[:n]).to(device),
+                train.conditions[:n].to(device),
+                torch.zeros(n, dtype=torch.int64, device=device),
             )
             model.zero_grad()
 
         inherited = ("kind", "prediction", "classes", "vae", "data", "held_out", "phantoms")
         meta = {k: header[k] for k in inherited if k in header} | {
             "model": model.unet.config, "scheduler": scheduler.config, "split": split_rules(header),
+            "attributes": to_header(teacher.attributes),
             "teacher": fingerprint,
         }  # fmt: skip
         run.begin(meta, model, [model.unet], [network], trial, log_name="distil")
@@ -262,7 +264,7 @@ def main(cfg: DistilConfig) -> None:
             call, [model], optimizer, scaler, cfg.grad_clip, ranks, plan.batch, run.micro, [network]
         )  # fmt: skip
         order = shuffled_batches(cfg.trajectories, plan.batch, run.step, cfg.seed, 13)
-        batches = gather_batches([train.states, train.labels], (index[run.rows] for index in order), device)
+        batches = gather_batches([train.states, train.conditions], (index[run.rows] for index in order), device)
 
         for epoch in run.epochs():
             for step in run.steps(epoch):

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from cluster import Ranks
+from conditions import GROUP, place_of
 from dataset import ADNIDataset, load_splits, load_splits_as_trained, read_images
 from device import describe_hardware, pick_device
 from evidence import PICTURES, SECTIONS, Evidence, Images
@@ -71,20 +72,20 @@ def images_of(data: ADNIDataset) -> Images:
 
 
 def generate_images(
-    cfg: EvaluateConfig, model: StableDiffusion, vae: VAE, labels: Tensor, how: dict[str, Any], ranks: Ranks
+    cfg: EvaluateConfig, model: StableDiffusion, vae: VAE, y: Tensor, how: dict[str, Any], ranks: Ranks
 ) -> tuple[Tensor, Tensor]:
     """(uint8 [N, S, S], latents [N, C, h, w]): image k from (seed, k), as predict.py makes it; each rank a share.
 
-    `how` is what `plan_sampling` returns.
+    y are conditions [N, A]; `how` is what `plan_sampling` returns.
     """
     sampler = ImageSampler(model, vae, cfg.batch_size, cfg.guidance, **how)
-    side, n = vae.config["image_size"], len(labels)
+    side, n = vae.config["image_size"], len(y)
     images, latents = torch.empty(n, side, side, dtype=torch.uint8), torch.empty(n, *vae.latent_shape)
     bounds, bar = ranks.row_bounds(n, cfg.batch_size), progress_bar(n, what="generating")
     with bar:
         for k in torch.arange(bounds[ranks.rank], bounds[ranks.rank + 1]).split(cfg.batch_size):
             if len(k):  # a rank may have no share
-                images[k], latents[k] = (part.cpu() for part in sampler(cfg.seed, k.tolist(), labels[k]))
+                images[k], latents[k] = (part.cpu() for part in sampler(cfg.seed, k.tolist(), y[k]))
             bar.update(len(k) * ranks.size)
     ranks.all_gather_rows(images, bounds)
     ranks.all_gather_rows(latents, bounds)
@@ -96,8 +97,8 @@ def gather(cfg: EvaluateConfig, ranks: Ranks) -> Evidence:
     device, run = ranks.device, cfg.run
     out = Path(cfg.out or (Path(cfg.checkpoints) / run / "report" if run and not cfg.images else "report"))
     loaded = load_run(Path(cfg.checkpoints) / run, cfg.weights, device, cfg.precision) if run else None
-    if loaded and cfg.guidance != 1.0 and not cfg.images and not loaded[0].num_classes:
-        raise UserError(f"run {run} is unconditional and has no class to be guided to: leave out --guidance")
+    if loaded and cfg.guidance != 1.0 and not cfg.images and not loaded[0].conditional:
+        raise UserError(f"run {run} is unconditional and has nothing to be guided to: leave out --guidance")
 
     # A folder's images decide the size at which everything is measured; they are read first.
     problems: list[str] = []
@@ -125,10 +126,11 @@ def gather(cfg: EvaluateConfig, ranks: Ranks) -> Evidence:
     else:
         model, vae, meta, file = loaded
         chosen = torch.randint(len(train), (cfg.num_images,), generator=generator(cfg.seed, 8))
-        labels = train.labels[chosen]  # so that classes have the shares that they have in the data
+        # What training slices have, so that conditions are distributed, and go together, as in the data.
+        labels, y = train.labels[chosen], splits["train"].conditions(model.attributes)[chosen]
         how = plan_sampling(PredictConfig(run=str(run), solver=cfg.solver), model)
-        pixels, latents = generate_images(cfg, model, vae, labels, how, ranks)
-        if len(classes) > 1 and not model.num_classes:
+        pixels, latents = generate_images(cfg, model, vae, y, how, ranks)
+        if len(classes) > 1 and place_of(model.attributes, GROUP) is None:
             labels = torch.full_like(labels, -1)
         source = (
             f"run {run}, {cfg.weights} weights ({file_hash(file)}, epoch {meta.get('epoch')}, code "

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from conditions import MOST, Attribute, from_header
 from config import check_arguments
 from device import autocast
 from utils import UserError, generator
@@ -46,6 +47,41 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     freqs = torch.exp(-math.log(10_000) / (dim // 2) * torch.arange(dim // 2, device=t.device, dtype=torch.float32))
     args = t.float()[:, None] * freqs[None]  # [B, dim/2]
     return torch.cat([args.cos(), args.sin()], dim=1)
+
+
+class CategoryEmbedding(nn.Embedding):
+    """Index of one of n categories, float32 [B] -> [B, dim]. NaN (unknown) has a row of its own, the last."""
+
+    def __init__(self, n: int, dim: int):
+        # N(0, 1), the default. It is sampled here because on the meta device nn.Embedding's own initialisation makes
+        # torch import packages for 4 s.
+        super().__init__(n + 1, dim, _weight=torch.randn(n + 1, dim))
+
+    def forward(self, value: Tensor) -> Tensor:
+        return super().forward(torch.where(value.isnan(), self.num_embeddings - 1, value).long())
+
+
+class NumberEmbedding(nn.Module):
+    """A number, usually in [-1, 1], float32 [B] -> [B, dim]. NaN (unknown) has a vector of its own.
+
+    Fourier features (Tancik et al. 2020, arXiv:2006.10739) of a quarter to two cycles per unit, and an MLP: enough to
+    tell seventy levels of a brain apart, and too few to single out a person by the year of birth.
+    """
+
+    FREQUENCIES = (0.25, 0.5, 1.0, 2.0)
+
+    def __init__(self, dim: int, hidden: int = 64):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * len(self.FREQUENCIES) + 1, hidden), nn.SiLU(), nn.Linear(hidden, dim)
+        )  # fmt: skip
+        self.unknown = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, value: Tensor) -> Tensor:
+        v = value.nan_to_num()[:, None]
+        phases = [2 * math.pi * f * v for f in self.FREQUENCIES]
+        features = torch.cat([v, *(p.sin() for p in phases), *(p.cos() for p in phases)], dim=1)  # [B, 9]
+        return torch.where(value.isnan()[:, None], self.unknown, self.mlp(features))
 
 
 class ResidualBlock(nn.Module):
@@ -110,8 +146,9 @@ class Upsample(nn.Module):
 class UNet(nn.Module):
     """Denoising U-Net on latents.
 
-    x float [B, C, H, W] of unit variance, t int64 [B] in 0..999, y int64 [B] in 0..num_classes -> [B, C, H, W].
-    The label num_classes means "no class"; y is None when the network has no classes. `config` rebuilds the network.
+    x float [B, C, H, W] of unit variance, t int64 [B] in 0..999, y float32 [B, A] -> [B, C, H, W]. y holds a column
+    for each of the `conditions` (conditions.py says of what kind); NaN is "unknown". An entry of `conditions` is the
+    number of categories, or 0 for a number; without any, y is not looked at. `config` rebuilds the network.
     `patch` latent pixels along each side are folded into channels (space to depth); 2 makes it four times cheaper.
     ValueError on widths or resolutions that do not divide.
     """
@@ -123,7 +160,7 @@ class UNet(nn.Module):
         channels: Sequence[int] = (128, 256, 512),
         blocks: int = 2,
         attention: Sequence[int] = (16, 8),
-        num_classes: int = 0,
+        conditions: Sequence[int] = (),
         dropout: float = 0.0,
         norm_group: int = 1,
         patch: int = 1,
@@ -131,8 +168,10 @@ class UNet(nn.Module):
         super().__init__()
         self.config: dict[str, Any] = dict(
             in_channels=in_channels, resolution=resolution, channels=list(channels), blocks=blocks,
-            attention=list(attention), num_classes=num_classes, dropout=dropout, norm_group=norm_group, patch=patch,
+            attention=list(attention), conditions=list(conditions), dropout=dropout, norm_group=norm_group, patch=patch,
         )  # fmt: skip
+        if len(conditions) > MOST:
+            raise ValueError(f"{len(conditions)} conditions are more than {MOST}")
         # What does not divide would fail inside the first forward pass, with a message about tensors.
         if channels[0] % 2:
             raise ValueError(f"the first width must be even, not {channels[0]}")
@@ -144,11 +183,7 @@ class UNet(nn.Module):
         self.patch = patch
         emb = 4 * channels[0]
         self.time = nn.Sequential(nn.Linear(channels[0], emb), nn.SiLU(), nn.Linear(emb, emb))
-        # N(0, 1), the default. It is sampled here because on the meta device nn.Embedding's own initialisation makes
-        # torch import packages for 4 s.
-        self.label = None
-        if num_classes:
-            self.label = nn.Embedding(num_classes + 1, emb, _weight=torch.randn(num_classes + 1, emb))
+        self.conditions = nn.ModuleList(CategoryEmbedding(n, emb) if n else NumberEmbedding(emb) for n in conditions)
 
         def block(cin: int, cout: int, side: int) -> nn.ModuleList:
             attn = AttentionBlock(cout, norm_group) if side in attention else nn.Identity()
@@ -180,10 +215,11 @@ class UNet(nn.Module):
         self.out = zero_init(nn.Conv2d(width, in_channels * patch**2, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        # One embedding of timestep and class, which all blocks get.
+        # One embedding of the timestep and all conditions, which all blocks get.
         emb = self.time(timestep_embedding(t, self.config["channels"][0]))  # [B, E]
-        if self.label is not None:
-            emb = emb + self.label(y)
+        for i, condition in enumerate(self.conditions):
+            assert y is not None
+            emb = emb + condition(y[:, i])
         emb = F.silu(emb)
         h = self.stem(F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x)  # [B, c0, H/patch, W/patch]
         skips = [h]
@@ -401,17 +437,26 @@ def start_noise(seed: int, indices: Sequence[int], shape: Sequence[int]) -> tupl
 
 class StableDiffusion(nn.Module):
     """U-Net and noise schedule: the training loss and the denoiser. Only the network runs in `amp_dtype`, the rest is
-    float32."""
+    float32.
+
+    `attributes` say what the U-Net's conditions mean: one for each of them, or none where nobody has to know.
+    """
 
     def __init__(
-        self, unet: UNet, scheduler: NoiseScheduler_Fast_DDPM, prediction: str = "v", loss_weight: str = "uniform"
-    ):
+        self, unet: UNet, scheduler: NoiseScheduler_Fast_DDPM, prediction: str = "v", loss_weight: str = "uniform",
+        attributes: Sequence[Attribute] = (),
+    ):  # fmt: skip
         super().__init__()
         if prediction not in ("v", "eps"):
             raise ValueError(f"prediction is v or eps, not '{prediction}'")
         self.unet, self.scheduler, self.prediction, self.loss_weight = unet, scheduler, prediction, loss_weight
-        self.num_classes: int = unet.config["num_classes"]
+        self.attributes = list(attributes)
         self.amp_dtype: torch.dtype | None = None
+
+    @property
+    def conditional(self) -> bool:
+        """Does the network know any condition? Only then there is something to be guided to."""
+        return bool(self.unet.config["conditions"])
 
     def network(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """The raw output of the U-Net, float32."""
@@ -439,29 +484,25 @@ class StableDiffusion(nn.Module):
         snr = abar / (1 - abar)
         return snr.clamp(max=5) / (snr + 1 if self.prediction == "v" else snr)
 
-    def hide_labels(self, y: Tensor, hide: Tensor) -> Tensor:
-        """Replace labels by "no class" where `hide`, which is what guidance needs (Ho & Salimans 2022)."""
-        return torch.where(hide, self.num_classes, y)
+    def denoiser(self, y: Tensor | None = None, guidance: float = 1.0, away_from: Tensor | None = None) -> Denoiser:
+        """Return denoise(x_t, t) -> (eps, x0), float32, for `sample`; y float32 [B, A], None where nothing is known.
 
-    def denoiser(self, y: Tensor | None = None, guidance: float = 1.0, from_class: int | None = None) -> Denoiser:
-        """Return denoise(x_t, t) -> (eps, x0), float32, for `sample`; y int64 [B], None for no class.
-
-        Guidance w (Ho & Salimans 2022): out = out_none + w (out_class - out_none), both in one batch; w = 1 needs the
-        class alone. `from_class` takes the place of "no class": w from 0 to 1 then leads from that class to y.
+        Guidance w (Ho & Salimans 2022): out = out_unknown + w (out_y - out_unknown), both in one batch; w = 1 needs y
+        alone. Conditions `away_from` [B, A] take the place of "unknown": w from 0 to 1 then leads from them to y.
         """
-        y = None if not self.num_classes else y  # an unconditional network has no labels to guide by
+        count = len(self.unet.config["conditions"])
 
         def denoise(x: Tensor, t: int) -> tuple[Tensor, Tensor]:
-            other = self.num_classes if from_class is None else from_class
-            none = torch.full((len(x),), other, device=x.device)
+            unknown = torch.full((len(x), count), math.nan, device=x.device)
             ts = torch.full((len(x),), t, device=x.device)
             # The network's output, guided or not, and from it the estimates of noise and clean latents.
-            if y is not None and guidance != 1.0:
-                both = self.network(x.repeat(2, 1, 1, 1), ts.repeat(2), torch.cat([y, none]))
-                with_class, without = both.chunk(2)
-                out = without + guidance * (with_class - without)
+            if y is not None and count and guidance != 1.0:
+                other = unknown if away_from is None else away_from
+                both = self.network(x.repeat(2, 1, 1, 1), ts.repeat(2), torch.cat([y, other]))
+                with_y, without = both.chunk(2)
+                out = without + guidance * (with_y - without)
             else:
-                out = self.network(x, ts, (none if y is None else y) if self.num_classes else None)
+                out = self.network(x, ts, unknown if y is None else y)
             alpha, sigma = math.sqrt(self.scheduler.abar[t]), math.sqrt(1 - self.scheduler.abar[t])
             if self.prediction == "v":
                 return alpha * out + sigma * x, alpha * x - sigma * out
@@ -491,13 +532,19 @@ def load_diffusion(path: Path, device: torch.device) -> tuple[StableDiffusion, d
     UserError on a file that is damaged, of another kind, or describes a network that this version cannot build.
     """
     tensors, meta = load_weights(path, "diffusion")
+    net = meta.get("model")
+    if isinstance(net, dict) and "num_classes" in net:  # of before there were other conditions than the class
+        classes = net.pop("num_classes")
+        net["conditions"] = [classes] if classes else []
+        tensors = {name.replace("unet.label.", "unet.conditions.0."): v for name, v in tensors.items()}
     try:
         scheduler = NoiseScheduler_Fast_DDPM(**check_arguments(NoiseScheduler_Fast_DDPM, meta.get("scheduler")))
         # On the meta device: weights are put in below, and a header that asks for a huge network costs nothing.
         unet = build_network(UNet, meta.get("model"), tensors)
-        model = StableDiffusion(unet, scheduler, str(meta.get("prediction")))
-        if not meta.get("classes") or model.num_classes not in (0, len(meta["classes"])):
-            raise ValueError(f"{model.num_classes} classes have {len(meta.get('classes', []))} names")
+        if not meta.get("classes"):
+            raise ValueError("its classes have no names")
+        attributes = from_header(meta, unet.config["conditions"])
+        model = StableDiffusion(unet, scheduler, str(meta.get("prediction")), attributes=attributes)
     except ValueError as e:
         raise UserError(f"{path} describes a U-Net that this version cannot build: {str(e)[:200]}") from None
     load_into(model, tensors, path)

@@ -492,7 +492,7 @@ def make_dataset(
         (work / "README.txt").write_text(
             "SYNTHETIC phantoms: procedural drawings of axial brain slices; none shows or derives from a patient.\n"
             "AD and NC name two classes of drawings that differ in ventricles, sulci and cortex; they are no medical\n"
-            "evidence. True areas of every slice (pixels, and fractions of the brain) are in anatomy.csv; level (0: at\n"
+            "evidence. True areas of every slice (pixels, fractions of the brain) are in anatomy.csv; level (0: at\n"
             "the thalamus, 1: at the roof of the ventricles), age in years and sex are in attributes.csv, too.\n\n"
             f"Drawn by: phantom.py OUT --people {people} --slices {slices} --size {size} --seed {seed}"
             f" --val-fraction {val_fraction}"

@@ -98,6 +98,31 @@ def add_gif_frame(folder: Path, name: str, frame: np.ndarray, epoch: int, last: 
     save_gif(folder / f"{name}.gif", [f for f in frames if f is not None and f.shape == frame.shape])
 
 
+def difference_map(change: np.ndarray) -> np.ndarray:
+    """int [..., H, W] in [-255, 255] -> RGB [..., H, W, 3]: darker is blue, brighter is orange, no change is white."""
+    amount = np.clip(np.abs(change) / 100, 0, 1)[..., None]
+    colour = np.where(change[..., None] > 0, [217, 95, 2], [33, 102, 172])
+    return (255 - amount * (255 - colour)).astype(np.uint8)
+
+
+def table_of_images(path: Path, rows: Mapping[str, Sequence[np.ndarray]], columns: Sequence[str], title: str) -> None:
+    """Write a PNG: images side by side, uint8 [H, W] or RGB, with the names of rows and columns in words."""
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(1.3 * len(columns) + 0.5, 1.32 * len(rows) + 0.6), layout="constrained")
+    for i, (name, images) in enumerate(rows.items()):
+        for j, image in enumerate(images):
+            ax = fig.add_subplot(len(rows), len(columns), 1 + i * len(columns) + j)
+            ax.imshow(image, cmap="gray", vmin=0, vmax=255)
+            ax.set_xticks([]), ax.set_yticks([])
+            ax.set_ylabel(in_font(name) if j == 0 else "", fontsize=8)
+            ax.set_title(in_font(columns[j]) if i == 0 else "", fontsize=8)
+    fig.suptitle(in_font(title), fontsize=9)
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png", dpi=140)
+    write_atomic(path, buffer.getvalue())
+
+
 def denoising_strip(x_t: np.ndarray, x0: np.ndarray) -> np.ndarray:
     """Images at S steps, uint8 [S, N, H, W] -> one picture: each image's x_t above its x0, time to the right."""
     rows = np.stack([x_t, x0], axis=1)  # [S, 2, N, H, W]

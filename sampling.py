@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from conditions import GROUP, Attribute, place_of
 from config import PredictConfig
 from dataset import load_splits_as_trained
 from device import Replay, compile_networks, pick_amp_dtype, to_half
@@ -104,7 +105,7 @@ class ImageSampler:
         self.device = vae.latent_mean.device
         self.replay: Replay | None = None
         x = torch.zeros(batch, *vae.latent_shape, device=self.device)
-        y = torch.zeros(batch, dtype=torch.int64, device=self.device)
+        y = torch.zeros(batch, len(model.unet.config["conditions"]), device=self.device)
         noise = [generator(0)] * batch
         to_half(model.unet, model.amp_dtype)
         to_half(vae.decoder, vae.amp_dtype)
@@ -119,19 +120,19 @@ class ImageSampler:
 
     @torch.no_grad()
     def _images(self, x: Tensor, y: Tensor, noise: Sequence[torch.Generator] | None = None) -> tuple[Tensor, Tensor]:
-        """x_T [B, C, h, w] and labels [B] on the device -> (uint8 [B, S, S], latents [B, C, h, w])."""
+        """x_T [B, C, h, w] and conditions [B, A] on the device -> (uint8 [B, S, S], latents [B, C, h, w])."""
         z = sample(self.model.denoiser(y, self.guidance), x, self.model.scheduler, generator=noise, **self.how)
         return to_pixels(self.vae.decode(z)), z
 
     def __call__(self, seed: int, indices: Sequence[int], y: Tensor) -> tuple[Tensor, Tensor]:
-        """(uint8 [B, S, S], latents [B, C, h, w]) for up to `batch` indices and their labels y, int64 [B] on the CPU.
+        """(uint8 [B, S, S], latents [B, C, h, w]) for up to `batch` indices and their conditions y [B, A] on the CPU.
 
         Returns before a GPU is done with them.
         """
         # Always a whole batch, because networks round smaller ones differently.
         n, missing = len(indices), self.batch - len(indices)
         x, noise = start_noise(seed, [*indices, *[0] * missing], self.vae.latent_shape)
-        y = F.pad(y, (0, missing))
+        y = F.pad(y, (0, 0, 0, missing))
         if self.replay is None:
             pixels, z = self._images(x.to(self.device), y.to(self.device), noise)
             return pixels[:n], z[:n]
@@ -143,6 +144,15 @@ class ImageSampler:
         x, noise = start_noise(seed, indices, self.vae.latent_shape)
         denoise = self.model.denoiser(y.to(self.device), self.guidance)
         return sample_steps(denoise, x.to(self.device), self.model.scheduler, generator=noise, **self.how)
+
+
+def class_names(attributes: Sequence[Attribute], rows: Tensor, classes: Sequence[str]) -> list[str]:
+    """The class of an image of each of these conditions [N, A]: its group, else the only class, else "any"."""
+    place = place_of(attributes, GROUP)
+    other = classes[0] if len(classes) == 1 else "any"
+    if place is None:
+        return [other] * len(rows)
+    return [attributes[place].decode(code) or other for code in rows[:, place].tolist()]
 
 
 def copy_detector(data: str, cache: str, vae: VAE, meta: dict[str, Any]) -> tuple[CopyDetector, Tensor]:

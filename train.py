@@ -10,6 +10,8 @@ from config import TrainConfig, parse
 if __name__ == "__main__":
     cfg = parse(TrainConfig)  # before torch is imported, so that --help answers at once
 
+import hashlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from cluster import Ranks, StopSignal
+from conditions import GROUP, Attribute, draw_rows, learn_attribute, network_conditions, to_header
 from dataset import ADNIDataset, carved_people, load_splits_by_rules, phantom_drawing, split_rules
 from device import (
     allocate_rows,
@@ -50,11 +53,13 @@ from vae import VAE, load_vae
 class Latents:
     """All slices of a split as mean and std of their posteriors, float16, so that every visit samples them anew.
 
-    Public: `moments` [N, 1 or 2 (the mirrored slice), 2 (mean, std), C, h, w] and `labels` int64 [N], both on the
-    device if they fit.
+    Public: `moments` [N, 1 or 2 (the mirrored slice), 2 (mean, std), C, h, w] and `conditions` float32 [N, A], both on
+    the device if they fit.
     """
 
-    def __init__(self, vae: VAE, data: ADNIDataset, batch: int, ranks: Ranks, cfg: TrainConfig, what: str):
+    def __init__(
+        self, vae: VAE, data: ADNIDataset, conditions: Tensor, batch: int, ranks: Ranks, cfg: TrainConfig, what: str
+    ):
         # Half precision rounds a latent of size 1 by 5e-4, far less than the posterior's std. With all of them in
         # memory, a training step needs neither images nor VAE.
         shape = (len(data), 1 + cfg.flip, 2, *vae.latent_shape)
@@ -68,14 +73,14 @@ class Latents:
                 bar.update(len(x) * ranks.size)
         ranks.all_gather_rows(self.moments, bounds)
         self.moments, self.device = to_device_if_it_fits(self.moments, ranks.device), ranks.device
-        self.labels = data.labels.to(self.moments.device)
+        self.conditions = conditions.to(self.moments.device)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.moments)
 
     def batches(self, order: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-        """(moments, labels) [B, ...] on the device, for every int64 index [B] of `order`."""
-        return gather_batches([self.moments, self.labels], order, self.device)
+        """(moments, conditions) [B, ...] on the device, for every int64 index [B] of `order`."""
+        return gather_batches([self.moments, self.conditions], order, self.device)
 
 
 def sample_posterior(moments: Tensor, mirror: Tensor, noise: Tensor) -> Tensor:
@@ -94,15 +99,20 @@ def step_randomness(
 ) -> list[Tensor]:
     """All random numbers of a step, one row per image; latents have this shape (C, h, w).
 
-    Returns: uniform [B] for mirroring, posterior noise [B, C, h, w], which labels to hide (bool [B]), entries of the
-    grid of timesteps (int64 [B]), diffusion noise [B, C, h, w].
+    Returns: uniform [B] for mirroring, posterior noise [B, C, h, w], which conditions to hide (bool [B, A]), entries of
+    the grid of timesteps (int64 [B]), diffusion noise [B, C, h, w].
     """
     # Always all of them in this order, whether this run uses them or not: a step then has the same numbers with and
-    # without mirroring or classes.
+    # without mirroring or conditions.
     u = torch.rand(2, batch, generator=g, device=g.device)
     noise = torch.randn(2, batch, *shape, generator=g, device=g.device)
     entries = torch.searchsorted(model.scheduler.timesteps, model.scheduler.sample_timesteps(batch, g))
-    return [u[0], noise[0], u[1] < cfg.class_dropout, entries, noise[1]]
+    # All conditions of an image are hidden together, which guidance needs; and each of several by itself.
+    count = len(model.unet.config["conditions"])
+    hide = (u[1] < cfg.class_dropout)[:, None].expand(-1, count)
+    if count > 1:
+        hide = hide | (torch.rand(batch, count, generator=g, device=g.device) < cfg.class_dropout)
+    return [u[0], noise[0], hide, entries, noise[1]]
 
 
 def loss_by_timestep(
@@ -125,7 +135,7 @@ def training_loss(
     """Weighted loss per image [B], and unweighted sums by timestep [2, bins], with rows of `step_randomness`."""
     mirror, posterior_noise, hide, entries, noise = randomness
     z, timesteps = sample_posterior(moments, mirror, posterior_noise), model.scheduler.timesteps
-    y = model.hide_labels(y, hide)
+    y = y.masked_fill(hide, math.nan)
     loss, by_timestep = loss_by_timestep(network, timesteps, z, y, entries, noise, bins)
     return loss * model.weight(timesteps[entries]), by_timestep
 
@@ -197,9 +207,9 @@ def show_samples(
 ) -> dict[str, float]:  # fmt: skip
     """Generate 16 images of the run's seed: FOLDER/samples.png, the growing samples.gif, denoising.png and .gif.
 
-    Classes take turns. Returns PSNR and SSIM of the images against unrelated validation slices, and of training slices
-    against the same: images that do not belong together, so these numbers say only how alike strangers are. Each rank
-    generates its share; the denoising pictures show images of rank 0.
+    Groups take turns, other conditions are drawn. Returns PSNR and SSIM of the images against unrelated validation
+    slices, and of training slices against the same: images that do not belong together, so these numbers say only how
+    alike strangers are. Each rank generates its share; the denoising pictures show images of rank 0.
     """
     device, n = model.scheduler.timesteps.device, 16
     images = torch.zeros(n, 1, vae.config["image_size"], vae.config["image_size"], device=device)
@@ -207,7 +217,7 @@ def show_samples(
     with eval_mode(model, vae):
         if mine:
             x, _ = start_noise(cfg.seed, mine, vae.latent_shape)
-            y = torch.tensor(mine, device=device) % max(1, model.num_classes)
+            y = draw_rows(model.attributes, {}, cfg.seed, mine).to(device)
             steps = list(sample_steps(model.denoiser(y), x.to(device), model.scheduler))
             images[mine.start : mine.stop] = vae.decode(steps[-1][1])
         ranks.sum(images)
@@ -224,19 +234,36 @@ def show_samples(
     }  # fmt: skip
 
 
-def build_model(cfg: TrainConfig, vae: VAE, classes: Sequence[str]) -> StableDiffusion:
+def learn_attributes(cfg: TrainConfig, data: ADNIDataset) -> list[Attribute]:
+    """The attributes that --condition names, as the training slices have them; the group only where there are several.
+
+    UserError if the slices have no such attribute, or all the same.
+    """
+    names = [] if cfg.unconditional else [name.lower() for name in dict.fromkeys(cfg.condition)]
+    if len(data.classes) == 1 and not any(known.get(GROUP) for known in data.known):
+        names = [name for name in names if name != GROUP]
+    for name in names:
+        if not any(data.column(name)):
+            there = sorted({GROUP, "level"}.union(*data.known))
+            raise UserError(
+                f"--condition {name}: nothing says the {name} of the slices in {cfg.data}, only {', '.join(there)}"
+            )
+    return [learn_attribute(name, data.column(name)) for name in names]
+
+
+def build_model(cfg: TrainConfig, vae: VAE, attributes: Sequence[Attribute]) -> StableDiffusion:
     """The U-Net for the latents of this VAE and its noise schedule, initialised by the seed. UserError on bad sizes."""
     channels, side, _ = vae.latent_shape
-    num_classes = 0 if cfg.unconditional or len(classes) == 1 else len(classes)
     torch.manual_seed(cfg.seed)
     try:
         unet = UNet(
-            channels, side, cfg.channels, cfg.blocks, cfg.attention, num_classes, cfg.dropout, cfg.norm_group, cfg.patch
-        )
+            channels, side, cfg.channels, cfg.blocks, cfg.attention, network_conditions(attributes), cfg.dropout,
+            cfg.norm_group, cfg.patch,
+        )  # fmt: skip
         scheduler = NoiseScheduler_Fast_DDPM(num_steps=cfg.num_steps, grid=cfg.grid)
     except ValueError as e:
         raise UserError(f"{e}: change --channels, --grid or --num-steps") from None
-    return StableDiffusion(unet, scheduler, cfg.prediction, cfg.loss_weight)
+    return StableDiffusion(unet, scheduler, cfg.prediction, cfg.loss_weight, attributes)
 
 
 def print_plan(
@@ -248,14 +275,17 @@ def print_plan(
     model = model.to(memory_format=torch.channels_last).to(device)
     model.amp_dtype, scaler = dtype, make_scaler(dtype, device)
     moments = torch.zeros(n, 1, 2, *vae.latent_shape, device=device)
-    y = torch.zeros(n, dtype=torch.int64, device=device)
+    y = torch.zeros(n, len(model.attributes), device=device)
     tensors = [moments, y, *step_randomness(model, n, vae.latent_shape, cfg, generator(0, device=device))]
     call, optimizer = partial(backward, model, model, scaler, 1), make_optimizer(model.parameters(), cfg)
     seconds = rehearse(cfg, plan, [model], [model.unet], call, tensors, optimizer, scaler)
     train, unet = splits["train"], UNet(**model.unet.config).to(device)  # one that is not compiled
-    cost = training_cost(unet, moments[:1, 0, 0], y[:1], y[:1] if model.num_classes else None, amp_dtype=dtype)
+    cost = training_cost(
+        unet, moments[:1, 0, 0], torch.zeros(1, dtype=torch.int64, device=device), y[:1], amp_dtype=dtype
+    )
     print(f"train on  {train.summary()}\nvalidate  {splits['val'].summary()}\nlatent    {vae.latent_shape}")
-    print(f"classes   {', '.join(train.classes)}; {'un' * (not model.num_classes)}conditional")
+    print(f"classes   {', '.join(train.classes)}")
+    print(f"given     {'; '.join(map(str, model.attributes)) or 'nothing (unconditional)'}")
     print(describe_cost("U-Net", *cost, plan.batch, cfg.epochs, plan.steps, device, dtype, seconds))
     print(f"writes to {Path(cfg.checkpoints) / cfg.run / 'diffusion'}")
 
@@ -269,7 +299,9 @@ def main(cfg: TrainConfig) -> None:
     vae, vae_meta = load_vae(vae_file, device)
     splits, fingerprint = load_splits_by_rules(cfg.data, cfg.cache, vae_meta, vae.config["image_size"])
     train, val, plan = splits["train"], splits["val"], Plan.of(cfg, len(splits["train"]))
-    model = build_model(cfg, vae, train.classes)
+    attributes = learn_attributes(cfg, train)
+    conditions = {name: data.conditions(attributes) for name, data in splits.items()}
+    model = build_model(cfg, vae, attributes)
     if cfg.dry_run:
         return print_plan(cfg, vae, model, splits, plan, device)
 
@@ -290,15 +322,19 @@ def main(cfg: TrainConfig) -> None:
         # Resume, or begin.
         run.track(2 * bins, model=model, ema=ema, optimizer=optimizer, schedule=schedule, scaler=scaler)
         run.extra = {"vae": vae.latent_hash()}
-        state = run.resume(fingerprint, f"slices than {cfg.data} now holds")
+        if [a.name for a in attributes] not in ([], [GROUP]):  # the slices' names alone do not say all
+            fingerprint += "-" + hashlib.sha256(conditions["train"].numpy().tobytes()).hexdigest()[:8]
+        state = run.resume(fingerprint, f"slices or attributes than {cfg.data} now holds")
         if state and state["vae"] != vae.latent_hash():
             raise UserError(f"{folder} was started on the latents of another VAE than {vae_file}: use --fresh")
         if run.finished:
             return
 
         # Encode all slices once. Validation slices are never mirrored.
-        latents = Latents(vae, train, cfg.batch_size, ranks, cfg, "encoding training slices")
-        val_latents = Latents(vae, val, cfg.batch_size, ranks, replace(cfg, flip=False), "encoding validation slices")
+        latents = Latents(vae, train, conditions["train"], cfg.batch_size, ranks, cfg, "encoding training slices")
+        val_latents = Latents(
+            vae, val, conditions["val"], cfg.batch_size, ranks, replace(cfg, flip=False), "encoding validation slices"
+        )
 
         # A step of n images whose result is thrown away: it shows what fits the memory and what can be compiled.
         network = ranks.wrap_ddp(model)
@@ -311,7 +347,8 @@ def main(cfg: TrainConfig) -> None:
 
         meta = {
             "kind": "diffusion", "model": model.unet.config, "scheduler": model.scheduler.config,
-            "prediction": cfg.prediction, "classes": train.classes, "vae": vae.latent_hash(), "data": train.summary(),
+            "prediction": cfg.prediction, "classes": train.classes, "attributes": to_header(attributes),
+            "vae": vae.latent_hash(), "data": train.summary(),
             "held_out": carved_people(splits), "split": split_rules(vae_meta), **phantom_drawing(cfg.data),
         }  # fmt: skip
         run.begin(meta, model, [model.unet], [network], trial)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from conditions import draw_rows
 from dataset import load_splits_as_trained, read_images
 from device import eval_mode, pick_device
 from metrics import TooFew, auc_between_people, interval, resample_people
@@ -28,7 +29,7 @@ from modules import load_diffusion
 from pictures import in_font
 from report import refresh_report
 from runlog import RunLog
-from sampling import belongs_to
+from sampling import belongs_to, class_names
 from utils import UserError, progress_bar, run_script
 from vae import load_vae
 from weights import write_atomic
@@ -95,10 +96,9 @@ def main(cfg: TsneConfig) -> None:
     elif unet_file.exists():
         model, meta = load_diffusion(unet_file, device)
         if belongs_to(model, meta, vae, vae_file):
-            turn = torch.arange(128) % max(1, model.num_classes)
-            by_class = model.num_classes or len(meta["classes"]) == 1
-            of = [meta["classes"][y] if by_class else "any" for y in turn.tolist()]
-            z = [model.generate(vae.latent_shape, cfg.seed, k.tolist(), turn[k]) for k in torch.arange(128).split(32)]
+            rows = draw_rows(model.attributes, {}, cfg.seed, range(128))
+            of = class_names(model.attributes, rows, meta["classes"])
+            z = [model.generate(vae.latent_shape, cfg.seed, k.tolist(), rows[k]) for k in torch.arange(128).split(32)]
             generated = torch.cat(z).flatten(1).cpu().numpy()
         else:
             print(f"{unet_file} was trained on the latents of another VAE and is left out: run train.py --fresh")

@@ -120,6 +120,10 @@ def load_state(path: Path) -> dict | None:
             )
         if "judge" in state:  # what older versions called the discriminator
             state["discriminator"] = state.pop("judge")
+        for part in ("model", "ema"):  # what they called the one condition there was
+            own = state.get(part, {})
+            for name in [name for name in own if "unet.label." in name]:
+                own[name.replace("unet.label.", "unet.conditions.0.")] = own.pop(name)
         if torn:
             os.replace(path, path.with_suffix(".torn.pt"))  # so that the next save does not keep it as the good one
         return state

@@ -1,0 +1,234 @@
+"""What images are conditioned on: the class folder ("group"), the level of a slice, age, sex, what else a table says.
+
+The condition of an image is a row of float32 numbers, one for each attribute. A number is scaled so that the values of
+the training data run from -1 to 1; a category is its index among the values, which are sorted; NaN means "unknown".
+What was learnt about the attributes goes into the header of the weights: names, units, quantiles and shares, so that
+values can be drawn as they were in training. No row of a person does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils import UserError, generator, is_folder_name
+
+GROUP = "group"  # the attribute that is the class folder
+UNKNOWN = ("", "na", "n/a", "nan", "none", "unknown", "?")  # what tables write where they know nothing, in lower case
+UNITS = {"age": "years", "education": "years", "weight": "kg", "height": "cm"}
+MOST = 64  # attributes, and values of a category: more are names or dates
+PERCENTS = np.arange(0, 101, 5)  # at which the quantiles of a number are kept
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """One attribute, a number or a category, as the training data had it."""
+
+    name: str
+    values: tuple[str, ...] = ()  # of a category, sorted; empty for a number
+    shares: tuple[float, ...] = ()  # of these values
+    quantiles: tuple[float, ...] = ()  # of a number, at PERCENTS: the first and the last are its range
+    unit: str = ""
+
+    def __str__(self) -> str:
+        """For example "age 55 to 90 years" or "sex F, M"."""
+        if self.values:
+            return f"{self.name} {', '.join(self.values)}"
+        return f"{self.name} {self.quantiles[0]:g} to {self.quantiles[-1]:g}{' ' * bool(self.unit)}{self.unit}"
+
+    def encode(self, text: str) -> float:
+        """The number of a condition's row for a value in words. UserError if training had no such value."""
+        if text.strip().lower() in UNKNOWN:
+            return math.nan
+        code = self.encode_all([text])[0]
+        if math.isnan(code) or (not self.values and not -1.0001 <= code <= 1.0001):
+            raise UserError(f"{self.name}={text} is not among what the run was trained on: {self}")
+        return float(code)
+
+    def encode_all(self, texts: Sequence[str]) -> np.ndarray:
+        """Float32 codes of values in words. Values of other data may be outside [-1, 1]; new categories are unknown."""
+        if self.values:
+            index = {value: i for i, value in enumerate(self.values)}
+            return np.array([index.get(text.strip(), math.nan) for text in texts], np.float32)
+        low, high = self.quantiles[0], self.quantiles[-1]
+        return ((2 * np.array([number(text) for text in texts]) - low - high) / (high - low)).astype(np.float32)
+
+    def decode(self, code: float) -> str:
+        """The value in words; empty for "unknown"."""
+        if math.isnan(code):
+            return ""
+        if self.values:
+            return self.values[round(code)]
+        low, high = self.quantiles[0], self.quantiles[-1]
+        return f"{(low + high) / 2 + code * (high - low) / 2:.4g}"
+
+    def quantile(self, u: float) -> float:
+        """The code at u in [0, 1) of the training data: for uniform u it is distributed as there."""
+        if self.values:
+            return float(np.searchsorted(np.cumsum(self.shares)[:-1], u, side="right"))
+        value = np.interp(100 * u, PERCENTS, self.quantiles)
+        low, high = self.quantiles[0], self.quantiles[-1]
+        return float((2 * value - low - high) / (high - low))
+
+
+def number(text: str) -> float:
+    """The finite number that a text says, else NaN."""
+    try:
+        value = float(text)
+    except ValueError:
+        return math.nan
+    return value if math.isfinite(value) else math.nan
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learning from data, and the header of the weights
+
+
+def learn_attribute(name: str, texts: Sequence[str]) -> Attribute:
+    """What values an attribute has; texts: one per training slice, with "" where it is unknown.
+
+    If all known values are numbers, and there are more than two of them, it is a number, else a category. UserError if
+    there is nothing to learn from, or too many categories.
+    """
+    known = [text.strip() for text in texts if text.strip().lower() not in UNKNOWN]
+    counts = Counter(known)
+    if len(counts) < 2:
+        raise UserError(f"--condition {name}: no two training slices differ in it, so there is nothing to learn")
+    numbers = np.array([number(text) for text in known])
+    if len(counts) > 2 and not np.isnan(numbers).any():
+        quantiles = tuple(float(f"{q:.6g}") for q in np.percentile(numbers, PERCENTS))
+        return Attribute(name, quantiles=quantiles, unit=UNITS.get(name, ""))
+    if len(counts) > MOST:
+        raise UserError(f"--condition {name}: {len(counts)} values, such as {known[0][:40]}, are no categories")
+    values = sorted(counts)
+    return Attribute(name, tuple(values), tuple(round(counts[v] / len(known), 6) for v in values))
+
+
+def encode_rows(attributes: Sequence[Attribute], columns: Mapping[str, Sequence[str]], n: int) -> Tensor:
+    """Conditions float32 [n, A] from a column of texts for each attribute's name; without one it is unknown."""
+    unknown = np.full(n, np.nan, np.float32)
+    rows = [a.encode_all(columns[a.name]) if a.name in columns else unknown for a in attributes]
+    return torch.from_numpy(np.stack(rows, 1) if rows else np.zeros((n, 0), np.float32))
+
+
+def network_conditions(attributes: Sequence[Attribute]) -> list[int]:
+    """What the U-Net must know of each attribute: the number of categories, or 0 for a number."""
+    return [len(a.values) for a in attributes]
+
+
+def to_header(attributes: Sequence[Attribute]) -> list[dict[str, Any]]:
+    """The attributes as the header of the weights holds them."""
+    fields = ("name", "values", "shares", "quantiles", "unit")
+    return [{k: v if isinstance(v := getattr(a, k), str) else list(v) for k in fields} for a in attributes]
+
+
+def from_header(meta: Mapping[str, Any], conditions: Sequence[int]) -> list[Attribute]:
+    """The attributes in a header, which may come from anywhere, for a U-Net of these conditions; else ValueError.
+
+    Weights of before this had attributes know the classes alone.
+    """
+    given = meta.get("attributes")
+    if given is None:
+        classes = meta["classes"]
+        given = [{"name": GROUP, "values": classes, "shares": [1 / len(classes)] * len(classes)}] if conditions else []
+    if not isinstance(given, list) or len(given) != len(conditions) or len(given) > MOST:
+        raise ValueError(f"{len(conditions)} conditions do not fit to their names")
+    attributes = []
+    for entry, n in zip(given, conditions):
+        if not isinstance(entry, dict) or not isinstance(entry.get("values", []), list):
+            raise ValueError("an attribute is not described")
+        texts: list[Any] = [entry.get("name"), *entry.get("values", [])]
+        if not all(map(is_folder_name, texts)) or len({*texts[1:]}) != n or len(texts[1:]) != n:
+            raise ValueError("an attribute has no proper name or values")
+        numbers = entry.get("shares" if n else "quantiles")
+        if (
+            not isinstance(numbers, list) or len(numbers) != (n or len(PERCENTS))
+            or not all(type(x) in (int, float) and math.isfinite(x) for x in numbers)
+            or not (min(numbers) >= 0 < sum(numbers) if n else sorted(numbers) == numbers and numbers[0] < numbers[-1])
+        ):  # fmt: skip
+            raise ValueError(f"the attribute {texts[0]!r} has no proper {'shares' if n else 'quantiles'}")
+        unit = str(entry.get("unit", ""))[:20]
+        values, numbers = tuple(texts[1:]), tuple(float(x) / (sum(numbers) if n else 1) for x in numbers)
+        attributes.append(Attribute(texts[0], values, numbers if n else (), () if n else numbers, unit))
+    if len({a.name for a in attributes}) != len(attributes):
+        raise ValueError("two attributes have one name")
+    return attributes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values that somebody asks for
+
+
+def place_of(attributes: Sequence[Attribute], name: str) -> int | None:
+    """Which attribute has this name; None if none has."""
+    return next((i for i, a in enumerate(attributes) if a.name == name), None)
+
+
+def asked_attribute(attributes: Sequence[Attribute], name: str, run: str) -> int:
+    """Which attribute has this name. UserError if none has."""
+    place = place_of(attributes, name)
+    if place is None:
+        has = f"it has {'; '.join(map(str, attributes))}" if attributes else "it is unconditional"
+        raise UserError(f"run {run} has no attribute '{name}': {has}")
+    return place
+
+
+def parse_values(words: Sequence[str], attributes: Sequence[Attribute], run: str) -> dict[str, float]:
+    """["age=75", "sex=F"] -> {name: code} for rows of conditions. UserError on what the run does not know."""
+    found: dict[str, float] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise UserError(f"'{word}' sets nothing: write it as in age=75 sex=F; age=unknown is possible, too")
+        if name in found:
+            raise UserError(f"{name} is set twice")
+        found[name] = attributes[asked_attribute(attributes, name, run)].encode(value)
+    return found
+
+
+def parse_sweep(word: str, attributes: Sequence[Attribute], run: str) -> tuple[int, list[float]]:
+    """ "age=55:90:5" -> (which attribute, codes from the first to the last); "sex" goes through all its categories.
+
+    UserError on what the run does not know.
+    """
+    name, _, span = word.partition("=")
+    place = asked_attribute(attributes, name, run)
+    attribute = attributes[place]
+    if attribute.values:
+        if span:
+            raise UserError(f"--sweep {word}: {name} is no number: --sweep {name} goes through all of its values")
+        return place, [float(i) for i in range(len(attribute.values))]
+    start, stop, step = ([number(part) for part in span.split(":")] + [math.nan] * 3)[:3]
+    if span.count(":") != 2 or not (start < stop and 0 < step):  # NaN fails every comparison
+        raise UserError(f"--sweep {word} is no sweep: write it as {name}=START:STOP:STEP, within {attribute}")
+    if (stop - start) / step > 1000:
+        raise UserError(f"--sweep {word} has over a thousand values: take a larger step")
+    values = start + step * np.arange(math.floor((stop - start) / step + 1e-6) + 1)
+    return place, [attribute.encode(f"{v:.10g}") for v in values]
+
+
+def draw_rows(attributes: Sequence[Attribute], given: Mapping[str, float], seed: int, indices: Sequence[int]) -> Tensor:
+    """Conditions float32 [B, A] of images number `indices` of a seed.
+
+    What is not given is drawn as it was distributed in training, each attribute by itself, by (seed, index); the
+    groups take turns instead.
+    """
+    rows = torch.empty(len(indices), len(attributes))
+    for row, k in zip(rows, indices):
+        u = torch.rand(MOST, generator=generator(seed, 16, k), dtype=torch.float64).tolist()
+        for i, a in enumerate(attributes):
+            drawn = float(k % len(a.values)) if a.name == GROUP else a.quantile(u[i])
+            row[i] = given.get(a.name, drawn)
+    return rows
+
+
+def in_words(attributes: Sequence[Attribute], row: Sequence[float]) -> list[str]:
+    """The values of a row of conditions in words, "" where one is unknown."""
+    return [a.decode(float(code)) for a, code in zip(attributes, row)]
