@@ -41,7 +41,7 @@ class Attribute:
         """For example "age 55 to 90 years" or "sex F, M"."""
         if self.values:
             return f"{self.name} {', '.join(self.values)}"
-        return f"{self.name} {self.quantiles[0]:g} to {self.quantiles[-1]:g}{' ' * bool(self.unit)}{self.unit}"
+        return f"{self.name} {self.quantiles[0]:.4g} to {self.quantiles[-1]:.4g}{' ' * bool(self.unit)}{self.unit}"
 
     def encode(self, text: str) -> float:
         """The number of a condition's row for a value in words. UserError if training had no such value."""

@@ -273,6 +273,38 @@ class PredictConfig(SourceConfig, MachineConfig):
 
 
 @dataclass(frozen=True)
+class EditConfig(MachineConfig):
+    """Show a slice as the run thinks it would look with another age, sex, group ...: no prognosis for anybody.
+
+    The slice is encoded, taken back to the noise that it comes from (DDIM inverted), and generated again from that
+    noise with what --set says.
+    """
+
+    images: Annotated[str, tyro.conf.arg(metavar="FILE|FOLDER")] = ""
+    """A slice, or a folder of slices. attributes.csv or manifest.csv in the folder says what is known of them."""
+    set: tuple[str, ...] = ()
+    """What is to change: group=AD age=80. All else stays as it is known, or unknown."""
+    known: tuple[str, ...] = ()
+    """What is known of the slices as they are, where no table says it: age=62 sex=M level=12."""
+    run: str = "pretrained"
+    """Run to edit with: CHECKPOINTS/RUN/ with its vae/ and diffusion/."""
+    wandb: Literal["auto", "online", "offline", "disabled"] = "disabled"
+    """Nothing is logged: the pictures show people."""
+    out: str = "edited"
+    """Folder to write to: new or empty."""
+    num_steps: int = 50
+    """Steps up to the noise and down again, equal in log-SNR; weights trained on few timesteps take those instead."""
+    guidance: float = 1.0
+    """How far to go: 0 is no change, 1 is what is set, more is beyond it."""
+    weights: Literal["best", "final"] = "best"
+    """Weights with the lowest validation loss, or the last ones."""
+    batch_size: int = 16
+    """Images at a time."""
+    unlike: bool = False
+    """Edit images, too, that look like nothing in the training data."""
+
+
+@dataclass(frozen=True)
 class EvaluateConfig(DataConfig, MachineConfig):
     """Evaluate a generator: distances to real slices, anatomy, class fidelity, copies of training slices.
 

@@ -253,7 +253,7 @@ def main(cfg: DistilConfig) -> None:
             )
             model.zero_grad()
 
-        inherited = ("kind", "prediction", "classes", "vae", "data", "held_out", "phantoms")
+        inherited = ("kind", "prediction", "classes", "vae", "data", "held_out", "phantoms", "typical")
         meta = {k: header[k] for k in inherited if k in header} | {
             "model": model.unet.config, "scheduler": scheduler.config, "split": split_rules(header),
             "attributes": to_header(teacher.attributes),

@@ -155,6 +155,39 @@ def class_names(attributes: Sequence[Attribute], rows: Tensor, classes: Sequence
     return [attributes[place].decode(code) or other for code in rows[:, place].tolist()]
 
 
+# What slices of the training data look like to the VAE, in few numbers: to notice images that are nothing of the kind.
+
+
+def summarise(z: Tensor) -> Tensor:
+    """Latents [B, C, h, w] -> their means over 4 x 4 regions [B, 16 C]."""
+    return F.adaptive_avg_pool2d(z.float(), 4).flatten(1)
+
+
+def typical_latents(train: Sequence[Tensor], held_out: Sequence[Tensor]) -> dict[str, Any]:
+    """Mean and standard deviation of the training slices' summaries, and how far people held out are from them at most.
+
+    Both are batches of latents [B, C, h, w]. The header of the weights holds what comes back.
+    """
+    own, others = (torch.cat([summarise(z).cpu() for z in part]) for part in (train, held_out))
+    mean, sd = own.mean(0), own.std(0).clamp(min=1e-3)
+    distance = ((others - mean) / sd).square().mean(1).sqrt()
+    rounded = {k: [float(f"{x:.4g}") for x in v.tolist()] for k, v in (("mean", mean), ("sd", sd))}
+    return {**rounded, "limit": float(f"{1.1 * distance.max():.4g}")}
+
+
+def unlikeness(z: Tensor, meta: dict[str, Any]) -> Tensor | None:
+    """How far latents [B, C, h, w] are from the training slices, [B]: above 1, further than any slice of people held out.
+
+    None for weights that do not know: those of before this was measured.
+    """
+    typical = meta.get("typical")
+    try:
+        mean, sd = (torch.tensor([float(x) for x in typical[k]], device=z.device) for k in ("mean", "sd"))
+        return ((summarise(z) - mean) / sd).square().mean(1).sqrt() / float(typical["limit"])
+    except (TypeError, KeyError, ValueError, RuntimeError):
+        return None
+
+
 def copy_detector(data: str, cache: str, vae: VAE, meta: dict[str, Any]) -> tuple[CopyDetector, Tensor]:
     """The detector of copies of a run's training slices, and those slices, uint8 [N, S, S].
 

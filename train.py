@@ -46,6 +46,7 @@ from modules import (
     start_noise,
 )
 from pictures import add_gif_frame, image_grid, to_uint8, visualise_denoising_process
+from sampling import typical_latents
 from utils import UserError, evenly_spaced, generator, progress_bar, run_script
 from vae import VAE, load_vae
 
@@ -349,6 +350,9 @@ def main(cfg: TrainConfig) -> None:
             "kind": "diffusion", "model": model.unet.config, "scheduler": model.scheduler.config,
             "prediction": cfg.prediction, "classes": train.classes, "attributes": to_header(attributes),
             "vae": vae.latent_hash(), "data": train.summary(),
+            "typical": typical_latents(*(
+                [m[:, 0, 0] for m in part.moments.split(1024)] for part in (latents, val_latents)
+            )),
             "held_out": carved_people(splits), "split": split_rules(vae_meta), **phantom_drawing(cfg.data),
         }  # fmt: skip
         run.begin(meta, model, [model.unet], [network], trial)

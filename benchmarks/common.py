@@ -91,7 +91,7 @@ class Bench:
         channels, side, _ = self.latent
         t = self.tra
         model = StableDiffusion(
-            UNet(channels, side, t.channels, t.blocks, t.attention, 2, 0.0, t.norm_group),
+            UNet(channels, side, t.channels, t.blocks, t.attention, (2,), 0.0, t.norm_group),
             NoiseScheduler_Fast_DDPM(),
             t.prediction,
         ).to(self.device, memory_format=torch.channels_last)
@@ -202,7 +202,7 @@ def check_match(name: str, ours: tuple[int, int], theirs: tuple[int, int]) -> No
 
 
 class PeerUNet(nn.Module):
-    """diffusers' UNet2DModel or MONAI's DiffusionModelUNet behind one call (x, t, y), of our size."""
+    """diffusers' UNet2DModel or MONAI's DiffusionModelUNet behind one call (x, t, y), of our size; y as ours [B, 1]."""
 
     def __init__(self, b: Bench, peer: str):
         super().__init__()
@@ -229,14 +229,18 @@ class PeerUNet(nn.Module):
             )  # fmt: skip
             self.call = lambda x, t, y: self.net(x, t, None, y)
         with torch.device("meta"):
-            ours = UNet(c, side, b.tra.channels, b.tra.blocks, b.tra.attention, 2)
+            ours = UNet(c, side, b.tra.channels, b.tra.blocks, b.tra.attention, (2,))
             x, t = torch.randn(1, c, side, side), torch.zeros(1, dtype=torch.int64)
         real, self.net = self.net, deepcopy(self.net).to("meta")
-        check_match(f"{peer} U-Net", cost(ours, lambda: ours(x, t, t)), cost(self.net, lambda: self.call(x, t, t)))
+        check_match(
+            f"{peer} U-Net",
+            cost(ours, lambda: ours(x, t, t[:, None].float())),
+            cost(self.net, lambda: self.call(x, t, t)),
+        )
         self.net = real.to(b.device)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return self.call(x, t, y)
+        return self.call(x, t, y[:, 0].long())
 
 
 class PeerVAE(nn.Module):
@@ -277,7 +281,7 @@ class PeerVAE(nn.Module):
 
 
 def peer_step(b: Bench, unet: nn.Module, peer: str) -> Callable[[Tensor, Tensor], None]:
-    """One training step on clean latents [B, C, h, w] and labels, with the parts that the peer's own script uses."""
+    """One training step on clean latents [B, C, h, w] and their classes [B, 1], with the parts of the peer's script."""
     if peer == "diffusers":  # examples/unconditional_image_generation/train_unconditional.py, with --use_ema
         from diffusers import DDPMScheduler
         from diffusers.training_utils import EMAModel

@@ -21,6 +21,7 @@ from matplotlib.patches import FancyBboxPatch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from conditions import draw_rows  # noqa: E402
 from device import pick_device, training_cost  # noqa: E402
 from modules import StableDiffusion, make_grid  # noqa: E402
 from sampling import ImageSampler, load_run  # noqa: E402
@@ -70,7 +71,7 @@ def architecture(model: StableDiffusion, vae: VAE, path: Path) -> None:
     x = torch.zeros(1, 1, side, side)
     encoder, decoder = training_cost(vae.encoder, x), training_cost(vae.decoder, torch.zeros(1, *vae.latent_shape))
     y = torch.zeros(1, dtype=torch.int64)
-    unet = training_cost(model.unet, torch.zeros(1, *vae.latent_shape), y, y if model.num_classes else None)
+    unet = training_cost(model.unet, torch.zeros(1, *vae.latent_shape), y, torch.zeros(1, len(model.attributes)))
 
     def cost(what: tuple) -> str:
         return f"{what[0] / 1e6:.1f} M parameters, {what[1]:.1f} GFLOP"
@@ -103,7 +104,13 @@ def architecture(model: StableDiffusion, vae: VAE, path: Path) -> None:
             arrow(ax, (6.6 - inset, top - 0.25), (6.95 - inset, top))
     top = low + (n - 0.5) * tall - 0.12
     box(
-        ax, 0.1, top - 0.35, 1.5, 0.7, "x_t = α z + σ ε\ntimestep t" + (", class y" if model.num_classes else ""), GREEN
+        ax,
+        0.1,
+        top - 0.35,
+        1.5,
+        0.7,
+        "x_t = α z + σ ε\ntimestep t" + ", conditions y" * model.conditional,
+        GREEN,
     )
     box(ax, 8.4, top - 0.35, 1.6, 0.7, f"{model.prediction} = α ε − σ z" if model.prediction == "v" else "ε", GREEN)
     arrow(ax, (1.6, top), (2.1, top))
@@ -129,7 +136,7 @@ def normal_and_fast(model: StableDiffusion, vae: VAE, path: Path, n: int = 6) ->
     for kind, timesteps, solver, eta in plans:
         drawer = ImageSampler(model, vae, n, timesteps=timesteps, solver=solver, eta=eta)
         start = time.time()
-        images, _ = drawer(0, range(n), torch.arange(n) % max(1, model.num_classes))
+        images, _ = drawer(0, range(n), draw_rows(model.attributes, {}, 0, range(n)))
         images = images.cpu().numpy()
         rows.append((f"{kind}: {len(timesteps)} steps\n{(time.time() - start) / n:.2f} s an image", images))
     figure = Figure(figsize=(1.7 * n + 1.6, 3.6), layout="constrained")

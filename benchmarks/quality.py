@@ -159,7 +159,7 @@ def draw(drawer: ImageSampler, n: int, seed: int = 0) -> tuple[Images, Tensor, f
     """(n images, their latents, images/s)."""
     pixels, latents, start = [], [], time.time()
     for k in torch.arange(n).split(drawer.batch):
-        x, z = drawer(seed, k.tolist(), torch.zeros(len(k), dtype=torch.int64))
+        x, z = drawer(seed, k.tolist(), torch.zeros(len(k), len(drawer.model.attributes)))
         pixels.append(x.cpu()), latents.append(z.cpu())
     speed = n / (time.time() - start)
     return Images(torch.cat(pixels), torch.zeros(n), np.arange(n).astype(str)), torch.cat(latents), speed

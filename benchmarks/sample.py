@@ -56,7 +56,7 @@ def our_drawing(b: Bench, batch: int, folder: Path, compile: str) -> tuple[Calla
         itertools.count(),
         [],
     )
-    y = torch.zeros(batch, dtype=torch.int64)
+    y = torch.zeros(batch, 1)
 
     def save(path: Path, image: np.ndarray) -> None:
         write_atomic(path, png_bytes(image))
@@ -99,7 +99,7 @@ def peer_drawing(b: Bench, peer: str, batch: int, folder: Path) -> Callable[[], 
 
     @torch.no_grad()
     def draw() -> None:
-        z, y = torch.randn(batch, *b.latent, device=b.device), torch.zeros(batch, dtype=torch.int64, device=b.device)
+        z, y = torch.randn(batch, *b.latent, device=b.device), torch.zeros(batch, 1, device=b.device)
         with torch.autocast(b.device.type, dtype, enabled=dtype is not None):
             for t in scheduler.timesteps:
                 out = unet(z, t.to(b.device).expand(batch), y)

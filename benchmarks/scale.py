@@ -142,11 +142,11 @@ def main(cfg: ScaleConfig) -> None:
     model, vae = b.model().eval().requires_grad_(False), b.vae().eval().requires_grad_(False)
     if not b.gpu:
         model.amp_dtype = vae.amp_dtype = None
-    steps, labels = (5, 10, 20, 50), torch.zeros(8, dtype=torch.int64)
+    steps, conditions = (5, 10, 20, 50), torch.zeros(8, 1)
     drawers = {}
     for s in steps:
         drawer = ImageSampler(model, vae, 8, timesteps=make_grid("logsnr", s, model.scheduler.abar).tolist())
-        drawers[str(s)] = lambda d=drawer: d(0, range(8), labels)
+        drawers[str(s)] = lambda d=drawer: d(0, range(8), conditions)
     times = b.interleave(drawers)
     y = [statistics.median(times[str(s)]) / 8 for s in steps]
     for s, t in zip(steps, y):

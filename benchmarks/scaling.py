@@ -63,7 +63,7 @@ def work(cfg: ScalingConfig) -> None:
         n = share.stop - share.start
         gradients = Gradients(call, [model], optimizer, scaler, 1.0, ranks, images, n, [network])
         moments = torch.rand(n, 1, 2, *b.latent, device=b.device).half()
-        y, times = torch.zeros(n, dtype=torch.int64, device=b.device), []
+        y, times = torch.zeros(n, 1, device=b.device), []
         for step in range(4 if cfg.quick else 24):
             ranks.barrier()
             b.synchronise()
@@ -127,10 +127,10 @@ def step_seconds(compute: float, size: int, gradients: float, bandwidth: float, 
 def cost_of_adni() -> tuple[float, float]:
     """(bytes of gradients, seconds an image) of the adni U-Net on the GPU that PEAK and SHARE describe."""
     b = Bench(BenchConfig(device="cpu", preset="adni"))
-    model, y = b.model(), torch.zeros(1, dtype=torch.int64)
+    model, t = b.model(), torch.zeros(1, dtype=torch.int64)
     z = torch.zeros(1, *b.latent)
     with FlopCounterMode(display=False) as flops, torch.no_grad():
-        model(z, y, z, y)
+        model(z, t, z, t[:, None].float())
     return 4.0 * sum(p.numel() for p in model.parameters()), 3 * flops.get_total_flops() / (SHARE * PEAK)
 
 

@@ -51,8 +51,8 @@ def our_iteration(b: Bench, batch: int, slices: int) -> Callable[[], None]:
     call, ranks = partial(backward, model, model, scaler, 10), Ranks(b.device)
     gradients = Gradients(call, [model], optimizer, scaler, 1.0, ranks, batch, batch)
     moments = to_device_if_it_fits(torch.rand(slices, 1, 2, *shape).half(), b.device)
-    labels = torch.zeros(slices, dtype=torch.int64, device=moments.device)
-    visits = gather_batches([moments, labels], shuffled_batches(slices, batch, 0, 0, 3), b.device)
+    conditions = torch.zeros(slices, 1, device=moments.device)
+    visits = gather_batches([moments, conditions], shuffled_batches(slices, batch, 0, 0, 3), b.device)
     count = 0
 
     def iteration() -> None:
@@ -90,7 +90,8 @@ def monai_iteration(b: Bench, images: torch.Tensor, batch: int) -> Callable[[], 
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(b.device.type, b.amp_dtype, enabled=b.amp_dtype is not None):
             noise = torch.randn(len(x), *b.latent, device=x.device)
-            t, y = (torch.randint(0, n, (len(x),), device=x.device) for n in (1000, 2))
+            t = torch.randint(0, 1000, (len(x),), device=x.device)
+            y = torch.randint(0, 2, (len(x), 1), device=x.device).float()
             out = inferer(
                 inputs=x, autoencoder_model=vae.net, diffusion_model=lambda x, timesteps, **_: unet(x, timesteps, y),
                 noise=noise, timesteps=t,
@@ -114,7 +115,7 @@ def origin_iteration(b: Bench, images: torch.Tensor, batch: int) -> Callable[[],
         with torch.no_grad():
             mean, std = vae.encode(x)
             z = mean + std * torch.randn_like(std)
-        y = torch.randint(0, 2, (batch,), device=b.device)
+        y = torch.randint(0, 2, (batch, 1), device=b.device).float()
         step(z, y)
         with torch.no_grad():
             t, noise = torch.randint(0, 1000, (batch,), device=b.device), torch.randn_like(z)

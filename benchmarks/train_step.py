@@ -66,9 +66,9 @@ def main(cfg: StepConfig) -> None:
     g = torch.Generator(b.device).manual_seed(0)
     z = torch.randn(batch, *shape, generator=g, device=b.device)
     moments = torch.stack([z, 0.1 * torch.ones_like(z)], 1)[:, None].half().contiguous()
-    y = torch.randint(2, (batch,), generator=g, device=b.device)
+    y = torch.randint(2, (batch, 1), generator=g, device=b.device).float()
     with torch.device("meta"):
-        meta = torch.empty(1, *shape), torch.empty(1, dtype=torch.int64), torch.empty(1, dtype=torch.int64)
+        meta = torch.empty(1, *shape), torch.empty(1, dtype=torch.int64), torch.empty(1, 1)
     parameters, flops = cost(model.unet, lambda: type(model.unet)(**model.unet.config).to("meta")(*meta))
     print(f"our U-Net: {parameters / 1e6:.2f} M parameters, {flops / 1e9:.2f} GFLOP forward, batch {batch}")
 

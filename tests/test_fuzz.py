@@ -29,6 +29,7 @@ from test_readers import AFFINE, VOXELS, classic, enhanced, packed
 
 import predict
 import readers
+from conditions import draw_rows, in_words, learn_attribute, to_header
 from config import DataConfig, PredictConfig
 from dataset import BadFile, carved_people, load_slices, load_splits, load_splits_as_trained, read_images, read_slice
 from dataset import scan as scan_folder
@@ -311,9 +312,12 @@ def test_many_fuzzed_volumes(tmp_path: Path, confined: None, name: str):
 # Checkpoints
 
 
+ATTRIBUTES = [learn_attribute("group", ["AD", "NC"]), learn_attribute("age", ["60", "70", "85.5"])]
+
+
 def networks() -> tuple[VAE, StableDiffusion]:
     torch.manual_seed(0)
-    return VAE(16, 4, 2, (8, 8), 1), StableDiffusion(UNet(2, 4, (8, 8), 1, (4,), 2), NoiseScheduler_Fast_DDPM())
+    return VAE(16, 4, 2, (8, 8), 1), StableDiffusion(UNet(2, 4, (8, 8), 1, (4,), (2, 0)), NoiseScheduler_Fast_DDPM())
 
 
 def metas(vae: VAE, model: StableDiffusion) -> dict[str, dict]:
@@ -321,7 +325,8 @@ def metas(vae: VAE, model: StableDiffusion) -> dict[str, dict]:
     return {
         "vae": {"kind": "vae", "model": vae.config, "finished": True, **common},
         "diffusion": {
-            "kind": "diffusion", "model": model.unet.config, "scheduler": model.scheduler.config, "prediction": "v",
+            "kind": "diffusion", "model": model.unet.config, "attributes": to_header(ATTRIBUTES),
+            "scheduler": model.scheduler.config, "prediction": "v",
             "vae": "0" * 12, "epoch": 1, **common,
         },
     }  # fmt: skip
@@ -335,10 +340,11 @@ def use(path: Path, kind: str) -> None:
     else:
         model, meta = load_diffusion(path, CPU)
         shape = [model.unet.config["in_channels"], 4, 4]
-        few, y = model.scheduler.timesteps.tolist()[::4], torch.arange(2) % max(1, model.num_classes)
+        few, y = model.scheduler.timesteps.tolist()[::4], draw_rows(model.attributes, {}, 0, [0, 1])
         z = model.generate(shape, 0, [0, 1], y, timesteps=few)
         assert z.isfinite().all()
-        assert not model.num_classes or model.num_classes == len(meta["classes"])
+        names = [text for a in model.attributes for text in (a.name, *a.values, *in_words(model.attributes, y[0]))]
+        assert len(y[0]) == len(model.unet.conditions) and not any("/" in text for text in names)
     for name in meta.get("classes", []):
         assert (Path("out") / "train" / name).resolve().parent == Path("out/train").resolve(), name
 

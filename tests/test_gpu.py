@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def test_gpu_and_cpu_draw_the_same_images(trained: Path, tmp_path: Path):
 def networks() -> tuple[StableDiffusion, VAE]:
     torch.manual_seed(0)
     vae = VAE(64, 4, 4, (32, 64), 1)
-    model = StableDiffusion(UNet(4, 16, (32, 64), 1, (8,), 2), NoiseScheduler_Fast_DDPM())
+    model = StableDiffusion(UNet(4, 16, (32, 64), 1, (8,), (2, 0)), NoiseScheduler_Fast_DDPM())
     for p in [*vae.parameters(), *model.parameters()]:
         p.data += 0.05 * torch.randn(p.shape)
     return tuple(m.cuda().to(memory_format=torch.channels_last) for m in (model, vae))
@@ -72,10 +73,10 @@ def test_no_step_waits_for_the_gpu(dtype: torch.dtype | None, on_the_host: bool)
     model.amp_dtype = dtype
     gradients, optimizer = gradients_of(model, 16, 16)
     ema, watch = EMA(model, 0.9), NonFiniteWatch(DEVICE)
-    moments, labels = torch.rand(64, 1, 2, 4, 16, 16).half(), torch.zeros(64, dtype=torch.int64)
+    moments, conditions = torch.rand(64, 1, 2, 4, 16, 16).half(), torch.zeros(64, 2)
     if not on_the_host:
-        moments, labels = to_device_if_it_fits(moments, DEVICE), labels.to(DEVICE)
-    batches = gather_batches([moments, labels], shuffled_batches(64, 16, 0, 0), DEVICE)
+        moments, conditions = to_device_if_it_fits(moments, DEVICE), conditions.to(DEVICE)
+    batches = gather_batches([moments, conditions], shuffled_batches(64, 16, 0, 0), DEVICE)
     try:
         for step in range(12):
             torch.cuda.set_sync_debug_mode("error" if step > 3 else "default")
@@ -100,7 +101,7 @@ def test_a_step_as_a_graph_has_the_gradients_of_its_micro_batches(dtype: torch.d
             g = generator(0, step, device=DEVICE)
             z, y = (
                 torch.rand(16, 1, 2, 4, 16, 16, generator=g, device=DEVICE).half(),
-                torch.arange(16, device=DEVICE) % 2,
+                torch.rand(16, 2, generator=g, device=DEVICE).round(),
             )
             added, norm = gradients(z, y, *step_randomness(model, 16, (4, 16, 16), TrainConfig(), g))
             flat = torch.cat([p.grad.flatten() for p in model.parameters()])
@@ -118,7 +119,7 @@ def test_the_graph_draws_what_the_loop_draws(dtype: torch.dtype | None, toleranc
     model.amp_dtype = vae.amp_dtype = dtype
     graph = ImageSampler(model, vae, 8, 1.5)
     assert graph.replay is not None
-    y = torch.tensor([0, 1, 0, 1, 1])
+    y = torch.tensor([[0, 0.3], [1, -1], [0, math.nan], [1, 1], [math.nan, 0.5]])
     for first in (0, 100):  # a replay does not remember the one before
         indices = range(first, first + 5)
         want = model.generate(vae.latent_shape, 3, indices, y, 1.5)
@@ -131,7 +132,7 @@ def test_compiled_on_the_gpu_is_eager(dtype: torch.dtype | None, tolerance: floa
     model, _ = networks()
     model.amp_dtype = dtype
     z, noise = torch.randn(2, 8, 4, 16, 16, device="cuda")
-    t, y = torch.arange(0, 800, 100, device="cuda"), torch.zeros(8, dtype=torch.int64, device="cuda")
+    t, y = torch.arange(0, 800, 100, device="cuda"), torch.zeros(8, 2, device="cuda")
 
     def both() -> list[torch.Tensor]:
         loss, x0 = model(z, t, noise, y)
@@ -152,7 +153,7 @@ def test_micro_batch_auto_finds_what_fits():
     def trial(n: int) -> None:
         asked.append(n)
         z, t = torch.randn(n, 4, 16, 16, device="cuda"), torch.full((n,), 73, device="cuda")
-        model(z, t, torch.randn_like(z), torch.zeros_like(t))[0].mean().backward()
+        model(z, t, torch.randn_like(z), torch.zeros(n, 2, device="cuda"))[0].mean().backward()
         model.zero_grad()
 
     try:

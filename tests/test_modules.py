@@ -15,9 +15,11 @@ from torch import nn
 from config import TrainConfig
 from modules import (
     AttentionBlock,
+    CategoryEmbedding,
     CosineAnnealingWarmupScheduler,
     Lookahead,
     NoiseScheduler_Fast_DDPM,
+    NumberEmbedding,
     ResidualBlock,
     StableDiffusion,
     UNet,
@@ -29,7 +31,7 @@ from modules import (
     sample_steps,
     timestep_embedding,
 )
-from train import step_randomness
+from train import step_randomness, training_loss
 from utils import UserError
 from vae import VAE
 from weights import save_weights
@@ -74,14 +76,19 @@ def wake(model, seed=0):
     return model
 
 
-def tiny_unet(num_classes=2, **how):
+NAN = math.nan
+ROWS = torch.tensor([[0, 0.5], [1, -1], [NAN, NAN]])  # conditions of three images
+
+
+def tiny_unet(conditions=(2, 0), **how):
+    """With a category of two values and a number as its conditions."""
     torch.manual_seed(0)
-    size = dict(in_channels=2, resolution=8, channels=(8, 16), blocks=1, attention=(4,), num_classes=num_classes)
+    size = dict(in_channels=2, resolution=8, channels=(8, 16), blocks=1, attention=(4,), conditions=conditions)
     return wake(UNet(**size | how))
 
 
-def tiny_diffusion(num_classes=2, prediction="v", grid="logsnr"):
-    model = StableDiffusion(tiny_unet(num_classes), NoiseScheduler_Fast_DDPM(grid=grid), prediction)
+def tiny_diffusion(conditions=(2, 0), prediction="v", grid="logsnr"):
+    model = StableDiffusion(tiny_unet(conditions), NoiseScheduler_Fast_DDPM(grid=grid), prediction)
     return model.eval().requires_grad_(False)
 
 
@@ -388,7 +395,7 @@ def test_unknown_solver_is_refused():
 class Oracle(nn.Module):
     """A network that knows the answer."""
 
-    config = {"num_classes": 0}
+    config = {"conditions": []}
 
     def __init__(self, answer):
         super().__init__()
@@ -404,7 +411,7 @@ def test_the_right_answer_has_no_loss_and_gives_back_the_image(prediction):
     z, noise = normal(10, 2, 8, 8, seed=1), normal(10, 2, 8, 8, seed=2)
     a = torch.tensor(ABAR)[t][:, None, None, None]
     v = a.sqrt() * noise.double() - (1 - a).sqrt() * z.double()  # the derivative of x_t in the angle
-    model = tiny_diffusion(0, prediction)
+    model = tiny_diffusion((), prediction)
     model.unet = Oracle((v if prediction == "v" else noise).float())
     loss, x0 = model(z, t, noise)
     assert loss.shape == (10,) and loss.max() < 1e-9
@@ -420,7 +427,7 @@ def test_the_right_answer_has_no_loss_and_gives_back_the_image(prediction):
 
 @pytest.mark.parametrize("prediction", ["v", "eps"])
 def test_loss_is_the_mean_square_per_image(prediction):
-    model, t = tiny_diffusion(0, prediction), torch.tensor([0, 410, 999])
+    model, t = tiny_diffusion((), prediction), torch.tensor([0, 410, 999])
     z, noise = normal(3, 2, 8, 8, seed=1), normal(3, 2, 8, 8, seed=2)
     model.unet = Oracle(torch.zeros(3, 2, 8, 8))
     a = ABAR[t][:, None, None, None]
@@ -431,15 +438,25 @@ def test_loss_is_the_mean_square_per_image(prediction):
 
 @pytest.mark.parametrize("prediction", ["v", "eps"])
 def test_min_snr_weights_against_numpy(prediction):
-    model, t = StableDiffusion(tiny_unet(0), NoiseScheduler_Fast_DDPM(), prediction, "min_snr"), torch.arange(1000)
+    model, t = (
+        StableDiffusion(
+            tiny_unet(
+                (),
+            ),
+            NoiseScheduler_Fast_DDPM(),
+            prediction,
+            "min_snr",
+        ),
+        torch.arange(1000),
+    )
     snr = ABAR / (1 - ABAR)
     close(model.weight(t), np.minimum(snr, 5) / (snr + 1 if prediction == "v" else snr), 1e-4)
-    assert (tiny_diffusion(0, prediction).weight(t) == 1).all()
+    assert (tiny_diffusion((), prediction).weight(t) == 1).all()
 
 
 @pytest.mark.parametrize("prediction", ["v", "eps"])
 def test_denoiser_splits_x_into_signal_and_noise(prediction):
-    denoise, x = tiny_diffusion(0, prediction).denoiser(), normal(2, 2, 8, 8)
+    denoise, x = tiny_diffusion((), prediction).denoiser(), normal(2, 2, 8, 8)
     for t in GRIDS["logsnr"]:
         eps, x0 = denoise(x, t)
         close(math.sqrt(ABAR[t]) * x0 + math.sqrt(1 - ABAR[t]) * eps, x)
@@ -453,42 +470,82 @@ def test_unknown_prediction_is_refused():
 @pytest.mark.parametrize("prediction", ["v", "eps"])
 @pytest.mark.parametrize("w", [-1.0, 0.0, 0.5, 1.0, 3.0])
 def test_guidance_is_linear_between_no_class_and_class(prediction, w):
-    model, x = tiny_diffusion(2, prediction), normal(3, 2, 8, 8)
-    y, none = torch.tensor([0, 1, 1]), torch.full((3,), 2)
+    model, x = tiny_diffusion((2, 0), prediction), normal(3, 2, 8, 8)
+    y, none = torch.tensor([[0, 0.5], [1, -1], [1, NAN]]), torch.full((3, 2), NAN)
     batches = []
     model.unet.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
     got = model.denoiser(y, guidance=w)(x, 410)
     assert batches == [3 if w == 1 else 6]  # both halves in one call, and no second half when it would not count
-    with_class, without = model.denoiser(y)(x, 410), model.denoiser(none)(x, 410)
-    assert not torch.allclose(with_class[0], without[0], atol=1e-3)
-    for g, c, n in zip(got, with_class, without):  # eps and x0 are both affine in the output
+    with_y, without = model.denoiser(y)(x, 410), model.denoiser(none)(x, 410)
+    assert not torch.allclose(with_y[0], without[0], atol=1e-3)
+    for g, c, n in zip(got, with_y, without):  # eps and x0 are both affine in the output
         close(g, n + w * (c - n))
 
 
-def test_no_labels_mean_no_class():
-    model, x = tiny_diffusion(2), normal(2, 2, 8, 8)
-    close(model.denoiser(None, guidance=3.0)(x, 73)[0], model.denoiser(torch.tensor([2, 2]))(x, 73)[0])
+def test_guidance_away_from_other_conditions():
+    model, x = tiny_diffusion(), normal(2, 2, 8, 8)
+    y, other = torch.tensor([[0, 0.5], [1, -1]]), torch.tensor([[1, 0.5], [1, 1]])
+    for w, end in ((0.0, other), (1.0, y)):
+        close(model.denoiser(y, w, away_from=other)(x, 410)[0], model.denoiser(end)(x, 410)[0])
 
 
-def test_unconditional_network_ignores_labels():
-    model, x = tiny_diffusion(0), normal(2, 2, 8, 8)
-    a, b = model.denoiser(torch.tensor([0, 1]), guidance=4.0)(x, 73), model.denoiser()(x, 73)
+def test_no_conditions_mean_unknown():
+    model, x = tiny_diffusion(), normal(2, 2, 8, 8)
+    close(model.denoiser(None, guidance=3.0)(x, 73)[0], model.denoiser(torch.full((2, 2), NAN))(x, 73)[0])
+
+
+def test_unconditional_network_takes_rows_without_conditions():
+    model, x = tiny_diffusion(()), normal(2, 2, 8, 8)
+    a, b = model.denoiser(torch.zeros(2, 0), guidance=4.0)(x, 73), model.denoiser()(x, 73)
     assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
 
 
-def test_labels_are_hidden_at_their_rate():
-    model, y = tiny_diffusion(2), torch.arange(20_000) % 2
-    _, _, hide, _, _ = step_randomness(
-        model, len(y), (2, 8, 8), TrainConfig(class_dropout=0.1), torch.Generator().manual_seed(0)
+def test_conditions_are_hidden_together_and_one_by_one():
+    n, g = 20_000, torch.Generator().manual_seed(0)
+    one, two = (
+        step_randomness(tiny_diffusion(c), n, (2, 8, 8), TrainConfig(class_dropout=0.1), g)[2] for c in ((2,), (2, 0))
     )
-    got = model.hide_labels(y, hide)
-    assert torch.equal(got == 2, hide) and torch.equal(got[~hide], y[~hide])  # never another class
-    assert abs(hide.float().mean() - 0.1) < 4 * math.sqrt(0.09 / 20_000)
+    rate = 4 * math.sqrt(0.09 / n)
+    assert one.shape == (n, 1) and abs(one.float().mean() - 0.1) < rate
+    # Both of two: a tenth together, and besides a hundredth of the rest by chance; each alone: 0.9 x 0.1 x 0.9.
+    for hidden, share in ((two.all(1), 0.1 + 0.9 * 0.01), (two[:, 0] & ~two[:, 1], 0.081), (~two.any(1), 0.729)):
+        assert abs(hidden.float().mean() - share) < 1.5 * rate
+
+
+def test_a_hidden_condition_is_not_seen():
+    model, (z, noise) = tiny_diffusion(), normal(2, 4, 2, 8, 8)
+    shown = torch.tensor([[0, 0.5], [1, -1], [0, 0], [1, 1]])
+    losses = []
+    for hide in ([[True, True]] * 4, [[True, False]] * 4):
+        for y in (shown, shown.roll(1, 0)):
+            entries, mirror = torch.arange(4), torch.zeros(4)
+            moments = torch.stack([z, torch.zeros_like(z)], 1)[:, None]
+            rows = [mirror, torch.zeros_like(z), torch.tensor(hide), entries, noise]
+            losses.append(training_loss(model, model, moments, y, rows, 1)[0])
+    assert torch.equal(losses[0], losses[1]) and not torch.allclose(losses[2], losses[3], atol=1e-4)
+
+
+@pytest.mark.parametrize("v", [-1.3, -1.0, 0.0, 0.31, 1.0])
+def test_number_embedding_against_numpy(v):
+    layer = NumberEmbedding(6).double()
+    phases = 2 * np.pi * np.array(NumberEmbedding.FREQUENCIES) * v
+    features = np.concatenate([[v], np.sin(phases), np.cos(phases)])
+    w1, b1, w2, b2 = (p.detach().numpy() for p in layer.mlp.parameters())
+    h = w1 @ features + b1
+    got = layer(torch.tensor([v, NAN], dtype=torch.float64)).detach()
+    close(got[0], w2 @ (h / (1 + np.exp(-h))) + b2, 1e-6)
+    assert torch.equal(got[1], layer.unknown)
+
+
+def test_category_embedding_has_a_row_for_each_value_and_one_for_unknown():
+    layer = CategoryEmbedding(3, 4)
+    got = layer(torch.tensor([2.0, 0.0, NAN]))
+    assert layer.weight.shape == (4, 4) and torch.equal(got, layer.weight[[2, 0, 3]])
 
 
 @pytest.mark.parametrize("how", [dict(solver="ddim", eta=1.0), dict(solver="dpm++2m")])
 def test_image_k_is_the_same_in_any_batch(how):
-    model, y = tiny_diffusion(2), torch.arange(16) % 2
+    model, y = tiny_diffusion(), torch.stack([torch.arange(16) % 2, torch.linspace(-1, 1, 16)], 1)
     batches = {}
     for size in (1, 3, 16):
         parts = [torch.arange(16)[i : i + size] for i in range(0, 16, size)]
@@ -502,12 +559,12 @@ def test_image_k_is_the_same_in_any_batch(how):
 
 
 def test_arithmetic_is_float32_when_the_network_is_not():
-    model = tiny_diffusion(2)
+    model = tiny_diffusion()
     model.amp_dtype = torch.bfloat16
     kinds = []
     model.unet.out.register_forward_hook(lambda m, i, out: kinds.append(out.dtype))
-    loss, x0 = model(normal(2, 2, 8, 8), torch.tensor([0, 999]), normal(2, 2, 8, 8, seed=1), torch.tensor([0, 2]))
-    eps, _ = model.denoiser(torch.tensor([0, 1]), 2.0)(normal(2, 2, 8, 8), 22)
+    loss, x0 = model(normal(2, 2, 8, 8), torch.tensor([0, 999]), normal(2, 2, 8, 8, seed=1), ROWS[:2])
+    eps, _ = model.denoiser(ROWS[:2], 2.0)(normal(2, 2, 8, 8), 22)
     assert set(kinds) == {torch.bfloat16}  # the cast did take place
     assert loss.dtype == x0.dtype == eps.dtype == torch.float32
 
@@ -518,13 +575,13 @@ def test_arithmetic_is_float32_when_the_network_is_not():
 
 @pytest.mark.parametrize(
     "how",
-    [{}, dict(num_classes=0), dict(channels=(8, 8, 16), blocks=2, attention=(8, 2)), dict(patch=2, attention=(2,))],
+    [{}, dict(conditions=()), dict(channels=(8, 8, 16), blocks=2, attention=(8, 2)), dict(patch=2, attention=(2,))],
 )
 def test_unet_shape_and_rebuilding_from_its_config(how):
     net = tiny_unet(**how).eval()
     again = UNet(**net.config).eval()
     again.load_state_dict(net.state_dict())
-    x, t, y = normal(3, 2, 8, 8), torch.tensor([0, 500, 999]), torch.tensor([0, 1, 2])
+    x, t, y = normal(3, 2, 8, 8), torch.tensor([0, 500, 999]), ROWS
     out = net(x, t, y)
     assert out.shape == x.shape and out.abs().min() > 0
     assert torch.equal(out, again(x, t, y))
@@ -536,16 +593,16 @@ def test_unet_starts_as_zero():
 
 def test_every_parameter_of_the_unet_learns():
     net = tiny_unet(channels=(40, 48))  # widths with several channels in a norm's group
-    net(normal(3, 2, 8, 8), torch.tensor([0, 500, 999]), torch.tensor([0, 1, 2])).square().sum().backward()
+    net(normal(3, 2, 8, 8), torch.tensor([0, 500, 999]), ROWS).square().sum().backward()
     idle = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
     assert idle == []
 
 
-def test_unet_depends_on_time_and_class():
+def test_unet_depends_on_time_and_every_condition():
     net, x = tiny_unet().eval(), normal(1, 2, 8, 8)
-    a = net(x, torch.tensor([10]), torch.tensor([0]))
-    assert not torch.allclose(a, net(x, torch.tensor([900]), torch.tensor([0])), atol=1e-3)
-    assert not torch.allclose(a, net(x, torch.tensor([10]), torch.tensor([1])), atol=1e-3)
+    a = net(x, torch.tensor([10]), torch.tensor([[0, 0.5]]))
+    for t, row in ((900, [0, 0.5]), (10, [1, 0.5]), (10, [0, -0.5]), (10, [NAN, 0.5]), (10, [0, NAN])):
+        assert not torch.allclose(a, net(x, torch.tensor([t]), torch.tensor([row])), atol=1e-3), (t, row)
 
 
 @pytest.mark.parametrize(("attention", "count"), [((), 0), ((8,), 3), ((4,), 4), ((16, 4), 7)])
@@ -566,7 +623,7 @@ def test_unet_refuses_a_resolution_that_cannot_be_halved():
 def test_a_patched_unet_is_the_unet_of_rearranged_pixels():
     patched, plain = tiny_unet(patch=2, attention=(2,)), tiny_unet(in_channels=8, resolution=4, attention=(2,))
     plain.load_state_dict(patched.state_dict())
-    x, t, y = normal(3, 2, 8, 8), torch.tensor([0, 500, 999]), torch.tensor([0, 1, 2])
+    x, t, y = normal(3, 2, 8, 8), torch.tensor([0, 500, 999]), ROWS
     # row i, column j of every 2 x 2 patch are channels of their own, channel by channel
     rows = torch.stack([x[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)], dim=2).flatten(1, 2)
     out, want = patched(x, t, y), plain(rows, t, y).unflatten(1, (2, 4))
@@ -736,13 +793,13 @@ def write_diffusion(path, net, **changes):
 
 
 def test_load_diffusion_gives_the_same_model(tmp_path):
-    path, model = tmp_path / "best.safetensors", tiny_diffusion(2, grid="uniform")
+    path, model = tmp_path / "best.safetensors", tiny_diffusion((2,), grid="uniform")
     write_diffusion(path, model, classes=["AD", "NC"])
     again, meta = load_diffusion(path, torch.device("cpu"))
     assert meta["classes"] == ["AD", "NC"]
     assert again.scheduler.timesteps.tolist() == GRIDS["uniform"]
     assert not again.training and not any(p.requires_grad for p in again.parameters())
-    how = dict(shape=(2, 8, 8), seed=3, indices=[0, 1], y=torch.tensor([0, 1]))
+    how = dict(shape=(2, 8, 8), seed=3, indices=[0, 1], y=ROWS[:2])
     assert torch.allclose(again.generate(**how), model.generate(**how), atol=1e-6)
 
 
@@ -755,7 +812,7 @@ class Evil:
 
 
 def test_load_diffusion_refuses_other_files(tmp_path):
-    path, model = tmp_path / "best.safetensors", tiny_diffusion(0)
+    path, model = tmp_path / "best.safetensors", tiny_diffusion(())
     with pytest.raises(UserError, match="no weights"):
         load_diffusion(path, torch.device("cpu"))
 
@@ -778,7 +835,7 @@ def test_load_diffusion_refuses_other_files(tmp_path):
 
 
 def test_load_diffusion_refuses_what_it_cannot_build(tmp_path):
-    path, model = tmp_path / "best.safetensors", tiny_diffusion(0)
+    path, model = tmp_path / "best.safetensors", tiny_diffusion(())
     for wrong in (
         dict(model=model.unet.config | {"flavour": 1}),
         dict(model=None),

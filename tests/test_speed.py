@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -43,7 +44,7 @@ def pair() -> tuple[StableDiffusion, VAE]:
     torch.manual_seed(0)
     vae = awake(VAE(32, 4, 2, (8, 16), 1)).eval().requires_grad_(False)
     vae.latent_std.fill_(2.0)
-    unet = awake(UNet(2, 8, (8, 16), 1, (4,), 2))
+    unet = awake(UNet(2, 8, (8, 16), 1, (4,), (2,)))
     return StableDiffusion(unet, NoiseScheduler_Fast_DDPM()).eval().requires_grad_(False), vae
 
 
@@ -139,8 +140,11 @@ def test_groups_have_at_least_so_many_channels(channels: int, least: int, groups
 def test_compiled_networks_give_the_eager_values_and_gradients(dtype: torch.dtype | None, tolerance: float):
     torch.manual_seed(0)  # one level: every kind of layer, and few to compile
     vae = awake(VAE(32, 4, 2, (8,), 1)).eval()
-    model = StableDiffusion(awake(UNet(2, 8, (8,), 1, (8,), 2)), NoiseScheduler_Fast_DDPM()).eval()
-    z, y = torch.randn(4, 2, 8, 8, generator=generator(1)), torch.tensor([0, 1, 2, 0])
+    model = StableDiffusion(awake(UNet(2, 8, (8,), 1, (8,), (2, 0))), NoiseScheduler_Fast_DDPM()).eval()
+    z, y = (
+        torch.randn(4, 2, 8, 8, generator=generator(1)),
+        torch.tensor([[0, 0.5], [1, -1], [math.nan, 0], [0, math.nan]]),
+    )
     t, noise = torch.tensor([0, 22, 410, 999]), torch.randn(4, 2, 8, 8, generator=generator(2))
     networks = [model.unet, vae.decoder]
 
@@ -199,7 +203,7 @@ def test_without_a_compiler_training_goes_on_and_says_so(trained: Path, phantoms
 @pytest.mark.parametrize("how", [{}, {"solver": "ddim", "eta": 1.0}])
 def test_drawing_is_generating_and_decoding(pair, how: dict):
     model, vae = pair
-    drawer, y = ImageSampler(model, vae, 4, 1.5, **how), torch.tensor([1, 0, 1])
+    drawer, y = ImageSampler(model, vae, 4, 1.5, **how), torch.tensor([[1.0], [0], [1]])
     pixels, z = drawer(7, [5, 0, 10**9 + 2], y)
     want = model.generate(vae.latent_shape, 7, [5, 0, 10**9 + 2], y, 1.5, **how)
     torch.testing.assert_close(z, want)

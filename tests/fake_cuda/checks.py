@@ -84,7 +84,7 @@ def on_the_card(module: nn.Module, dtype: torch.dtype | None) -> Any:
 def networks(dtype: torch.dtype | None, grid: str = "logsnr", steps: int = 10) -> tuple[StableDiffusion, VAE]:
     """A conditional U-Net and a VAE, tiny."""
     scheduler = NoiseScheduler_Fast_DDPM(num_steps=steps, grid=grid)
-    model = StableDiffusion(UNet(2, 8, (8, 16), 1, (4,), 2, dropout=0.1), scheduler)
+    model = StableDiffusion(UNet(2, 8, (8, 16), 1, (4,), (2, 0), dropout=0.1), scheduler)
     return on_the_card(model, dtype), on_the_card(VAE(32, 4, 2, (8, 16), 1), dtype)
 
 
@@ -115,7 +115,7 @@ def check_a_step_of_train_waits_for_nothing(
     optimizer = Lookahead(optimizer, k=2) if lookahead else optimizer
     call = partial(train.backward, model, model, scaler, 10)
     gradients = Gradients(call, [model], optimizer, scaler, 1.0, Ranks(device), 8, micro)
-    tensors = [torch.rand(64, 2, 2, 2, 8, 8).half(), torch.zeros(64, dtype=torch.int64)]
+    tensors = [torch.rand(64, 2, 2, 2, 8, 8).half(), torch.zeros(64, 2)]
     if not on_the_host:
         tensors = [to_device_if_it_fits(t, device) for t in tensors]
 
@@ -156,7 +156,7 @@ def check_a_step_of_distil_waits_for_nothing(dtype=DTYPES, on_the_host=(False, T
     optimizer, scaler = make_optimizer(model.parameters(), cfg), make_scaler(dtype, device)
     call = partial(distil.backward, distil.Student(model), scaler)
     gradients = Gradients(call, [model], optimizer, scaler, 1.0, Ranks(device), 8, micro)
-    tensors = [torch.rand(64, 5, 2, 8, 8).half(), torch.zeros(64, dtype=torch.int64)]
+    tensors = [torch.rand(64, 5, 2, 8, 8).half(), torch.zeros(64, 2)]
     if not on_the_host:
         tensors = [t.to(device) for t in tensors]
 
@@ -179,7 +179,7 @@ def check_the_sampler_is_a_graph_that_waits_for_nothing(
     assert sampler.replay is not None, "no graph was recorded"
     with no_wait():
         before = count("graphs")
-        pixels, z = sampler(0, range(3), torch.zeros(3, dtype=torch.int64))
+        pixels, z = sampler(0, range(3), torch.zeros(3, 2))
         assert count("graphs") == before + 1
     assert (pixels.shape, z.shape, pixels.is_cuda) == ((3, 32, 32), (3, 2, 8, 8), True)
     weights = {p.dtype for m in (model.unet, vae.decoder) for p in m.parameters() if p.ndim == 4}
@@ -224,7 +224,7 @@ def check_the_second_card_is_made_the_current_one(name=("cuda:1", "cuda:0")):
         model, vae = (m.to(device).eval().requires_grad_(False) for m in networks(None))
         sampler = ImageSampler(model, vae, 2)
         assert sampler.replay is not None
-        pixels, _ = sampler(0, range(2), torch.zeros(2, dtype=torch.int64))
+        pixels, _ = sampler(0, range(2), torch.zeros(2, 2))
         assert pixels.device == device and predict.fetch_async(pixels)().shape == (2, 32, 32)
     finally:
         torch.cuda.set_device(0)
@@ -381,13 +381,13 @@ def count_a_step(batch: int = 16) -> dict[str, float]:
 
     device, cfg, n = torch.device("cuda"), TrainConfig(), 8
     model = on_the_card(
-        StableDiffusion(UNet(8, 32, num_classes=2, norm_group=24), NoiseScheduler_Fast_DDPM()), torch.bfloat16
+        StableDiffusion(UNet(8, 32, conditions=(2,), norm_group=24), NoiseScheduler_Fast_DDPM()), torch.bfloat16
     )
     optimizer, scaler = make_optimizer(model.parameters(), cfg), make_scaler(torch.bfloat16, device)
     ema = EMA(model, 0.999)
     call = partial(train.backward, model, model, scaler, 10)
     gradients = Gradients(call, [model], optimizer, scaler, 1.0, Ranks(device), batch, batch)
-    moments, y = torch.zeros(64, 1, 2, 8, 32, 32).half().to(device), torch.zeros(64, dtype=torch.int64, device=device)
+    moments, y = torch.zeros(64, 1, 2, 8, 32, 32).half().to(device), torch.zeros(64, 1, device=device)
     batches, watch = (
         gather_batches([moments, y], shuffled_batches(64, batch, 0, 0), device),
         NonFiniteWatch(device, 10**6),
@@ -396,9 +396,9 @@ def count_a_step(batch: int = 16) -> dict[str, float]:
     for step in range(4 + n):
         if step == 4:
             before, start = [count(name) for name in names], time.perf_counter()
-        z, labels = next(batches)
+        z, y = next(batches)
         randomness = train.step_randomness(model, batch, (8, 32, 32), cfg, generator(0, step, device=device))
-        added, norm = gradients(z, labels, *randomness)
+        added, norm = gradients(z, y, *randomness)
         optimise(model, optimizer, ema, added)
         sums += added
         watch.stuck_at(norm, step)
