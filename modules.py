@@ -428,8 +428,8 @@ def sample(
 
 @torch.no_grad()
 def invert(
-    denoise: Denoiser, z: Tensor, scheduler: NoiseScheduler_Fast_DDPM, timesteps: Sequence[int], tolerance: float = 1e-3,
-    most: int = 30,
+    denoise: Denoiser, z: Tensor, scheduler: NoiseScheduler_Fast_DDPM, timesteps: Sequence[int],
+    tolerance: float = 1e-3, most: int = 30,
 ) -> tuple[Tensor, int]:  # fmt: skip
     """(x_T, network calls): the noise from which DDIM with eta 0 comes to the clean latents z [B, C, h, w].
 

@@ -62,10 +62,10 @@ def in_font(text: str) -> str:
 
 
 def png_bytes(image: np.ndarray) -> bytes:
-    """The bytes of a PNG file of a grey uint8 [H, W] picture."""
+    """The bytes of a PNG file of a uint8 picture, grey [H, W] or RGB [H, W, 3]."""
     cv2 = import_cv2()
 
-    return cv2.imencode(".png", image)[1].tobytes()
+    return cv2.imencode(".png", image if image.ndim == 2 else image[..., ::-1])[1].tobytes()
 
 
 def save_gif(path: Path, frames: Sequence[np.ndarray], seconds: float = 0.25) -> None:

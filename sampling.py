@@ -163,12 +163,12 @@ def summarise(z: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(z.float(), 4).flatten(1)
 
 
-def typical_latents(train: Sequence[Tensor], held_out: Sequence[Tensor]) -> dict[str, Any]:
+def typical_latents(train: Tensor, held_out: Tensor) -> dict[str, Any]:
     """Mean and standard deviation of the training slices' summaries, and how far people held out are from them at most.
 
-    Both are batches of latents [B, C, h, w]. The header of the weights holds what comes back.
+    Both are latents [N, C, h, w]. The header of the weights holds what comes back.
     """
-    own, others = (torch.cat([summarise(z).cpu() for z in part]) for part in (train, held_out))
+    own, others = (torch.cat([summarise(z).cpu() for z in part.split(1024)]) for part in (train, held_out))
     mean, sd = own.mean(0), own.std(0).clamp(min=1e-3)
     distance = ((others - mean) / sd).square().mean(1).sqrt()
     rounded = {k: [float(f"{x:.4g}") for x in v.tolist()] for k, v in (("mean", mean), ("sd", sd))}
@@ -176,11 +176,11 @@ def typical_latents(train: Sequence[Tensor], held_out: Sequence[Tensor]) -> dict
 
 
 def unlikeness(z: Tensor, meta: dict[str, Any]) -> Tensor | None:
-    """How far latents [B, C, h, w] are from the training slices, [B]: above 1, further than any slice of people held out.
+    """How far latents [B, C, h, w] are from the training slices, [B]: above 1 no slice of people held out was.
 
     None for weights that do not know: those of before this was measured.
     """
-    typical = meta.get("typical")
+    typical: Any = meta.get("typical")
     try:
         mean, sd = (torch.tensor([float(x) for x in typical[k]], device=z.device) for k in ("mean", "sd"))
         return ((summarise(z) - mean) / sd).square().mean(1).sqrt() / float(typical["limit"])

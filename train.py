@@ -350,9 +350,7 @@ def main(cfg: TrainConfig) -> None:
             "kind": "diffusion", "model": model.unet.config, "scheduler": model.scheduler.config,
             "prediction": cfg.prediction, "classes": train.classes, "attributes": to_header(attributes),
             "vae": vae.latent_hash(), "data": train.summary(),
-            "typical": typical_latents(*(
-                [m[:, 0, 0] for m in part.moments.split(1024)] for part in (latents, val_latents)
-            )),
+            "typical": typical_latents(latents.moments[:, 0, 0], val_latents.moments[:, 0, 0]),
             "held_out": carved_people(splits), "split": split_rules(vae_meta), **phantom_drawing(cfg.data),
         }  # fmt: skip
         run.begin(meta, model, [model.unet], [network], trial)
