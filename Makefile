@@ -22,7 +22,7 @@ $(DEMO)/report.txt: | $(BIN)/ready
 	$(PY) tsne.py demo
 	@{ echo; echo "The demo is done. All of it is synthetic: phantoms drawn by phantom.py, and images generated from them."; \
 	   echo; echo "Ventricle fraction, measured by thresholding, in the training phantoms:"; \
-	   $(PY) phantom.py cache/phantoms-v2-64/train --measure; \
+	   $(PY) phantom.py cache/phantoms-v3-64/train --measure; \
 	   echo "and in the generated images:"; $(PY) phantom.py $(DEMO)/new --measure; echo; \
 	   echo "Pictures (report.html has most of them on one page; python app.py --run demo opens one to play with):"; \
 	   for f in report.html new/grid.png new/denoising.gif vae/reconstructions.gif diffusion/samples.gif \

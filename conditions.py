@@ -91,8 +91,8 @@ def number(text: str) -> float:
 # Learning from data, and the header of the weights
 
 
-def learn_attribute(name: str, texts: Sequence[str]) -> Attribute:
-    """What values an attribute has; texts: one per training slice, with "" where it is unknown.
+def learn_attribute(name: str, texts: Sequence[str], flag: str = "--condition") -> Attribute:
+    """What values an attribute has; texts: one per training slice, with "" where it is unknown. `flag` asked for it.
 
     If all known values are numbers, and there are more than two of them, it is a number, else a category. UserError if
     there is nothing to learn from, or too many categories.
@@ -100,13 +100,13 @@ def learn_attribute(name: str, texts: Sequence[str]) -> Attribute:
     known = [text.strip() for text in texts if text.strip().lower() not in UNKNOWN]
     counts = Counter(known)
     if len(counts) < 2:
-        raise UserError(f"--condition {name}: no two training slices differ in it, so there is nothing to learn")
+        raise UserError(f"{flag} {name}: no two training slices differ in it, so there is nothing to learn")
     numbers = np.array([number(text) for text in known])
     if len(counts) > 2 and not np.isnan(numbers).any():
         quantiles = tuple(float(f"{q:.6g}") for q in np.percentile(numbers, PERCENTS))
         return Attribute(name, quantiles=quantiles, unit=UNITS.get(name, ""))
     if len(counts) > MOST:
-        raise UserError(f"--condition {name}: {len(counts)} values, such as {known[0][:40]}, are no categories")
+        raise UserError(f"{flag} {name}: {len(counts)} values, such as {known[0][:40]}, are no categories")
     values = sorted(counts)
     return Attribute(name, tuple(values), tuple(round(counts[v] / len(known), 6) for v in values))
 

@@ -354,6 +354,8 @@ class TsneConfig(SourceConfig, MachineConfig):
     """Real slices on the map; if there are more, they are chosen at random."""
     perplexity: float = 30.0
     """Perplexity of t-SNE."""
+    colour: str = "group"
+    """What the points are coloured by: group, level or a column of attributes.csv, such as age."""
     out: str = ""
     """Folder to write to. Default: CHECKPOINTS/RUN/tsne."""
 

@@ -97,6 +97,10 @@ class ADNIDataset(torch.utils.data.Dataset):
         """Slices by index, int64 [B] -> float32 [B, 1, S, S] in [-1, 1] on the device."""
         return to_float(self.images[index.to(self.images.device)].to(device))
 
+    def class_names(self) -> list[str]:
+        """The class folder of each slice."""
+        return [self.classes[y] for y in self.labels.tolist()]
+
     def column(self, name: str) -> list[str]:
         """What is known about each slice under this name, in words; "" where nothing is.
 
@@ -104,7 +108,7 @@ class ADNIDataset(torch.utils.data.Dataset):
         number at the end of the file's name where attributes.csv does not say it.
         """
         if name == GROUP and len(self.classes) > 1:
-            return [self.classes[y] for y in self.labels.tolist()]
+            return self.class_names()
         texts = [known.get(name, "") for known in self.known]
         if not any(texts) and name == "level":
             found = (re.search(r"(\d+)\.\w+$", file) for file in self.files)
@@ -226,11 +230,14 @@ def read_patients(path: Path) -> dict[str, str]:
 KEYS = ("file", "scan", "patient", "subject", "person", "participant_id")  # what a row of attributes.csv can be about
 
 
-def read_attributes(root: Path, slices: Sequence[Slice]) -> list[dict[str, str]] | None:
+def read_attributes(
+    root: Path, slices: Sequence[Slice], required: bool = True
+) -> list[dict[str, str]] | None:  # fmt: skip
     """{name: value} of each slice from ROOT/attributes.csv; None without that file. Names are in lower case.
 
     A row is about a file, a scan (the file's name up to its last `_`) or a person, by the first of its columns KEYS.
-    UserError if it has none of them, if two rows contradict each other, or if no row is about any slice.
+    UserError if it has none of them, if two rows contradict each other, or, where one is `required`, if no row is about
+    any slice.
     """
     path = root / "attributes.csv"
     if not path.exists():
@@ -249,7 +256,7 @@ def read_attributes(root: Path, slices: Sequence[Slice]) -> list[dict[str, str]]
         name = s.path.rpartition("/")[2]
         scan = os.path.splitext(name)[0].rpartition("_")[0]
         found.append(next((table[k] for k in (name, s.path, scan, s.person) if k in table), {}))
-    if not any(found):
+    if required and not any(found):
         raise UserError(f"{path} has no row about any slice in {root}: its column {key} names others")
     return found
 
@@ -625,19 +632,23 @@ def load_splits_as_trained(data: str, cache: str, meta: dict[str, Any], image_si
 # Generated images
 
 
-def read_images(folder: Path) -> tuple[Tensor, list[str], list[str]]:
-    """Read a folder of generated images: (uint8 [N, S, S], N class names, sentences about what was left out).
+def read_images(where: Path, side: int = 0, classes: Sequence[str] = ()) -> tuple[ADNIDataset, list[str]]:
+    """Read a folder of generated images, or of slices outside of any data folder, or one file.
 
-    If the folder has a manifest.csv (predict.py writes one), it says which files count and their classes. Otherwise
-    all images at any depth count, and the folder right above a file is its class. Files that cannot be used, and files
-    of another size than most, are left out. UserError if there is no folder, no usable image, or a bad manifest.
+    Returns (the images, their classes being `classes` and whatever else the folders are called; sentences about what
+    was left out). If the folder has a manifest.csv (predict.py writes one), it says which files count and their
+    classes. Otherwise all images at any depth count, and the folder right above a file is its class. What else is known
+    is read from attributes.csv there or up to three folders above. Files that cannot be used are left out. All are
+    brought to `side` pixels; without it, files of another size than most are left out, too. UserError if there is no
+    folder, no usable image, or a bad manifest.
     """
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}: name one that holds generated images")
+    if not where.exists() or str(where) == ".":
+        raise UserError(f"there is no file or folder {where}: name one that holds images")
+    folder = where if where.is_dir() else where.parent
 
     # list the files
     manifest = folder / "manifest.csv"
-    if manifest.exists():
+    if where.is_dir() and manifest.exists():
         files = [(folder / r["file"], r["class"]) for r in read_table(manifest, "file", "class")]
         home = os.path.realpath(folder)
         for path, _ in files:
@@ -646,7 +657,7 @@ def read_images(folder: Path) -> tuple[Tensor, list[str], list[str]]:
                 raise UserError(f"{manifest} names {repr(str(path))[:200]}, outside of its folder: remove that row")
     else:
         found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_TYPES and p.is_file())
-        files = [(p, p.parent.name) for p in found]
+        files = [(p, Path(os.path.abspath(p)).parent.name) for p in (found if where.is_dir() else [where])]
     if not files:
         raise UserError(f"{folder} holds no images: name a folder of {'/'.join(t[1:] for t in IMAGE_TYPES)} slices")
 
@@ -657,7 +668,7 @@ def read_images(folder: Path) -> tuple[Tensor, list[str], list[str]]:
             return f"{str(path)[:200]}: there is no such file"
         try:
             image = read_slice(path)[0]
-            return to_square(image, max(image.shape))
+            return to_square(image, side or max(image.shape))
         except (BadFile, OSError) as e:
             return f"{path}: {e}"
 
@@ -673,13 +684,24 @@ def read_images(folder: Path) -> tuple[Tensor, list[str], list[str]]:
         problems.append(f"{len(bad)} of {len(files)} files cannot be used and were left out, first {bad[0]}")
     sides = Counter(len(i) for i in images if not isinstance(i, str))
     if not sides:
-        raise UserError(f"{folder} holds no image that can be used: {bad[0]}")
-    side = sides.most_common(1)[0][0]
+        raise UserError(f"{where} holds no image that can be used: {bad[0]}")
+    most = sides.most_common(1)[0][0]
     if len(sides) > 1:
         sizes = ", ".join(f"{n} of {s}x{s}" for s, n in sides.most_common())
-        problems.append(f"{folder} holds images of several sizes ({sizes}): only those of {side}x{side} count")
-    kept = [(i, image) for i, image in enumerate(images) if not isinstance(image, str) and len(image) == side]
-    return torch.from_numpy(np.stack([image for _, image in kept])), [files[i][1] for i, _ in kept], problems
+        problems.append(f"{folder} holds images of several sizes ({sizes}): only those of {most}x{most} count")
+    kept = [(i, image) for i, image in enumerate(images) if not isinstance(image, str) and len(image) == most]
+
+    # whose they are, and what is known of them
+    slices = []
+    for i, _ in kept:
+        path, label = files[i]
+        scan = path.stem.rpartition("_")[0] or path.stem
+        slices.append(Slice(os.path.relpath(path, folder), "", label, known_person(scan) or scan, (0, 0)))
+    tables = [p for p in (folder, *folder.resolve().parents[:3]) if (p / "attributes.csv").exists()]
+    known = read_attributes(tables[0], slices, required=False) if tables else None
+    names = sorted({*classes, *(s.label for s in slices)})
+    pixels = torch.from_numpy(np.stack([image for _, image in kept]))
+    return ADNIDataset(slices, pixels, range(len(slices)), names, known), problems
 
 
 # ---------------------------------------------------------------------------------------------------------------------

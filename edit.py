@@ -21,11 +21,10 @@ import torch
 from torch import Tensor
 
 from conditions import in_words, parse_values
-from dataset import IMAGE_TYPES, ADNIDataset, BadFile, Slice, read_attributes, read_slice, to_square
+from dataset import read_images
 from device import pick_device
 from metrics import psnr, unit
 from modules import StableDiffusion, invert, make_grid, sample
-from people import known_person
 from pictures import difference_map, png_bytes, table_of_images, to_uint8
 from sampling import load_run, unlikeness
 from utils import UserError, csv_text, git_commit, progress_bar, run_script
@@ -33,44 +32,6 @@ from vae import VAE
 from weights import file_hash, write_atomic
 
 NO_PROGNOSIS = "edited by a generative model: no prognosis, not for diagnosis"
-
-
-def load_images(where: Path, classes: list[str], side: int) -> tuple[ADNIDataset, list[str]]:
-    """The slice of a file, or all slices of a folder at any depth, and sentences about those that cannot be read.
-
-    What is known of them comes from attributes.csv in their folder or up to three above it; the group from the folder
-    right above. UserError if nothing can be read.
-    """
-    if not where.exists() or not str(where):
-        raise UserError(
-            f"there is no file or folder {str(where)!r}: name a slice, or a folder of slices, with --images"
-        )
-    files = [where]
-    if where.is_dir():
-        files = sorted(p for p in where.rglob("*") if p.suffix.lower() in IMAGE_TYPES and p.is_file())
-    root = where if where.is_dir() else where.parent
-
-    # Pixels, and who it is: as training data is read
-    slices, images, problems = [], [], []
-    for path in files:
-        try:
-            images.append(to_square(read_slice(path)[0], side))
-        except BadFile as e:
-            problems.append(f"{path}: {e}")
-            continue
-        scan = path.stem.rpartition("_")[0] or path.stem
-        person = known_person(scan) or scan
-        slices.append(Slice(path.relative_to(root).as_posix(), "", path.resolve().parent.name, person, (0, 0)))
-    if not slices:
-        why = problems[0] if problems else f"no {'/'.join(t[1:] for t in IMAGE_TYPES)} file"
-        raise UserError(f"{where} holds no slice that can be read: {why}")
-
-    # What is known about them
-    above = [p for p in (root, *root.resolve().parents[:3]) if (p / "attributes.csv").exists()]
-    known = read_attributes(above[0], slices) if above else None
-    names = sorted({*classes, *(s.label for s in slices)})
-    pixels = torch.from_numpy(np.stack(images))
-    return ADNIDataset(slices, pixels, range(len(slices)), names, known), problems
 
 
 def plan_steps(cfg: EditConfig, model: StableDiffusion) -> list[int]:
@@ -111,8 +72,8 @@ def about(cfg: EditConfig, model: StableDiffusion, meta: dict, timesteps: list[i
 folder as private as the slices themselves.** If the slices are synthetic, so are the pictures.
 
 **No prognosis, not for diagnosis.** `after` is what the network makes of a slice when it is told to show
-`{" ".join(cfg.set)}`: how people of its training data with these values differ on average. Nothing here says how anybody
-will look, or whether anybody is ill.
+`{" ".join(cfg.set)}`: how people of its training data with these values differ on average. Nothing here says how
+anybody will look, or whether anybody is ill.
 
 {n} slices. `_before`: as it was read. `_roundtrip`: to its noise and back without any change, what the method loses.
 `_after`: with the change. `_change`: after minus round trip; brighter is orange, darker is blue. edits.csv: what was
@@ -158,7 +119,7 @@ def main(cfg: EditConfig) -> None:
         knows = "; ".join(map(str, attributes)) or "nothing, and cannot edit"
         raise UserError(f"--set says what to change, such as age=80: run {cfg.run} knows {knows}")
     timesteps = plan_steps(cfg, model)
-    data, problems = load_images(Path(cfg.images), meta["classes"], vae.config["image_size"])
+    data, problems = read_images(Path(cfg.images), vae.config["image_size"], meta["classes"])
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} is not an empty folder: choose another")
     before = data.conditions(attributes)

@@ -11,8 +11,10 @@ from config import EvaluateConfig, PredictConfig, parse
 if __name__ == "__main__":
     cfg = parse(EvaluateConfig)  # before torch is imported, so that --help answers at once
 
+import contextlib
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor
 
 from cluster import Ranks
-from conditions import GROUP, place_of
+from conditions import GROUP, Attribute, learn_attribute, place_of
 from dataset import ADNIDataset, load_splits, load_splits_as_trained, read_images
 from device import describe_hardware, pick_device
 from evidence import PICTURES, SECTIONS, Evidence, Images
@@ -54,6 +56,12 @@ difference in the upper half of the frequencies: below 0 is too smooth, above it
 0.5 is indistinguishable, 1 is told apart every time.""",
     "anatomy": """Standardised difference (Cohen's d, generated - training) and earth mover's distance (in standard
 deviations of the training slices) of what thresholds measure.""",
+    "effects": """How anatomy follows what images were asked to show: coefficients of a linear model on all attributes,
+in standard deviations of the training slices; of a number from its lowest value to its highest. The floor is the
+training slices' own.""",
+    "attributes": """A CNN trained on the training people predicts what an image shows. error: against what was asked
+for, in the attribute's unit; slope: of the prediction over what was asked for; accuracy: share predicted as asked for.
+The floor is the same CNN on people held out.""",
     "class_difference": "Cohen's d between the first class and the last; the floor is that of the training slices.",
     "class_fidelity": """AUC, on people held out, of a CNN trained on real, on generated, on both; real_to_generated
 is the AUC on generated images of the one trained on real. The floor is train_on_real.""",
@@ -66,9 +74,21 @@ alone explains. Distances are means, in units of the threshold.""",
 CONTROLS = ("blurred", "noised", "shuffled")
 
 
-def images_of(data: ADNIDataset) -> Images:
+def images_of(data: ADNIDataset, attributes: Sequence[Attribute]) -> Images:
     """A split in the form that the sections of an evaluation take."""
-    return Images(torch.as_tensor(data.images), data.labels, np.array(data.people))
+    return Images(torch.as_tensor(data.images), data.labels, np.array(data.people), data.conditions(attributes))
+
+
+def shared_attributes(train: ADNIDataset, folder: ADNIDataset) -> list[Attribute]:
+    """What is known both of the training slices and of a folder's images, as the training slices have it."""
+    names = {name for known in folder.known for name in known} & {name for known in train.known for name in known}
+    if {*folder.class_names()} <= {*train.classes} and len(train.classes) > 1:
+        names.add(GROUP)
+    learnt = []
+    for name in sorted(names):
+        with contextlib.suppress(UserError):  # all the same, or no category
+            learnt.append(learn_attribute(name, train.column(name)))
+    return learnt
 
 
 def generate_images(
@@ -103,8 +123,8 @@ def gather(cfg: EvaluateConfig, ranks: Ranks) -> Evidence:
     # A folder's images decide the size at which everything is measured; they are read first.
     problems: list[str] = []
     if cfg.images:
-        pixels, names, problems = read_images(Path(cfg.images))
-        side = pixels.shape[-1]
+        folder, problems = read_images(Path(cfg.images))
+        pixels, side = folder.images, folder.images.shape[-1]
     else:
         assert loaded is not None  # main names a run where no folder is named
         side = loaded[1].config["image_size"]
@@ -115,19 +135,23 @@ def gather(cfg: EvaluateConfig, ranks: Ranks) -> Evidence:
     for name, data in (("train on", splits["train"]), ("hold out", held_out)):
         if len(set(data.people)) < 2:
             raise UserError(f"{cfg.data} has one person to {name}: floors and intervals need at least two")
-    train, classes = images_of(splits["train"]), splits["train"].classes
+    classes = splits["train"].classes
+    attributes = loaded[0].attributes if loaded else shared_attributes(splits["train"], folder)
+    train = images_of(splits["train"], attributes)
 
     # The generated images and their labels, -1 where the class is unknown.
     latents = None
     if cfg.images or loaded is None:
-        index = [classes.index(name) if name in classes else -1 for name in names]
-        labels = torch.zeros(len(names), dtype=torch.int64) if len(classes) == 1 else torch.tensor(index)
+        index = [classes.index(name) if name in classes else -1 for name in folder.class_names()]
+        labels = torch.zeros(len(index), dtype=torch.int64) if len(classes) == 1 else torch.tensor(index)
+        y = folder.conditions(attributes)
         source = f"the folder {Path(cfg.images or '').name}"
     else:
         model, vae, meta, file = loaded
         chosen = torch.randint(len(train), (cfg.num_images,), generator=generator(cfg.seed, 8))
         # What training slices have, so that conditions are distributed, and go together, as in the data.
-        labels, y = train.labels[chosen], splits["train"].conditions(model.attributes)[chosen]
+        assert train.conditions is not None
+        labels, y = train.labels[chosen], train.conditions[chosen]
         how = plan_sampling(PredictConfig(run=str(run), solver=cfg.solver), model)
         pixels, latents = generate_images(cfg, model, vae, y, how, ranks)
         if len(classes) > 1 and place_of(model.attributes, GROUP) is None:
@@ -137,10 +161,10 @@ def gather(cfg: EvaluateConfig, ranks: Ranks) -> Evidence:
             f"{meta.get('commit')}), {len(how['timesteps'])} steps of {how['solver']}, guidance {cfg.guidance:g}, "
             f"seed {cfg.seed}"
         )
-    generated = Images(pixels, labels, np.arange(len(labels)).astype(str))
+    generated = Images(pixels, labels, np.arange(len(labels)).astype(str), y)
     return Evidence(
-        train, images_of(held_out), generated, classes, cfg, device, out, loaded[1] if loaded else None, latents,
-        source, problems=problems,
+        train, images_of(held_out, attributes), generated, classes, cfg, device, out, loaded[1] if loaded else None,
+        latents, attributes, source, problems=problems,
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 import anatomy
 import features
 import metrics
+from conditions import Attribute
 from metrics import TooFew, interval, resample_people, weighted_mean
 from pictures import to_uint8
 from utils import generator, progress_bar
@@ -46,6 +47,7 @@ class Images:
     pixels: Tensor  # uint8 [N, S, S]
     labels: Tensor  # int64 [N], index of the class, -1 if it is not known
     people: np.ndarray  # str [N], whose slice it is; every generated image counts as a person of its own
+    conditions: Tensor | None = None  # float32 [N, A], what is known of each, or what it was asked to show
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -53,7 +55,8 @@ class Images:
     def take(self, rows: np.ndarray | Tensor) -> Images:
         """The images at these indices."""
         rows = torch.as_tensor(rows)
-        return Images(self.pixels[rows], self.labels[rows], self.people[rows.numpy()])
+        conditions = None if self.conditions is None else self.conditions[rows]
+        return Images(self.pixels[rows], self.labels[rows], self.people[rows.numpy()], conditions)
 
     def sample(self, n: int, seed: int) -> Images:
         """n of them at random in their old order, or all if there are fewer."""
@@ -81,6 +84,7 @@ class Evidence:
     out: Path  # folder for pictures
     vae: VAE | None = None  # of the run; None when a folder of images is evaluated without a run
     latents: Tensor | None = None  # the generated images' latents before decoding, [N, C, h, w]
+    attributes: Sequence[Attribute] = ()  # what the columns of `conditions` are
     source: str = ""  # where the generated images come from, in words
     # {section: {metric: {value, floor, ci_low, ci_high, n}}}
     report: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
@@ -340,6 +344,7 @@ def anatomical(e: Evidence) -> None:
     <measure>_d: Cohen's d, generated - training. <measure>_emd: earth mover's distance to the training slices, in
     their standard deviations. class_difference: Cohen's d between the first class and the last, in the generated
     images; the floor is the training slices'. A class with under 10 images in a set is left out. Writes anatomy.png.
+    And the section of `effects`.
     """
     from scipy.stats import wasserstein_distance
 
@@ -380,7 +385,102 @@ def anatomical(e: Evidence) -> None:
             of_train, _, of_generated = d
             if of_generated is not None and of_train is not None:
                 e.put("class_difference", f"{name}_d", of_generated, of_train, len(sets[2]))
+    if e.attributes and all(s.conditions is not None for s in sets):
+        effects(e, sets, found)
     draw_anatomy(e.out / "anatomy.png", e.classes, sets, found)
+
+
+def design(e: Evidence, s: Images) -> tuple[list[str], np.ndarray]:
+    """(names, float64 [N, p]) of a linear model of the conditions: NaN in rows where one is unknown.
+
+    A number counts from 0 at the lowest value of the training data to 1 at the highest, with its square for the level,
+    which anatomy does not follow in a straight line; a category counts 1, but for the first.
+    """
+    names, columns = [""], [np.ones(len(s))]
+    for a, code in zip(e.attributes, s.conditions.double().numpy().T if s.conditions is not None else ()):
+        if a.values:
+            for i, value in enumerate(a.values[1:], 1):
+                names.append(f"{a.name}_{value}_against_{a.values[0]}")
+                columns.append(np.where(np.isnan(code), np.nan, code == i))
+        else:
+            names.append(a.name)
+            columns.append((code + 1) / 2)
+            if a.name == "level":
+                names.append("")
+                columns.append(code**2)
+    return names, np.stack(columns, 1)
+
+
+def effects(e: Evidence, sets: Sequence[Images], found: Sequence[dict[str, np.ndarray]]) -> None:
+    """Section effects: how anatomy follows what images were asked to show, beside how it does in people.
+
+    <attribute>_on_<measure>: the coefficient of a linear model of the measure on all attributes at once, in standard
+    deviations of the training slices: of a number from its lowest value to its highest, of a category against the
+    first. The floor is the same of the training slices, which know how the sets (train, held out, generated) differ.
+    """
+    train, _, generated = sets
+    fits: list[dict[str, np.ndarray]] = []
+    for s, measured in ((train, found[0]), (generated, found[2])):
+        names, x = design(e, s)
+        known = ~np.isnan(x).any(1)
+        x, w = x[known], s.weights(e.cfg).numpy()[known]
+        if known.sum() < 10 * x.shape[1] or np.linalg.matrix_rank(x) < x.shape[1]:
+            e.notes.append("The images are too few or too alike to say how anatomy follows what was asked for.")
+            return
+        # Weighted least squares for the data and every resample: (X' W X) b = X' W y, ridge for resamples without rank.
+        left = np.einsum("np,nr,nq->rpq", x, w, x) + 1e-9 * np.eye(x.shape[1])
+        fit = {}
+        for measure in anatomy.MEASURES:
+            y = measured[measure][known] / found[0][measure].std()
+            right = np.einsum("np,nr,n->rp", x, w, y)
+            fit[measure] = np.linalg.solve(left, right[..., None])[..., 0]  # [1 + resamples, p]
+        fits.append(fit)
+    for j, name in enumerate(names):
+        for measure in anatomy.MEASURES if name else ():
+            of_train, of_generated = (fit[measure][:, j] for fit in fits)
+            e.put("effects", f"{name}_on_{measure}", of_generated, of_train, len(generated))
+
+
+def attributes(e: Evidence) -> None:
+    """Section attributes: do images show what they were asked to show? Measured by a CNN trained on training people.
+
+    <number>_error: mean absolute error of the prediction against what was asked for, in the attribute's unit.
+    <number>_slope: slope of the prediction over what was asked for. <category>_accuracy: share predicted as asked for.
+    The floors are those of people held out, against what is known of them. Measures nothing without attributes.
+    """
+    generated, others = e.generated, e.held_out
+    if not e.attributes or e.train.conditions is None or generated.conditions is None or others.conditions is None:
+        return
+    e.require("attributes", 20, generated, others)
+    categories, steps = [len(a.values) for a in e.attributes], 600
+    with progress_bar(steps * 32, what="predicting attributes") as bar:
+        predict = features.train_predictor(
+            e.train.pixels, e.train.conditions, categories, e.cfg.seed, e.device, steps, bar.update
+        )
+    predicted = [predict(s.pixels) for s in (generated, others)]
+    for i, a in enumerate(e.attributes):
+        found: list[dict[str, Tensor]] = []
+        for s, guesses in zip((generated, others), predicted):
+            assert s.conditions is not None
+            asked = s.conditions[:, i].double()
+            known = ~asked.isnan()
+            asked, guess, w = asked[known], guesses[i][known], s.weights(e.cfg)[known]
+            if known.sum() < 20:
+                break
+            if a.values:
+                found.append({"accuracy": weighted_mean((guess.argmax(1) == asked).double(), w)})
+                continue
+            half = (a.quantiles[-1] - a.quantiles[0]) / 2
+            mean = weighted_mean(asked, w)
+            spread = weighted_mean(asked.square(), w) - mean.square()
+            slope = (weighted_mean(asked * guess, w) - mean * weighted_mean(guess, w)) / spread
+            found.append({"error": half * weighted_mean((guess - asked).abs(), w), "slope": slope})
+        if len(found) < 2:
+            e.notes.append(f"The {a.name} of too few images is known: it was not measured.")
+            continue
+        for metric, values in found[0].items():
+            limits = {"accuracy": (0.0, 1.0), "error": (0.0, math.inf)}.get(metric, (-math.inf, math.inf))
+            e.put("attributes", f"{a.name}_{metric}", values, found[1][metric], len(generated), *limits)
 
 
 def class_fidelity(e: Evidence) -> None:
@@ -655,6 +755,8 @@ def draw_pairs(path: Path, e: Evidence, distance: Tensor, index: Tensor) -> None
 
 
 # In the order of the report. evaluate.py calls each with the Evidence.
-SECTIONS = (distances, diversity, spectrum, two_sample, anatomical, class_fidelity, memorisation, latent_spread)
+SECTIONS = (
+    distances, diversity, spectrum, two_sample, anatomical, attributes, class_fidelity, memorisation, latent_spread,
+)  # fmt: skip
 # Files that sections and evaluate.py write, in the order of the report.
 PICTURES = ("generated.png", "spectrum.png", "anatomy.png", "memorisation.png", "closest_pairs.png")

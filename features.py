@@ -6,7 +6,7 @@ networks are small so that an evaluation is cheap enough to run after every trai
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -151,6 +151,45 @@ def train_autoencoder(images: Tensor, side: int, device: torch.device, steps: in
 
         _train(network, images, pick, side, loss, steps, 3e-3, 0, device, progress)
     return encoder
+
+
+def train_predictor(
+    images: Tensor, y: Tensor, categories: Sequence[int], seed: int, device: torch.device, steps: int,
+    progress: Progress,
+) -> Callable[[Tensor], list[Tensor]]:  # fmt: skip
+    """Train a small CNN to tell what images show: uint8 [N, S, S] -> for each attribute float64 [N] or [N, categories].
+
+    y float32 [N, A] are conditions (conditions.py), NaN where unknown; `categories` is 0 for a number, which is
+    predicted as it is scaled there, and else the number of values, whose probabilities are predicted. Each step takes
+    32 images; those larger than 128 pixels are shrunk to 128. The global random state is left as it was.
+    """
+    widths, outputs = (16, 32, 64, 64), [max(1, n) for n in categories]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = nn.Sequential(
+            *[_down(a, b) for a, b in zip((1, *widths), widths)], nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+            nn.Linear(4 * widths[-1], 128), nn.ReLU(), nn.Dropout(0.2), nn.Linear(128, sum(outputs)),
+        )  # fmt: skip
+
+        def loss(x: Tensor, index: Tensor) -> Tensor:
+            want, parts = y[index].to(device), []
+            for i, (out, n) in enumerate(zip(network(x).split(outputs, 1), categories)):
+                known = ~want[:, i].isnan()
+                if known.any():
+                    target = want[known, i]
+                    parts.append(F.cross_entropy(out[known], target.long()) if n else F.mse_loss(out[known, 0], target))
+            return torch.stack(parts).sum() if parts else 0.0 * network(x).sum()
+
+        def pick(g: torch.Generator) -> Tensor:
+            return torch.randint(len(images), (32,), generator=g)
+
+        _train(network, images, pick, 128, loss, steps, 3e-3, seed, device, progress)
+
+    def predict(unseen: Tensor) -> list[Tensor]:
+        parts = embed(network, unseen, 128, device, lambda n: None).split(outputs, 1)
+        return [out.softmax(1) if n else out[:, 0] for out, n in zip(parts, categories)]
+
+    return predict
 
 
 def train_classifier(

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from conditions import draw_rows
+from conditions import GROUP, Attribute, draw_rows, in_words, learn_attribute
 from dataset import load_splits_as_trained, read_images
 from device import eval_mode, pick_device
 from metrics import TooFew, auc_between_people, interval, resample_people
@@ -29,30 +29,46 @@ from modules import load_diffusion
 from pictures import in_font
 from report import refresh_report
 from runlog import RunLog
-from sampling import belongs_to, class_names
+from sampling import belongs_to
 from utils import UserError, progress_bar, run_script
 from vae import load_vae
 from weights import write_atomic
 
+Points = tuple[np.ndarray, np.ndarray]  # where they are [N, 2], and codes of what they are coloured by [N]
 
-def draw_map(
-    real: np.ndarray, labels: np.ndarray, generated: np.ndarray | None, of: list[str], classes: list[str], title: str
-) -> bytes:
-    """Plot real latents as dots and generated ones as crosses, one colour per class: a PNG. Points are [N, 2]."""
+
+def draw_map(real: Points, generated: Points | None, colour: Attribute, title: str) -> bytes:
+    """Plot real latents as dots and generated ones as crosses: a PNG. Black is unknown.
+
+    A colour for each value of a category, and a scale of colours for a number.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 6), layout="constrained")
     ax = figure.add_subplot()
-    colours = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]  # distinct for the colour-blind
-    for i, name in enumerate(classes):
-        xy, label = real[labels == i], in_font(f"real {name} ({len(real[labels == i]):,})")
-        ax.scatter(xy[:, 0], xy[:, 1], s=9, alpha=0.55, lw=0, color=colours[i % 6], label=label)
-    if generated is not None:
-        for name in sorted(set(of)):
-            xy = generated[np.array(of) == name]
-            colour = colours[classes.index(name) % 6] if name in classes and len(classes) > 1 else "black"
-            ax.scatter(xy[:, 0], xy[:, 1], s=60, marker="X", color=colour, edgecolors="white", linewidths=0.9,
-                       label=in_font(f"generated {name} ({len(xy):,})"))  # fmt: skip
+    dots: dict[str, Any] = {"s": 9, "alpha": 0.55, "lw": 0}
+    crosses: dict[str, Any] = {"s": 60, "marker": "X", "edgecolors": "white", "linewidths": 0.9}
+    for what, points, style in (("real", real, dots), ("generated", generated, crosses)):
+        if points is None:
+            continue
+        (xy, codes), colours = points, ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
+        # The six are distinct for the colour-blind.
+        groups = [(i, name, colours[i % 6]) for i, name in enumerate(colour.values)] + [(np.nan, "unknown", "black")]
+        for code, name, own in groups:
+            here = np.isnan(codes) if np.isnan(code) else codes == code
+            if here.any():
+                label = in_font(f"{what} {name if len(groups) > 2 else ''} ({here.sum():,})")
+                ax.scatter(xy[here, 0], xy[here, 1], color=own, label=label, **style)
+        if not colour.values:
+            low, high = colour.quantiles[0], colour.quantiles[-1]
+            values, known = (low + high) / 2 + codes * (high - low) / 2, ~np.isnan(codes)
+            label = f"{what} ({known.sum():,})"
+            shown = ax.scatter(
+                xy[known, 0], xy[known, 1], c=values[known], vmin=low, vmax=high, cmap="viridis", label=label, **style
+            )
+            if what == "real":
+                unit = f" ({colour.unit})" * bool(colour.unit)
+                figure.colorbar(shown, ax=ax, shrink=0.7, label=in_font(f"{colour.name}{unit}"))
     ax.set_title("\n".join(textwrap.fill(line, 80) for line in in_font(title).splitlines()), fontsize=10)
     ax.set_xticks([]), ax.set_yticks([])
     ax.legend(fontsize=8, markerscale=1.2, framealpha=0.9)
@@ -82,22 +98,33 @@ def main(cfg: TsneConfig) -> None:
         for index in torch.from_numpy(chosen).split(32):
             parts.append(vae.encode(data.batch(index, device))[0].flatten(1).cpu())
             bar.update(len(index))
-    latents, labels = torch.cat(parts).numpy(), data.labels[chosen].numpy()
+    latents = torch.cat(parts).numpy()
     people = [data.people[i] for i in chosen]
 
-    # Generated latents: those of a folder of images, or 128 of the run's U-Net, classes in turn.
-    generated = None
-    of: list[str] = []
+    # What the points are coloured by. One class alone is one colour.
+    texts = data.column(cfg.colour)
+    if cfg.colour == GROUP and not any(texts):
+        texts, colour = data.class_names(), Attribute(GROUP, tuple(data.classes))
+    else:
+        colour = learn_attribute(cfg.colour, texts, flag="--colour")
+    codes = colour.encode_all(texts)[chosen]
+
+    # Generated latents: those of a folder of images, or 128 of the run's U-Net, groups in turn.
+    generated, of = None, np.zeros(0)
     unet_file = run / "diffusion" / "best.safetensors"
     if cfg.generated:
-        pixels, of, problems = read_images(Path(cfg.generated))
+        images, problems = read_images(Path(cfg.generated))
+        of = colour.encode_all(images.column(cfg.colour))
         print(*problems, sep="\n", end="\n" * bool(problems))
-        generated = torch.cat([vae.embed(part[:, None].float() / 255) for part in pixels.split(32)]).numpy()
+        generated = torch.cat([vae.embed(part[:, None].float() / 255) for part in images.images.split(32)]).numpy()
     elif unet_file.exists():
         model, meta = load_diffusion(unet_file, device)
         if belongs_to(model, meta, vae, vae_file):
             rows = draw_rows(model.attributes, {}, cfg.seed, range(128))
-            of = class_names(model.attributes, rows, meta["classes"])
+            words = [
+                dict(zip((a.name for a in model.attributes), in_words(model.attributes, r))) for r in rows.tolist()
+            ]
+            of = colour.encode_all([known.get(cfg.colour, "") for known in words])
             z = [model.generate(vae.latent_shape, cfg.seed, k.tolist(), rows[k]) for k in torch.arange(128).split(32)]
             generated = torch.cat(z).flatten(1).cpu().numpy()
         else:
@@ -114,22 +141,25 @@ def main(cfg: TsneConfig) -> None:
     # How well the classes separate, by the neighbours of each slice among other people.
     result: dict[str, Any] = {"slices": len(latents), "generated": 0 if generated is None else len(generated)}
     title = f"t-SNE of {len(latents):,} latents"
-    if len(data.classes) > 1:
-        points = torch.from_numpy(pca.transform(latents)).double()
-        weights = resample_people(people, 200, cfg.seed)
+    if len(colour.values) > 1:
+        known = ~np.isnan(codes)
+        points, labels = torch.from_numpy(pca.transform(latents[known])).double(), torch.from_numpy(codes[known]).long()
+        those = [person for person, k in zip(people, known) if k]
+        weights = resample_people(those, 200, cfg.seed)
         try:
-            auc, low, high = interval(auc_between_people(points, torch.from_numpy(labels), people, weights), 0, 1)
+            auc, low, high = interval(auc_between_people(points, labels, those, weights), 0, 1)
         except TooFew as e:
-            raise UserError(f"{cfg.data} cannot be mapped by class: {e}") from None
-        result["separation"] = {"knn_auc": auc, "ci_low": low, "ci_high": high, "people": len(set(people))}
+            raise UserError(f"{cfg.data} cannot be mapped by {cfg.colour}: {e}") from None
+        result["separation"] = {"knn_auc": auc, "ci_low": low, "ci_high": high, "people": len(set(those))}
         title += (
-            f"\n{' / '.join(data.classes)} by the nearest neighbours among other people:\n"
+            f"\n{' / '.join(colour.values)} by the nearest neighbours among other people:\n"
             f"AUC {auc:.2f} [{low:.2f}, {high:.2f}] (chance 0.5)"
         )
 
     # Write the map and the numbers, and log them.
+    made = None if generated_map is None else (generated_map, of)
     out = Path(cfg.out) if cfg.out else run / "tsne"
-    write_atomic(out / "tsne.png", draw_map(np.asarray(real_map), labels, generated_map, of, data.classes, title))
+    write_atomic(out / "tsne.png", draw_map((np.asarray(real_map), codes), made, colour, title))
     write_atomic(out / "tsne.json", json.dumps(result, indent=1).encode())
     log = RunLog(out, cfg, "tsne")
     log.log(0, {f"separation/{k}": v for k, v in result.get("separation", {}).items()})

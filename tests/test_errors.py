@@ -138,7 +138,8 @@ def test_classes_of_any_name_go_all_the_way(phantoms: Path, tmp_path: Path):
     run(*draw, "--out", tmp_path / "both", env=terminal)
     run(*draw, "--out", tmp_path / "one", "--class-name=-AD", env=terminal)
     assert {p.parent.name for p in (tmp_path / "one").glob("train/*/*.png")} == {"-AD"}
-    images, names, problems = read_images(tmp_path / "both")
+    data, problems = read_images(tmp_path / "both")
+    images, names = data.images, data.class_names()
     assert len(images) == 3 and names == ["-AD", "NC é 1", "-AD"] and not problems
     assert "is complete" in run(*draw, "--out", tmp_path / "both", env=terminal).stdout
 

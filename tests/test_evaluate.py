@@ -248,7 +248,7 @@ def test_folders_that_cannot_be_evaluated(data: Path, tmp_path: Path):
 
     (tmp_path / "empty").mkdir()
     assert "holds no images" in refused("--images", tmp_path / "empty")
-    assert "there is no folder" in refused("--images", tmp_path / "none")
+    assert "there is no file or folder" in refused("--images", tmp_path / "none")
     assert "there are no weights" in refused("--run", "none", "--checkpoints", tmp_path)
     assert "has no test/ folder" in refused("--images", data / "generated", "--held-out", "test")
     (tmp_path / "not.pth").write_bytes(b"no weights")
@@ -281,9 +281,10 @@ def test_mixed_sizes_and_bad_files_are_said_and_left_out(sets, tmp_path: Path):
     folder = write(tmp_path / "mixed", sets[2].take(np.arange(10)))
     cv2.imwrite(str(folder / "AD" / "small_1.png"), np.full((32, 32), 9, np.uint8))
     (folder / "NC" / "torn_1.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    pixels, names, problems = read_images(folder)
+    data, problems = read_images(folder)
+    pixels, names = data.images, data.class_names()
     assert pixels.shape == (10, SIDE, SIDE) and pixels.dtype == torch.uint8
     assert "1 of 12 files cannot be used" in problems[0] and "truncated" in problems[0]
     assert "10 of 64x64, 1 of 32x32" in problems[1] and "only those of 64x64 count" in problems[1]
     assert sorted(names) == sorted(CLASSES[y] for y in sets[2].labels[:10].tolist())
-    assert set(read_images(folder / "AD")[1]) == {"AD"}  # a folder without classes below it: its own name is one
+    assert set(read_images(folder / "AD")[0].class_names()) == {"AD"}  # a folder without classes below it: its own name is one

@@ -569,7 +569,8 @@ def test_report_of_a_run_that_is_too_small_for_some_metrics(trained: Path, phant
 
 
 def test_predicted_folder_is_read_by_its_manifest(six: Path):
-    pixels, names, problems = read_images(six)
+    data, problems = read_images(six)
+    pixels, names = data.images, data.class_names()
     assert len(pixels) == 6 and not problems  # grid.png and denoising.png are not samples
     assert names == ["AD", "NC"] * 3
 
