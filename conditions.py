@@ -41,14 +41,14 @@ class Attribute:
         """For example "age 55 to 90 years" or "sex F, M"."""
         if self.values:
             return f"{self.name} {', '.join(self.values)}"
-        return f"{self.name} {self.quantiles[0]:.4g} to {self.quantiles[-1]:.4g}{' ' * bool(self.unit)}{self.unit}"
+        return f"{self.name} {self.quantiles[0]:g} to {self.quantiles[-1]:g}{' ' * bool(self.unit)}{self.unit}"
 
     def encode(self, text: str) -> float:
         """The number of a condition's row for a value in words. UserError if training had no such value."""
         if text.strip().lower() in UNKNOWN:
             return math.nan
         code = self.encode_all([text])[0]
-        if math.isnan(code) or (not self.values and not -1.0001 <= code <= 1.0001):
+        if math.isnan(code) or (not self.values and not -1.001 <= code <= 1.001):  # limits are rounded
             raise UserError(f"{self.name}={text} is not among what the run was trained on: {self}")
         return float(code)
 
@@ -67,7 +67,7 @@ class Attribute:
         if self.values:
             return self.values[round(code)]
         low, high = self.quantiles[0], self.quantiles[-1]
-        return f"{(low + high) / 2 + code * (high - low) / 2:.4g}"
+        return f"{round((low + high) / 2 + code * (high - low) / 2, digits(high - low)):g}"
 
     def quantile(self, u: float) -> float:
         """The code at u in [0, 1) of the training data: for uniform u it is distributed as there."""
@@ -76,6 +76,11 @@ class Attribute:
         value = np.interp(100 * u, PERCENTS, self.quantiles)
         low, high = self.quantiles[0], self.quantiles[-1]
         return float((2 * value - low - high) / (high - low))
+
+
+def digits(span: float) -> int:
+    """How many decimals a number needs that is one of a thousand within this span."""
+    return max(0, 3 - math.floor(math.log10(span)))
 
 
 def number(text: str) -> float:
@@ -103,7 +108,7 @@ def learn_attribute(name: str, texts: Sequence[str], flag: str = "--condition") 
         raise UserError(f"{flag} {name}: no two training slices differ in it, so there is nothing to learn")
     numbers = np.array([number(text) for text in known])
     if len(counts) > 2 and not np.isnan(numbers).any():
-        quantiles = tuple(float(f"{q:.6g}") for q in np.percentile(numbers, PERCENTS))
+        quantiles = tuple(round(q, digits(np.ptp(numbers))) for q in np.percentile(numbers, PERCENTS).tolist())
         return Attribute(name, quantiles=quantiles, unit=UNITS.get(name, ""))
     if len(counts) > MOST:
         raise UserError(f"{flag} {name}: {len(counts)} values, such as {known[0][:40]}, are no categories")

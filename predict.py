@@ -222,7 +222,10 @@ An index of attempt x 1,000,000,000 + k is image k generated again.
 
 
 def check_request(cfg: PredictConfig, model: StableDiffusion, classes: list[str]) -> None:
-    """UserError for a shard, class or guidance that this run cannot have."""
+    """UserError for a shard, class, guidance or condition that this run cannot have."""
+    parse_values(cfg.set, model.attributes, cfg.run)
+    if cfg.sweep:
+        parse_sweep(cfg.sweep, model.attributes, cfg.run)
     if cfg.shard >= cfg.shards:
         raise UserError(f"--shard {cfg.shard} of --shards {cfg.shards} does not exist: they are counted from 0")
     for name in cfg.class_name:

@@ -287,4 +287,6 @@ def test_mixed_sizes_and_bad_files_are_said_and_left_out(sets, tmp_path: Path):
     assert "1 of 12 files cannot be used" in problems[0] and "truncated" in problems[0]
     assert "10 of 64x64, 1 of 32x32" in problems[1] and "only those of 64x64 count" in problems[1]
     assert sorted(names) == sorted(CLASSES[y] for y in sets[2].labels[:10].tolist())
-    assert set(read_images(folder / "AD")[0].class_names()) == {"AD"}  # a folder without classes below it: its own name is one
+    assert set(read_images(folder / "AD")[0].class_names()) == {
+        "AD"
+    }  # a folder without classes below it: its own name is one
