@@ -1,7 +1,8 @@
 """A page to generate slices on: python app.py, then open http://127.0.0.1:7860.
 
-It shows images and how they come about, the nearest training slice beside each, a walk between two seeds, and one seed
-guided from one class to another. Everything stays on this machine.
+It shows images and how they come about, the nearest training slice beside each, a walk between two seeds, one seed
+guided from one class to another or through the values of an attribute, and it changes a slice that is uploaded.
+Everything stays on this machine.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ if __name__ == "__main__":
     cfg = parse(AppConfig)  # before torch is imported, so that --help answers at once
 
 import inspect
+import math
 import os
 import shutil
 import signal
@@ -21,7 +23,7 @@ import threading
 import time
 import traceback
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -31,13 +33,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from conditions import GROUP, draw_rows, place_of
-from dataset import phantom_drawing
+from conditions import GROUP, Attribute, draw_rows, in_words, parse_values, place_of
+from dataset import BadFile, phantom_drawing, read_slice, to_float, to_square
 from device import pick_device
 from metrics import CopyDetector
 from modules import sample_steps, start_noise
 from pictures import denoising_strip, difference_map, png_bytes, to_uint8
-from sampling import class_names, copy_detector, load_run, plan_sampling
+from sampling import (
+    class_names,
+    copy_detector,
+    edit_latents,
+    load_run,
+    plan_inversion,
+    plan_sampling,
+    unlikeness,
+)
 from utils import UserError, csv_text, evenly_spaced, run_script
 from weights import file_hash
 
@@ -151,12 +161,17 @@ class Studio:
     def __init__(self, cfg: AppConfig):
         self.cfg = cfg
         self.runs = {name: Run(cfg, name) for name in cfg.run}
-        # Downloads, and the pictures that gradio keeps (training slices among them), lie in a folder that only this
-        # user can read and that goes with the process. Remove the folders of processes that were killed.
-        for old in Path(tempfile.gettempdir()).glob("slices-[0-9]*-*"):
+        # The attributes that the page has a control for, besides the class: of all runs, the chosen run's are shown.
+        self.controls = [(r.name, a) for r in self.runs.values() for a in r.model.attributes if a.name != GROUP]
+        # Downloads, and the pictures that gradio keeps (uploads and training slices among them), lie in a folder that
+        # only this user can read and that goes with the process; in memory where the system has a place for that.
+        # Remove the folders of processes that were killed.
+        in_memory = Path(os.environ.get("TMPDIR", "/dev/shm"))
+        home = in_memory if os.access(in_memory, os.W_OK) else Path(tempfile.gettempdir())
+        for old in home.glob("slices-[0-9]*-*"):
             if old.stat().st_uid == os.getuid() and not is_alive(int(old.name.split("-")[1])):
                 shutil.rmtree(old, ignore_errors=True)
-        self.holder = tempfile.TemporaryDirectory(prefix=f"slices-{os.getpid()}-")
+        self.holder = tempfile.TemporaryDirectory(prefix=f"slices-{os.getpid()}-", dir=home)
         self.folder = Path(self.holder.name)
         os.environ["GRADIO_TEMP_DIR"] = str(self.folder / "pictures")
 
@@ -188,27 +203,39 @@ class Studio:
         steps = self.number(steps, "Steps", 2, self.cfg.max_steps) if run.free else run.default_steps
         if solver not in ("dpm++2m", "ddim"):
             raise UserError("Sampler must be dpm++2m or ddim")
-        guidance = self.number(guidance, "Guidance", 0, 10, float) if run.conditional else 1.0
+        guidance = self.number(guidance, "Guidance", 0, 10, float) if run.model.conditional else 1.0
         return run, run.how(steps, solver), guidance
 
-    def conditions(self, run: Run, class_name: str | None, seed: int, count: int = 1) -> Tensor:
-        """Conditions [count, A] of images of this seed: the class as asked, the others drawn."""
-        rows = draw_rows(run.model.attributes, {}, seed, range(count))
+    def given(self, run: Run, class_name: str | None, asked: Sequence[Any] = ()) -> dict[str, float]:
+        """{attribute: code} of what a visitor set: the class, and of the page's controls those of this run.
+
+        `asked` are the values of all controls, in the order of `self.controls`; None is "any".
+        """
+        attributes, given = run.model.attributes, {}
         if run.group is not None:
             if class_name not in run.classes:
                 raise UserError(f"Class must be one of {', '.join(run.classes)}")
-            rows[:, run.group] = run.classes.index(class_name)
-        return rows
+            given[GROUP] = attributes[run.group].encode(str(class_name))
+        for (name, attribute), value in zip(self.controls, asked):
+            if name == run.name and value is not None:
+                given[attribute.name] = attribute.encode(str(value)[:40])
+        return given
+
+    def conditions(
+        self, run: Run, class_name: str | None, seed: int, count: int = 1, asked: Sequence[Any] = ()
+    ) -> Tensor:
+        """Conditions [count, A] of images of this seed: what was asked for, and the others drawn."""
+        return draw_rows(run.model.attributes, self.given(run, class_name, asked), seed, range(count))
 
     def generate(
-        self, name: str, class_name: str, count: Any, seed: Any, steps: Any, solver: str, guidance: Any
+        self, name: str, class_name: str, count: Any, seed: Any, steps: Any, solver: str, guidance: Any, *asked: Any
     ) -> Iterator[tuple]:
         """Generate images, and yield (denoising strip, gallery, words, file to download) as they come about."""
         gr = import_gradio()
         run, how, guidance = self.asked(name, steps, solver, guidance)
         count = self.number(count, "Images", 1, self.cfg.max_images)
         seed = self.number(seed, "Seed", 0, MAX_SEED)
-        y = self.conditions(run, class_name, seed, count)
+        y = self.conditions(run, class_name, seed, count, asked)
         seen: list[tuple[Tensor, Tensor]] = []
         start, total = time.time(), len(how["timesteps"])
 
@@ -226,11 +253,15 @@ class Studio:
         # The gallery: each image, and beside it the training slice nearest to it.
         kind, gallery = class_names(run.model.attributes, y, run.classes)[0], []
         rows = [[f"s{seed}i{k:05d}_0.png", kind, seed, k] for k in range(count)]
+        others = [i for i in range(len(run.model.attributes)) if i != run.group]
+        words_of = [[in_words(run.model.attributes, row)[i] for i in others] for row in y.tolist()]
         words = f"{count} image{'s' * (count > 1)} in {seconds:.1f} s ({total} steps of {how['solver']})."
         detector = run.detector  # read once: it may be set meanwhile
         distance, closest = detector.distances(torch.from_numpy(images)) if detector else ({}, None)
         for k, image in enumerate(images):
-            gallery.append((image, f"{kind}, seed {seed}, image {k}"))
+            shows = ", ".join(f"{run.model.attributes[i].name} {word or '?'}" for i, word in zip(others, words_of[k]))
+            gallery.append((image, f"{kind}, seed {seed}, image {k}{'; ' * bool(shows)}{shows}"))
+            rows[k] += words_of[k]
             if closest is not None and run.training is not None:
                 near = min(d[k].item() for d in distance.values())
                 rows[k].append(f"{near:.4f}")
@@ -243,7 +274,9 @@ class Studio:
     def archive(self, run: Run, images: np.ndarray, rows: list[list], how: dict, guidance: float) -> str:
         """Write a ZIP of the images as PNG with a manifest and a note, without training slices; returns its path."""
         # The table has a column of distances only if they were measured.
-        head = ["file", "class", "seed", "index", *["distance"] * (len(rows[0]) - 4), "run", "checkpoint"]
+        names = [a.name for a in run.model.attributes if a.name != GROUP]
+        measured = len(rows[0]) > 4 + len(names)
+        head = ["file", "class", "seed", "index", *names, *["distance"] * measured, "run", "checkpoint"]
         table = csv_text(head, ([*r, run.name, run.checkpoint] for r in rows))
         note = (
             f"Synthetic slices of the run {run.name} (weights {run.checkpoint}), {len(how['timesteps'])} steps of "
@@ -263,15 +296,79 @@ class Studio:
         return str(path)
 
     def walk(
-        self, name: str, class_name: str, seed_a: Any, seed_b: Any, place: Any, steps: Any, solver: str, guidance: Any
-    ) -> tuple[np.ndarray, str]:
+        self, name: str, class_name: str, seed_a: Any, seed_b: Any, place: Any, steps: Any, solver: str, guidance: Any,
+        *asked: Any,
+    ) -> tuple[np.ndarray, str]:  # fmt: skip
         """(image, words) of noise between that of two seeds, mixed on the sphere on which both lie."""
         run, how, guidance = self.asked(name, steps, solver, guidance)
         a, b = (self.number(s, "Seed", 0, MAX_SEED) for s in (seed_a, seed_b))
         place = self.number(place, "Place", 0, 1, float)
         (x_a, noise), (x_b, _) = run.noise(a, [0]), run.noise(b, [0])
-        image = run.generate(slerp(x_a, x_b, place), noise, self.conditions(run, class_name, a), how, guidance)[0]
+        y = self.conditions(run, class_name, a, asked=asked)
+        image = run.generate(slerp(x_a, x_b, place), noise, y, how, guidance)[0]
         return image, f"{1 - place:.0%} of seed {a}, {place:.0%} of seed {b}"
+
+    def sweep(
+        self, name: str, class_name: str, what: str, place: Any, seed: Any, steps: Any, solver: str, guidance: Any,
+        *asked: Any,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:  # fmt: skip
+        """(image at the lowest value of an attribute, image here, their difference, words): one noise, all else held.
+
+        `place` is the share of the way from the lowest value of the training data to the highest.
+        """
+        run, how, guidance = self.asked(name, steps, solver, guidance)
+        column = place_of(run.model.attributes, what or "")
+        if column is None or run.model.attributes[column].values:
+            raise UserError(f"The run {name} has no number {what!r} to go through")
+        seed, place = self.number(seed, "Seed", 0, MAX_SEED), self.number(place, "Place", 0, 1, float)
+        y = self.conditions(run, class_name, seed, 2, asked)[:1].repeat(2, 1)
+        y[:, column] = torch.tensor([-1.0, 2 * place - 1])
+        images = run.generate(*run.noise(seed, [0, 0]), y, how, guidance)
+        attribute = run.model.attributes[column]
+        words = f"{what} {attribute.decode(2 * place - 1)} {attribute.unit}, beside {attribute.decode(-1.0)}"
+        return images[0], images[1], difference_map(images[1].astype(int) - images[0]), words
+
+    def change(
+        self, name: str, class_name: str, file: str | None, known: str, *asked: Any
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
+        """(slice as it was read, changed, the change, words) of an uploaded file, which is deleted at once.
+
+        It is changed to what a visitor set; `known` says in words what it is, as in age=62 sex=M.
+        """
+        run = self.run(name)
+        if not run.model.conditional:
+            raise UserError(f"The run {name} knows no attributes and cannot change a slice")
+        if not file:
+            raise UserError("Choose a slice first: a PNG, JPEG or TIFF file")
+        try:
+            x = to_square(read_slice(file)[0], run.vae.config["image_size"])
+        except BadFile as e:
+            raise UserError(f"This file cannot be used: {e}") from None
+        finally:
+            Path(file).unlink(missing_ok=True)
+        # What it is, and what it is to be: what is not set stays as it is known.
+        attributes = run.model.attributes
+        is_now = parse_values(str(known or "")[:200].split(), attributes, name)
+        before = torch.tensor([[is_now.get(a.name, math.nan) for a in attributes]], device=run.device)
+        after = before.clone()
+        for attribute, code in self.given(run, class_name, asked).items():
+            after[0, [a.name for a in attributes].index(attribute)] = code
+        timesteps = plan_inversion(run.model, min(30, self.cfg.max_steps), name)
+        with torch.no_grad():
+            z = run.vae.encode(to_float(torch.from_numpy(x)[None]).to(run.device))[0]
+        far = unlikeness(z, run.meta)
+        if far is not None and far.item() > 1:
+            raise UserError("This image is unlike all slices that the run was trained on, and so it is not changed")
+        same, other = (to_uint8(image)[0] for image in edit_latents(run.model, run.vae, z, before, after, timesteps))
+        change = other.astype(int) - same
+        shown = ", ".join(
+            f"{a.name} {w or 'unknown'}" for a, w in zip(attributes, in_words(attributes, after[0].tolist()))
+        )
+        words = (
+            f"Now: {shown}. Mean change {np.abs(change).mean():.1f} of 255. **No prognosis**: on average, people of the "
+            "training data with these values differ so."
+        )
+        return x, other, difference_map(change), words
 
     def between_classes(
         self, name: str, start: str, end: str, seed: Any, place: Any, steps: Any, solver: str
@@ -366,17 +463,80 @@ def settings_part(cfg: AppConfig, studio: Studio, first: Run) -> dict[str, Any]:
             info="A label of the training data, no finding",
         )  # fmt: skip
     facts = gr.Markdown(describe_run(first))
+    controls = [attribute_control(attribute, owner == first.name) for owner, attribute in studio.controls]
     with gr.Accordion("How it is generated", open=False), gr.Row():
         steps = gr.Slider(
             *run_steps(cfg, first), step=1, label="Steps", interactive=first.free, info="Ten suffice"
         )  # fmt: skip
         solver = gr.Radio(["dpm++2m", "ddim"], value="dpm++2m", label="Sampler", interactive=first.free)
         guidance = gr.Slider(
-            0, 5, 1, step=0.25, label="Guidance", visible=first.conditional,
-            info="1: none; more follows the class more",
+            0, 5, 1, step=0.25, label="Guidance", visible=first.model.conditional,
+            info="1: none; more follows class and values more",
         )  # fmt: skip
     return {
-        "name": name, "class_name": class_name, "facts": facts, "steps": steps, "solver": solver, "guidance": guidance
+        "name": name, "class_name": class_name, "facts": facts, "steps": steps, "solver": solver, "guidance": guidance,
+        "controls": controls,
+    }  # fmt: skip
+
+
+def attribute_control(attribute: Attribute, visible: bool) -> gr.Component:
+    """What a visitor sets an attribute with; nothing chosen is "any": drawn as it was in training."""
+    gr = import_gradio()
+    label = f"{attribute.name}{f' ({attribute.unit})' * bool(attribute.unit)}"
+    if attribute.values:
+        choices = [("any", None), *((value, value) for value in attribute.values)]
+        return gr.Radio(choices, value=None, label=label, visible=visible)
+    low, high = attribute.quantiles[0], attribute.quantiles[-1]
+    return gr.Number(None, label=label, info=f"{low:g} to {high:g}; empty: any", visible=visible)
+
+
+def numbers_of(run: Run) -> list[str]:
+    """The attributes of a run that a sweep can go through."""
+    return [a.name for a in run.model.attributes if not a.values]
+
+
+def sweep_tab(first: Run, visible: bool) -> dict[str, Any]:
+    """The tab that takes one seed through the values of a number; its components by name."""
+    gr = import_gradio()
+    sized, names = {**PICTURE, "height": 360}, numbers_of(first)
+    with gr.Tab("Sweep", visible=visible) as tab:
+        gr.Markdown("One seed, all else held: the same noise through the values of one attribute.")
+        with gr.Row():
+            what = gr.Radio(names, value=names[0] if names else None, label="Attribute")
+            seed = gr.Number(0, label="Seed of the sweep")
+        place = gr.Slider(0, 1, 0.5, step=0.05, label="From the lowest value to the highest")
+        words = gr.Markdown("", elem_id="swept")
+        with gr.Row():
+            lowest = gr.Image(label="Lowest value", alt_text="The slice at the lowest value", **sized)
+            here = gr.Image(label="Here", alt_text="The same noise at the value chosen", **sized)
+            change = gr.Image(label="Darker here: blue; brighter: orange", alt_text="Their difference", **sized)
+    return {
+        "tab": tab, "what": what, "seed": seed, "place": place, "words": words, "lowest": lowest, "here": here,
+        "change": change,
+    }  # fmt: skip
+
+
+def change_tab(visible: bool) -> dict[str, Any]:
+    """The tab that changes a slice that a visitor has; its components by name."""
+    gr = import_gradio()
+    sized = {**PICTURE, "height": 360}
+    with gr.Tab("Change a slice", visible=visible) as tab:
+        gr.Markdown(
+            "Choose a slice and, above, what it is to show: the class, and values; what is left at *any* stays. "
+            "The file does not leave this machine and is deleted once it was read. **What comes out is no prognosis for anybody.**"
+        )
+        with gr.Row():
+            file = gr.File(label="Slice (PNG, JPEG or TIFF)", file_types=["image"], height=120)
+            known = gr.Textbox(label="What is known of it", info="For example: age=62 sex=M; empty: nothing")
+        go = gr.Button("Change it", variant="primary")
+        words = gr.Markdown("", elem_id="changed")
+        with gr.Row():
+            before = gr.Image(label="As it is", alt_text="The slice that was chosen", **sized)
+            after = gr.Image(label="Changed", alt_text="The slice with the values set above", **sized)
+            change = gr.Image(label="Darker now: blue; brighter: orange", alt_text="The change", **sized)
+    return {
+        "tab": tab, "file": file, "known": known, "go": go, "words": words, "before": before, "after": after,
+        "change": change,
     }  # fmt: skip
 
 
@@ -452,7 +612,9 @@ def build(studio: Studio) -> gr.Blocks:
         s = settings_part(cfg, studio, first)
         g, w = generate_tab(cfg), walk_tab()
         c = class_tab(first, visible=any(run.conditional for run in studio.runs.values()))
-        how = [s["steps"], s["solver"], s["guidance"]]
+        v = sweep_tab(first, visible=any(numbers_of(run) for run in studio.runs.values()))
+        e = change_tab(visible=any(run.model.conditional for run in studio.runs.values()))
+        how, asked = [s["steps"], s["solver"], s["guidance"]], s["controls"]
 
         # One request after the other, whoever asks, because they share one machine.
         work: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "generating", "concurrency_limit": 1}
@@ -461,7 +623,8 @@ def build(studio: Studio) -> gr.Blocks:
         # Another run: its classes and settings, and nothing is left of the images of the run before.
         outputs = [
             g["words"], g["gallery"], g["strip"], w["image"], w["words"], c["before"], c["after"], c["change"],
-            c["words"],
+            c["words"], v["lowest"], v["here"], v["change"], v["words"], e["before"], e["after"], e["change"],
+            e["words"],
         ]  # fmt: skip
 
         def choose(which: str) -> list:
@@ -472,31 +635,42 @@ def build(studio: Studio) -> gr.Blocks:
                 describe_run(run),
                 gr.update(minimum=fewest, maximum=most, value=default, interactive=run.free),
                 gr.update(value=run.how(run.default_steps, "dpm++2m")["solver"], interactive=run.free),
-                gr.update(value=1, visible=run.conditional),
+                gr.update(value=1, visible=run.model.conditional),
                 gr.update(value=run.classes[-1], choices=run.classes),
                 gr.update(value=run.classes[0], choices=run.classes),
+                gr.update(value=next(iter(numbers_of(run)), None), choices=numbers_of(run)),
+                *(gr.update(value=None, visible=owner == which) for owner, _ in studio.controls),
                 gr.update(interactive=False),
                 *[None] * len(outputs),
             ]
 
-        chosen = [s["class_name"], s["facts"], *how, c["start"], c["end"], g["file"], *outputs]
+        chosen = [s["class_name"], s["facts"], *how, c["start"], c["end"], v["what"], *asked, g["file"], *outputs]
         s["name"].change(answered(choose), s["name"], chosen, queue=False, api_visibility="private")
 
         # Generate, until it is done or stopped.
         generating = g["go"].click(
-            answered(studio.generate), [s["name"], s["class_name"], g["count"], g["seed"], *how],
+            answered(studio.generate), [s["name"], s["class_name"], g["count"], g["seed"], *how, *asked],
             [g["strip"], g["gallery"], g["words"], g["file"]], show_progress="minimal", **work,
         )  # fmt: skip
         g["stop"].click(None, cancels=[generating], api_visibility="private")
 
         # Walk and change the class whenever something is moved there; of several changes only the last one counts.
-        walking = [s["name"], s["class_name"], w["seed_a"], w["seed_b"], w["place"], *how]
+        walking = [s["name"], s["class_name"], w["seed_a"], w["seed_b"], w["place"], *how, *asked]
         for event in (w["seed_a"].input, w["seed_b"].input, w["place"].input, w["tab"].select):
             event(answered(studio.walk), walking, [w["image"], w["words"]], **live)
+        sweeping = [s["name"], s["class_name"], v["what"], v["place"], v["seed"], *how, *asked]
+        swept = [v["lowest"], v["here"], v["change"], v["words"]]
+        for event in (v["what"].input, v["place"].input, v["seed"].input, v["tab"].select):
+            event(answered(studio.sweep), sweeping, swept, **live)
         between = [s["name"], c["start"], c["end"], c["seed"], c["far"], s["steps"], s["solver"]]
         shown = [c["before"], c["after"], c["change"], c["words"]]
         for event in (c["start"].input, c["end"].input, c["seed"].input, c["far"].input, c["tab"].select):
             event(answered(studio.between_classes), between, shown, **live)
+
+        # Change a slice that was uploaded.
+        changed = [e["before"], e["after"], e["change"], e["words"]]
+        changing = [s["name"], s["class_name"], e["file"], e["known"], *asked]
+        e["go"].click(answered(studio.change), changing, changed, show_progress="minimal", **work)
     return page.queue(max_size=cfg.queue, api_open=False)
 
 
@@ -544,12 +718,12 @@ def main(cfg: AppConfig) -> None:
         block_title_text_color="*neutral_700",
         button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800",
     )  # fmt: skip
-    # Listen on this machine only (unless --host says otherwise), and take nothing but small requests.
+    # Listen on this machine only (unless --host says otherwise), and take no uploads larger than a slice.
     try:
         build(studio).launch(
             server_name=cfg.host, server_port=cfg.port, theme=theme, css=CSS, quiet=True,
             share=False, ssr_mode=False, pwa=False, footer_links=[], run_history=False, prevent_thread_lock=True,
-            enable_monitoring=False, max_file_size="1kb", app_kwargs={"middleware": [Middleware(ContentSecurity)]},
+            enable_monitoring=False, max_file_size="4mb", app_kwargs={"middleware": [Middleware(ContentSecurity)]},
         )  # fmt: skip
     except OSError as e:
         raise UserError(f"port {cfg.port} of {cfg.host} cannot be listened on ({e}): name another --port") from None

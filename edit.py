@@ -14,7 +14,6 @@ if __name__ == "__main__":
 
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,44 +23,14 @@ from conditions import in_words, parse_values
 from dataset import read_images
 from device import pick_device
 from metrics import psnr, unit
-from modules import StableDiffusion, invert, make_grid, sample
+from modules import StableDiffusion
 from pictures import difference_map, png_bytes, table_of_images, to_uint8
-from sampling import load_run, unlikeness
+from sampling import edit_latents, load_run, plan_inversion, unlikeness
 from utils import UserError, csv_text, git_commit, progress_bar, run_script
 from vae import VAE
 from weights import file_hash, write_atomic
 
 NO_PROGNOSIS = "edited by a generative model: no prognosis, not for diagnosis"
-
-
-def plan_steps(cfg: EditConfig, model: StableDiffusion) -> list[int]:
-    """The timesteps up and down, ascending. UserError for a student, whose few steps cannot be undone."""
-    grid = model.scheduler.config["grid"]
-    if grid == "student":
-        raise UserError(f"run {cfg.run} was distilled, and its few long steps cannot be undone: take its teacher's run")
-    if grid != "full":
-        return model.scheduler.fast_timesteps
-    try:
-        return make_grid("logsnr", cfg.num_steps, model.scheduler.abar).tolist()
-    except ValueError as e:
-        raise UserError(f"--num-steps {cfg.num_steps}: {e}") from None
-
-
-@torch.no_grad()
-def change(
-    model: StableDiffusion, vae: VAE, z: Tensor, before: Tensor, after: Tensor, timesteps: list[int],
-    guidance: float = 1.0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(round trip, edited), images in [-1, 1] [B, 1, S, S], of latents z [B, C, h, w].
-
-    `before` and `after` are conditions [B, A]. Both images come from the same noise, so the network and the decoder
-    made both, and their difference is the change alone.
-    """
-    how: dict[str, Any] = {"timesteps": timesteps, "solver": "ddim"}
-    noise, _ = invert(model.denoiser(before), z, model.scheduler, timesteps)
-    same = sample(model.denoiser(before), noise, model.scheduler, **how)
-    other = sample(model.denoiser(after, guidance, away_from=before), noise, model.scheduler, **how)
-    return vae.decode(same), vae.decode(other)
 
 
 def about(cfg: EditConfig, model: StableDiffusion, meta: dict, timesteps: list[int], checkpoint: str, n: int) -> str:
@@ -96,7 +65,7 @@ def edit(
     timesteps: list[int],
 ) -> list[tuple[dict[str, np.ndarray], list[str]]]:  # fmt: skip
     """For each image x [B, 1, S, S] with latents z: its pictures by name, and the numbers of edits.csv."""
-    same, other = change(model, vae, z, before, after, timesteps, cfg.guidance)
+    same, other = edit_latents(model, vae, z, before, after, timesteps, cfg.guidance)
     with torch.no_grad():
         quality = [psnr(unit(image), unit(x)).tolist() for image in (same, vae.decode(z))]
     shown = [to_uint8(image) for image in (x, same, other)]
@@ -118,7 +87,7 @@ def main(cfg: EditConfig) -> None:
     if not given:
         knows = "; ".join(map(str, attributes)) or "nothing, and cannot edit"
         raise UserError(f"--set says what to change, such as age=80: run {cfg.run} knows {knows}")
-    timesteps = plan_steps(cfg, model)
+    timesteps = plan_inversion(model, cfg.num_steps, cfg.run)
     data, problems = read_images(Path(cfg.images), vae.config["image_size"], meta["classes"])
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} is not an empty folder: choose another")

@@ -18,7 +18,7 @@ from config import PredictConfig
 from dataset import load_splits_as_trained
 from device import Replay, compile_networks, pick_amp_dtype, to_half
 from metrics import CopyDetector, TooFew
-from modules import StableDiffusion, load_diffusion, make_grid, sample, sample_steps, start_noise
+from modules import StableDiffusion, invert, load_diffusion, make_grid, sample, sample_steps, start_noise
 from pictures import to_pixels
 from utils import UserError, generator, progress_bar
 from vae import VAE, load_vae
@@ -153,6 +153,43 @@ def class_names(attributes: Sequence[Attribute], rows: Tensor, classes: Sequence
     if place is None:
         return [other] * len(rows)
     return [attributes[place].decode(code) or other for code in rows[:, place].tolist()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same slice with other conditions
+
+
+def plan_inversion(model: StableDiffusion, num_steps: int, run: str) -> list[int]:
+    """The timesteps of an edit, up to the noise and down again, ascending: so many, or the run's own few.
+
+    UserError for a student, whose few long steps cannot be undone, and for an impossible number.
+    """
+    grid = model.scheduler.config["grid"]
+    if grid == "student":
+        raise UserError(f"run {run} was distilled, and its few long steps cannot be undone: take its teacher's run")
+    if grid != "full":
+        return model.scheduler.fast_timesteps
+    try:
+        return make_grid("logsnr", num_steps, model.scheduler.abar).tolist()
+    except ValueError as e:
+        raise UserError(f"--num-steps {num_steps}: {e}") from None
+
+
+@torch.no_grad()
+def edit_latents(
+    model: StableDiffusion, vae: VAE, z: Tensor, before: Tensor, after: Tensor, timesteps: list[int],
+    guidance: float = 1.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(round trip, edited), images in [-1, 1] [B, 1, S, S], of latents z [B, C, h, w].
+
+    `before` and `after` are conditions [B, A]. Both images come from the same noise, and network and decoder made both,
+    so their difference is the change alone. Guidance 0 is no change, and more than 1 goes beyond `after`.
+    """
+    how: dict[str, Any] = {"timesteps": timesteps, "solver": "ddim"}
+    noise, _ = invert(model.denoiser(before), z, model.scheduler, timesteps)
+    same = sample(model.denoiser(before), noise, model.scheduler, **how)
+    other = sample(model.denoiser(after, guidance, away_from=before), noise, model.scheduler, **how)
+    return vae.decode(same), vae.decode(other)
 
 
 # What slices of the training data look like to the VAE, in few numbers: to notice images that are nothing of the kind.

@@ -20,13 +20,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import anatomy  # noqa: E402
 import phantom  # noqa: E402
 from conditions import place_of  # noqa: E402
-from config import EditConfig  # noqa: E402
 from dataset import to_float  # noqa: E402
 from device import pick_device  # noqa: E402
-from edit import change, plan_steps  # noqa: E402
 from metrics import psnr, unit  # noqa: E402
 from pictures import difference_map, table_of_images, to_uint8  # noqa: E402
-from sampling import load_run  # noqa: E402
+from sampling import edit_latents, load_run, plan_inversion  # noqa: E402
 
 LEVELS = (0.2, 0.4, 0.6)
 
@@ -62,7 +60,7 @@ def ssim_map(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def main(cfg: Config) -> None:
     model, vae, meta, _ = load_run(Path(cfg.checkpoints) / cfg.run, "best", pick_device(cfg.device))
-    timesteps, side = plan_steps(EditConfig(run=cfg.run, num_steps=cfg.num_steps), model), vae.config["image_size"]
+    timesteps, side = plan_inversion(model, cfg.num_steps, cfg.run), vae.config["image_size"]
     rng, shown = np.random.default_rng(cfg.seed), []
     # What each kind of edit sets: to another age and group at random, the other sex, and what is true already.
     kinds = {"age and group": [], "sex": [], "nothing": []}
@@ -93,7 +91,7 @@ def main(cfg: Config) -> None:
             z = vae.encode(x)[0]
             decoded = vae.decode(z)
         for kind, values in others.items():
-            same, after = change(model, vae, z, rows(own), rows(values), timesteps, cfg.guidance)
+            same, after = edit_latents(model, vae, z, rows(own), rows(values), timesteps, cfg.guidance)
             if kind == "nothing":
                 quality.append([psnr(unit(v), unit(x)).mean().item() for v in (same, decoded)])
             same8, after8 = to_uint8(same), to_uint8(after)
