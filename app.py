@@ -365,8 +365,8 @@ class Studio:
             f"{a.name} {w or 'unknown'}" for a, w in zip(attributes, in_words(attributes, after[0].tolist()))
         )
         words = (
-            f"Now: {shown}. Mean change {np.abs(change).mean():.1f} of 255. **No prognosis**: on average, people of the "
-            "training data with these values differ so."
+            f"Now: {shown}. Mean change {np.abs(change).mean():.1f} of 255. **No prognosis**: on average, people of "
+            "the training data with these values differ so."
         )
         return x, other, difference_map(change), words
 
@@ -523,7 +523,7 @@ def change_tab(visible: bool) -> dict[str, Any]:
     with gr.Tab("Change a slice", visible=visible) as tab:
         gr.Markdown(
             "Choose a slice and, above, what it is to show: the class, and values; what is left at *any* stays. "
-            "The file does not leave this machine and is deleted once it was read. **What comes out is no prognosis for anybody.**"
+            "The file does not leave this machine and is deleted once it was read. **What comes out is no prognosis.**"
         )
         with gr.Row():
             file = gr.File(label="Slice (PNG, JPEG or TIFF)", file_types=["image"], height=120)

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_modules import ABAR, tiny_diffusion
 from test_pipeline import images
 
 from conditions import (
@@ -35,6 +36,7 @@ from conditions import (
 )
 from config import DataConfig
 from dataset import load_splits
+from modules import invert, make_grid, sample
 from utils import UserError
 from weights import read_meta, weights_digest
 
@@ -397,3 +399,107 @@ def test_weights_of_before_there_were_conditions(trained: Path, conditional: Pat
     torch.save(state, copied / "tiny" / "diffusion" / "last.pt")
     more = run("train.py", "--data", data, "--cache", copied / "cache", *where, *TINY_UNET, "--epochs", "2")
     assert "resuming" in more.stdout and not phantoms.exists()
+
+
+def test_evaluating_asks_for_what_training_slices_have(conditional: Path, phantoms: Path, tmp_path: Path):
+    where = ["--data", phantoms, "--checkpoints", conditional, "--cache", conditional / "cache", "--resamples", "20"]
+    run_any("evaluate.py", *where, "--run", "tiny", "--num-images", "40", "--out", tmp_path / "report")
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert {"level_error", "age_slope", "sex_accuracy", "group_accuracy"} <= {*report["attributes"]}
+    assert "age_on_ventricle_fraction" in report["effects"]
+    # A folder says what was asked for, too.
+    run("predict.py", "--checkpoints", conditional, "--run", "tiny", "--num-images", "40", "--out", tmp_path / "out")
+    run_any("evaluate.py", *where, "--images", tmp_path / "out", "--out", tmp_path / "folder")
+    report = json.loads((tmp_path / "folder" / "report.json").read_text())
+    assert {"level_error", "age_error", "sex_accuracy", "group_accuracy"} <= {*report["attributes"]}
+
+
+@pytest.mark.parametrize("colour", ["age", "sex"])
+def test_tsne_is_coloured_by_any_attribute(conditional: Path, phantoms: Path, tmp_path: Path, colour: str):
+    where = ["--data", phantoms, "--checkpoints", conditional, "--cache", conditional / "cache", "--run", "tiny"]
+    done = run("tsne.py", *where, "--perplexity", "5", "--colour", colour, "--out", tmp_path / "map")
+    result = json.loads((tmp_path / "map" / "tsne.json").read_text())
+    assert ("separation" in result) == (colour == "sex") == ("F / M" in done.stdout)
+    picture = cv2.imread(str(tmp_path / "map" / "tsne.png")).reshape(-1, 3)
+    assert len(np.unique(picture, axis=0)) > (500 if colour == "age" else 50)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Editing
+
+
+def test_inverting_finds_the_noise_that_an_image_came_from():
+    model = tiny_diffusion(grid="full").double()
+    y = torch.tensor([[0, 0.5], [1, -1.0], [math.nan, 0]], dtype=torch.float64)
+    noise = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    model.network = lambda x, t, y: model.unet(x, t, y)  # all of it in float64
+    grid = make_grid("logsnr", 25, ABAR).tolist()
+    how = {"timesteps": grid, "solver": "ddim"}
+    z = sample(model.denoiser(y), noise, model.scheduler, **how)
+    found, calls = invert(model.denoiser(y), z, model.scheduler, grid, tolerance=1e-9, most=200)
+    assert calls > 25 and (found - noise).abs().max() < 1e-4 * noise.abs().max()
+    again = sample(model.denoiser(y), found, model.scheduler, **how)
+    assert (again - z).abs().max() < 1e-6 * z.abs().max()
+
+
+def test_editing_slices(conditional: Path, phantoms: Path, tmp_path: Path):
+    where = ["--checkpoints", conditional, "--run", "tiny", "--num-steps", "12"]
+    folder = phantoms / "val" / "NC"
+    done = run("edit.py", *where, "--images", folder, "--set", "age=85", "group=AD", "--out", tmp_path / "old")
+    assert "No prognosis" in done.stdout
+    rows = list(csv.DictReader((tmp_path / "old" / "edits.csv").read_text().splitlines()))
+    known = known_by_phantoms(phantoms)
+    assert [r["file"] for r in rows] == sorted(p.name for p in folder.glob("*.png"))
+    for r in rows:  # the table beside train/ says what is known, and the folder the group
+        assert float(r["age_before"]) == pytest.approx(float(known[r["file"]]["age"]), abs=0.06)
+        assert (r["sex_before"], r["sex_after"]) == (known[r["file"]]["sex"],) * 2
+        assert (r["age_after"], r["group_before"], r["group_after"]) == ("85", "NC", "AD")
+        assert abs(float(r["psnr_roundtrip"]) - float(r["psnr_vae"])) < 1 and float(r["unlikeness"]) <= 1
+        stem = r["file"].removesuffix(".png")
+        shown = {k: cv2.imread(str(tmp_path / "old" / f"{stem}_{k}.png"), cv2.IMREAD_UNCHANGED) for k in KINDS}
+        assert shown["before"].shape == shown["after"].shape and shown["change"].shape[2] == 3
+        change = shown["after"].astype(int) - shown["roundtrip"]
+        assert np.abs(change).max() == float(r["largest_change"])
+    text = (tmp_path / "old" / "README.md").read_text()
+    assert "No prognosis" in text and "as private as the slices" in text and "12 steps" in text
+    assert (tmp_path / "old" / "comparison.png").stat().st_size > 1000
+    # One file; guidance 0 is no change at all.
+    file = sorted(folder.glob("*.png"))[0]
+    run("edit.py", *where, "--images", file, "--set", "age=85", "--guidance", "0", "--out", tmp_path / "same")
+    (row,) = csv.DictReader((tmp_path / "same" / "edits.csv").read_text().splitlines())
+    assert float(row["largest_change"]) <= 1
+    # Without a table nothing is known but what is said.
+    alone = Path(shutil.copy(file, tmp_path / "alone_1.png"))
+    run(
+        "edit.py", *where, "--images", alone, "--set", "age=85", "--known", "sex=F", "age=60", "--out", tmp_path / "one"
+    )
+    (row,) = csv.DictReader((tmp_path / "one" / "edits.csv").read_text().splitlines())
+    assert (row["age_before"], row["sex_before"], row["group_before"]) == ("60", "F", "")
+
+
+KINDS = ("before", "roundtrip", "after", "change")
+
+
+def test_edits_that_cannot_be_meant(conditional: Path, phantoms: Path, tmp_path: Path):
+    where = ["--checkpoints", conditional, "--run", "tiny", "--num-steps", "4", "--out", tmp_path / "out"]
+    slices = ["--images", phantoms / "val" / "NC"]
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64), dtype=np.uint8)
+    (tmp_path / "odd").mkdir()
+    cv2.imwrite(str(tmp_path / "odd" / "noise_1.png"), noise)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("x")
+    for words, sentence in (
+        (slices, "--set says what to change"),
+        ([*slices, "--set", "age=200"], "age=200 is not among"),
+        ([*slices, "--set", "age=80", "--known", "height=2"], "has no attribute 'height'"),
+        (["--set", "age=80"], "name one that holds images"),
+        (["--images", tmp_path / "nowhere", "--set", "age=80"], "there is no file or folder"),
+        (["--images", tmp_path / "odd", "--set", "age=80"], "is unlike all that the run was trained on"),
+        ([*slices, "--set", "age=80", "--num-steps", "1"], "2 to 1000"),
+        ([*slices, "--set", "age=80", "--out", tmp_path / "full"], "is not an empty folder"),
+    ):
+        done = run_any("edit.py", *where, *words)
+        assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr, (words, done.stderr)
+    odd = ["--images", tmp_path / "odd", "--set", "age=80"]
+    run("edit.py", *where, *odd, "--unlike")
+    assert (tmp_path / "out" / "noise_1_after.png").exists()

@@ -20,6 +20,7 @@ from torchvision.transforms.functional import gaussian_blur
 import evidence
 import metrics
 import phantom
+from conditions import encode_rows, learn_attribute
 from config import EvaluateConfig
 from dataset import read_images
 from evidence import Evidence, Images
@@ -28,13 +29,19 @@ from utils import UserError
 SIDE, CLASSES = 64, ["AD", "NC"]
 
 
-def people(seed: int, first: int, count: int, slices: int = 4) -> Images:
+ATTRIBUTES = [learn_attribute("level", ["0", "0.5", "1"]), learn_attribute("age", ["55", "72", "90"])]
+ATTRIBUTES += [learn_attribute("sex", ["F", "M"]), learn_attribute("group", CLASSES)]
+
+
+def people(seed: int, first: int, count: int, slices: int = 4, **given) -> Images:
     """Phantoms of `count` people: four slices each, or a random one of the four."""
-    drawn = [phantom.draw_person(seed, i, 4, SIDE) for i in range(first, first + count)]
+    drawn = [phantom.draw_person(seed, i, 4, SIDE, **given) for i in range(first, first + count)]
     kept = [np.arange(4) if slices == 4 else np.random.default_rng(first + i).integers(4, size=1) for i in range(count)]
     pixels = torch.from_numpy(np.concatenate([images[k] for k, (_, images, _) in zip(kept, drawn)]))
     labels = torch.tensor([CLASSES.index(name) for name, _, _ in drawn]).repeat_interleave(slices)
-    return Images(pixels, labels, np.repeat([f"P{i}" for i in range(first, first + count)], slices))
+    known = [{**rows[i], "group": name} for k, (name, _, rows) in zip(kept, drawn) for i in k]
+    y = encode_rows(ATTRIBUTES, {a.name: [str(r[a.name]) for r in known] for a in ATTRIBUTES}, len(known))
+    return Images(pixels, labels, np.repeat([f"P{i}" for i in range(first, first + count)], slices), y)
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +61,45 @@ def look(sets, tmp_path: Path):
         return e.report
 
     return look
+
+
+def test_images_that_show_what_was_asked_reach_the_floor_and_others_do_not(look, sets):
+    """Generated images of other people, and the same with values that belong to somebody else."""
+    made = sets[2]
+    right = look(evidence.attributes, made, attributes=ATTRIBUTES)["attributes"]
+    y = made.conditions[torch.randperm(len(made), generator=torch.Generator().manual_seed(0))]
+    wrong = look(evidence.attributes, replace(made, conditions=y), attributes=ATTRIBUTES)["attributes"]
+    assert right["level_error"]["value"] < 1.5 * right["level_error"]["floor"] < 0.3  # found: 0.09 and 0.09
+    assert right["level_slope"]["value"] > 0.6 and abs(wrong["level_slope"]["value"]) < 0.4
+    assert wrong["level_error"]["value"] > 2 * right["level_error"]["value"]
+    assert right["sex_accuracy"]["value"] > 0.7 > wrong["sex_accuracy"]["value"]
+    assert {*right} == {f"{n}_{m}" for n in ("level", "age") for m in ("error", "slope")} | {
+        "sex_accuracy", "group_accuracy",
+    }  # fmt: skip
+    assert 0 < right["age_error"]["value"] < 15 and right["age_error"]["floor"] < 15  # in years
+
+
+def test_effects_are_those_of_the_phantoms(look, sets):
+    made = sets[2]
+    found = look(evidence.anatomical, made, attributes=ATTRIBUTES)["effects"]
+    age, group = found["age_on_ventricle_fraction"], found["group_NC_against_AD_on_ventricle_fraction"]
+    for effect, low in ((age, 0.7), (found["sex_M_against_F_on_brain_area"], 0.7)):
+        assert effect["value"] > low and effect["floor"] > low and effect["ci_low"] < effect["value"]
+    assert group["value"] < -0.5 and group["floor"] < -0.5
+    # What does not follow the age has no effect of it.
+    y = made.conditions.clone()
+    y[:, 1] = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(0)), 1]
+    off = look(evidence.anatomical, replace(made, conditions=y), attributes=ATTRIBUTES)["effects"]
+    assert abs(off["age_on_ventricle_fraction"]["value"]) < 0.6 * age["value"]
+
+
+def test_unknown_values_cost_their_rows_only(look, sets):
+    made = sets[2]
+    y = made.conditions.clone()
+    y[::3, 1], y[:, 2] = float("nan"), float("nan")
+    found = look(evidence.attributes, replace(made, conditions=y), attributes=ATTRIBUTES)["attributes"]
+    assert "age_error" in found and "sex_accuracy" not in found and "group_accuracy" in found
+    assert "effects" not in look(evidence.anatomical, replace(made, conditions=y), attributes=ATTRIBUTES)
 
 
 def as_images(x: torch.Tensor, like: Images) -> Images:
