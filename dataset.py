@@ -242,7 +242,8 @@ def read_attributes(
     path = root / "attributes.csv"
     if not path.exists():
         return None
-    rows = [{str(k).strip().lower(): (v or "").strip() for k, v in row.items()} for row in read_table(path)]
+    # A row that is longer than the head has a list of what is too much, and a shorter one has None.
+    rows = [{k.strip().lower(): (v or "").strip() for k, v in row.items() if k} for row in read_table(path)]
     key = next((k for k in KEYS if rows and k in rows[0]), None)
     if key is None:
         raise UserError(f"{path} needs a column that says what a row is about: {', '.join(KEYS)}")

@@ -424,7 +424,7 @@ def effects(e: Evidence, sets: Sequence[Images], found: Sequence[dict[str, np.nd
         names, x = design(e, s)
         known = ~np.isnan(x).any(1)
         x, w = x[known], s.weights(e.cfg).numpy()[known]
-        if known.sum() < 10 * x.shape[1] or np.linalg.matrix_rank(x) < x.shape[1]:
+        if known.sum() < 5 * x.shape[1] or np.linalg.matrix_rank(x) < x.shape[1]:
             e.notes.append("The images are too few or too alike to say how anatomy follows what was asked for.")
             return
         # Weighted least squares for the data and every resample: (X' W X) b = X' W y, ridge for resamples without rank.
@@ -451,7 +451,7 @@ def attributes(e: Evidence) -> None:
     generated, others = e.generated, e.held_out
     if not e.attributes or e.train.conditions is None or generated.conditions is None or others.conditions is None:
         return
-    e.require("attributes", 20, generated, others)
+    e.require("attributes", 10, generated, others)
     categories, steps = [len(a.values) for a in e.attributes], 600
     with progress_bar(steps * 32, what="predicting attributes") as bar:
         predict = features.train_predictor(
@@ -465,7 +465,7 @@ def attributes(e: Evidence) -> None:
             asked = s.conditions[:, i].double()
             known = ~asked.isnan()
             asked, guess, w = asked[known], guesses[i][known], s.weights(e.cfg)[known]
-            if known.sum() < 20:
+            if known.sum() < 10:
                 break
             if a.values:
                 found.append({"accuracy": weighted_mean((guess.argmax(1) == asked).double(), w)})

@@ -26,6 +26,8 @@ TINY = "--trajectories 64 --batch-size 16 --lr 1e-3 --precision fp32 --wandb dis
 class Answer(nn.Module):
     """A network that says what it is told."""
 
+    config = {"conditions": []}
+
     def __init__(self) -> None:
         super().__init__()
         self.says = torch.zeros(())
@@ -156,7 +158,7 @@ def test_a_student_is_generated_from_in_its_own_steps_by_every_script(student: P
     files = [tmp_path / "out" / "train" / ("AD", "NC")[k % 2] / f"s0i{k:05d}_0.png" for k in range(4)]
     predicted = np.stack([cv2.imread(str(f), 0) for f in files])
     model, vae, _, _ = load_run(student / "s", "best", torch.device("cpu"))
-    cfg, y = EvaluateConfig(batch_size=4), torch.arange(4) % 2
+    cfg, y = EvaluateConfig(batch_size=4), (torch.arange(4.0) % 2)[:, None]
     how = plan_sampling(PredictConfig(), model)
     evaluated, latents = generate_images(cfg, model, vae, y, how, Ranks(torch.device("cpu")))
     assert np.array_equal(evaluated.numpy(), predicted)

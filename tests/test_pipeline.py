@@ -542,7 +542,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(trained: Path, phantoms: Pat
         "steps of 16",
         "memory",
         "writes to",
-        "conditional",
+        "given     group AD, NC",
         "images/s",
     ):
         assert word in plan, word
