@@ -463,7 +463,8 @@ def settings_part(cfg: AppConfig, studio: Studio, first: Run) -> dict[str, Any]:
             info="A label of the training data, no finding",
         )  # fmt: skip
     facts = gr.Markdown(describe_run(first))
-    controls = [attribute_control(attribute, owner == first.name) for owner, attribute in studio.controls]
+    with gr.Row():
+        controls = [attribute_control(attribute, owner == first.name) for owner, attribute in studio.controls]
     with gr.Accordion("How it is generated", open=False), gr.Row():
         steps = gr.Slider(
             *run_steps(cfg, first), step=1, label="Steps", interactive=first.free, info="Ten suffice"

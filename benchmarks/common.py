@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,11 +87,11 @@ class Bench:
         vae.amp_dtype = self.amp_dtype
         return vae.to(self.device, memory_format=torch.channels_last)
 
-    def model(self) -> StableDiffusion:
+    def model(self, conditions: Sequence[int] = (2,)) -> StableDiffusion:
         channels, side, _ = self.latent
         t = self.tra
         model = StableDiffusion(
-            UNet(channels, side, t.channels, t.blocks, t.attention, (2,), 0.0, t.norm_group),
+            UNet(channels, side, t.channels, t.blocks, t.attention, conditions, 0.0, t.norm_group),
             NoiseScheduler_Fast_DDPM(),
             t.prediction,
         ).to(self.device, memory_format=torch.channels_last)

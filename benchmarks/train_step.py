@@ -75,6 +75,9 @@ def main(cfg: StepConfig) -> None:
     peers = {name: PeerUNet(b, name) for name in ("diffusers", "MONAI")}
     steps = {"ours": our_step(b, model, moments, y)}
     steps |= {name: partial(peer_step(b, net, name), z, y) for name, net in peers.items()}
+    # What conditions cost: two categories and three numbers, against none.
+    for name, conditions in (("five conditions", (2, 2, 0, 0, 0)), ("none", ())):
+        steps[name] = our_step(b, b.model(conditions), moments, y.repeat(1, 5)[:, : len(conditions)])
     if not cfg.quick:
         twin = b.model()
         twin.unet.forward = torch.compile(twin.unet.forward, dynamic=False)
@@ -86,6 +89,7 @@ def main(cfg: StepConfig) -> None:
     peak, times = matrix_peak(b), b.interleave(steps)
     for name in peers:
         b.compare("U-Net training step, all eager", times, "ours", name, batch)
+    b.compare("U-Net training step, ours eager", times, "five conditions", "none", batch)
     if not cfg.quick:
         for name in peers:
             b.compare("U-Net training step, all compiled", times, "ours, compiled", f"{name}, compiled", batch)

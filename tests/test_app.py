@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import PATIENCE, ROOT, run, run_any
+from conftest import PATIENCE, ROOT, TINY_UNET, run, run_any
 
 import app
 from config import AppConfig
@@ -30,17 +30,22 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 @pytest.fixture(scope="module")
-def runs(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoints folder with the run of conftest (AD and NC), and the weights of this repository."""
+def runs(trained: Path, phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoints folder with the run of conftest (AD and NC), the weights of this repository, and a run `knows` that
+    was conditioned on level, age, sex and group, too."""
     home = tmp_path_factory.mktemp("runs")
     (home / "tiny").symlink_to(trained / "tiny")
+    shutil.copytree(trained / "tiny" / "vae", home / "knows" / "vae")
+    where = ["--data", phantoms, "--checkpoints", home, "--cache", home / "cache", "--run", "knows"]
+    asked = ["--condition", "level", "age", "sex", "group", "--grid", "full", "--epochs", "1"]
+    run("train.py", *where, *TINY_UNET, *asked)
     (home / "pretrained").symlink_to(ROOT / "checkpoints" / "pretrained")
     return home
 
 
 @pytest.fixture(scope="module")
 def studio(runs: Path) -> app.Studio:
-    return app.Studio(AppConfig(run=("tiny", "pretrained"), checkpoints=str(runs), device="cpu", max_steps=20))
+    return app.Studio(AppConfig(run=("tiny", "pretrained", "knows"), checkpoints=str(runs), device="cpu", max_steps=20))
 
 
 def drawn(studio: app.Studio, *asked) -> tuple:
@@ -81,6 +86,55 @@ def test_walks_end_where_they_should(studio: app.Studio):
         assert f"{place:.0%}" in words
     image = app.difference_map(np.array([[0, 120, -120]]))[0]
     assert image[0].tolist() == [255, 255, 255] and image[1, 0] > image[1, 2] and image[2, 2] > image[2, 0]
+
+
+def test_values_are_what_predict_takes(studio: app.Studio, runs: Path, tmp_path: Path):
+    assert [(name, a.name) for name, a in studio.controls] == [("knows", n) for n in ("level", "age", "sex")]
+    where = ["--checkpoints", runs, "--device", "cpu", "--num-images", "2", "--seed", "3", "--run", "knows"]
+    run("predict.py", *where, "--class-name", "NC", "--set", "age=70", "sex=M", "--out", tmp_path / "out")
+    _, gallery, _, file = drawn(studio, "knows", "NC", 2, 3, 10, "dpm++2m", 1, None, 70.0, "M")
+    assert "age 70, sex M" in gallery[0][1]
+    with zipfile.ZipFile(file.value if isinstance(file.value, str) else file.value["path"]) as z:
+        rows = list(csv.DictReader(io.StringIO(z.read("manifest.csv").decode())))
+        theirs = list(csv.DictReader((tmp_path / "out" / "manifest.csv").read_text().splitlines()))
+        for mine, other in zip(rows, theirs, strict=True):
+            assert [mine[k] for k in ("level", "age", "sex")] == [other[k] for k in ("level", "age", "sex")]
+            assert z.read(mine["file"]) == (tmp_path / "out" / other["file"]).read_bytes()
+    for asked, word in ((("x", None, None), "level=x"), ((None, 400, None), "age=400"), ((None, None, "Z"), "sex=Z")):
+        with pytest.raises(UserError, match=word):
+            drawn(studio, "knows", "NC", 1, 3, 10, "dpm++2m", 1, *asked)
+
+
+def test_a_sweep_ends_at_the_lowest_and_the_highest_value(studio: app.Studio):
+    age = next(a for _, a in studio.controls if a.name == "age")
+    for place, value in ((0, age.quantiles[0]), (1, age.quantiles[-1])):
+        lowest, here, change, words = studio.sweep("knows", "AD", "age", place, 5, 10, "dpm++2m", 1, 0.5, None, "F")
+        want = drawn(studio, "knows", "AD", 1, 5, 10, "dpm++2m", 1, 0.5, value, "F")[1][0][0]
+        assert np.abs(here.astype(int) - want).max() <= 1 and change.shape == (*here.shape, 3)
+        assert f"age {age.decode(2 * place - 1)} years" in words and (here == lowest).all() == (place == 0)
+    for what in ("sex", "weight", None):
+        with pytest.raises(UserError, match="no number"):
+            studio.sweep("knows", "AD", what, 0.5, 5, 10, "dpm++2m", 1)
+
+
+def test_a_slice_is_changed_and_the_file_deleted(studio: app.Studio, phantoms: Path, tmp_path: Path):
+    own = sorted((phantoms / "val" / "NC").glob("*.png"))[0]
+    mine = Path(shutil.copy(own, tmp_path / "mine.png"))
+    before, after, change, words = studio.change("knows", "AD", str(mine), "age=62 sex=M", None, 80.0, None)
+    assert before.shape == after.shape and "age 80, sex M, group AD" in words and "No prognosis" in words
+    assert not mine.exists() and own.exists()
+    (tmp_path / "text.png").write_text("no picture")
+    cv2.imwrite(str(tmp_path / "noise.png"), np.random.default_rng(0).integers(0, 255, (64, 64), dtype=np.uint8))
+    for file, word in (
+        (tmp_path / "text.png", "cannot be used"),
+        (tmp_path / "noise.png", "unlike all"),
+        (None, "Choose"),
+    ):
+        with pytest.raises(UserError, match=word):
+            studio.change("knows", "AD", file and str(file), "", None, None, None)
+        assert file is None or not file.exists()
+    with pytest.raises(UserError, match="knows no attributes"):
+        studio.change("pretrained", None, None, "")
 
 
 def test_distances_are_those_of_the_copy_detector(studio: app.Studio, monkeypatch: pytest.MonkeyPatch):
@@ -164,7 +218,7 @@ def address(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     log = tmp_path_factory.mktemp("app") / "log"
-    words = ["--run", "tiny", "pretrained", "--checkpoints", runs, "--device", "cpu", "--port", port]
+    words = ["--run", "tiny", "pretrained", "knows", "--checkpoints", runs, "--device", "cpu", "--port", port]
     (log.parent / "tmp/slices-999999999-old/pictures").mkdir(parents=True)  # of a process that was killed
     nowhere = {"http_proxy": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}  # a cluster's proxy, away
     with log.open("w") as f:
@@ -195,7 +249,7 @@ def test_nothing_larger_than_a_slice_can_be_uploaded(address: str):
 
 @pytest.mark.full
 @pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium (apt install chromium)")
-def test_a_visitor_in_a_browser(address: str, tmp_path: Path):
+def test_a_visitor_in_a_browser(address: str, phantoms: Path, tmp_path: Path):
     """Generate, download, a wrong value, walk, another run, from class to class; no request leaves the machine."""
     VISITED.add(address)
     from playwright.sync_api import sync_playwright
@@ -252,6 +306,21 @@ def test_a_visitor_in_a_browser(address: str, tmp_path: Path):
         page.locator("#words").get_by_text("4 images in").wait_for()
         page.screenshot(path=tmp_path / "page.png")
         assert len(cv2.imread(str(tmp_path / "page.png")).reshape(-1, 3)) == 1200 * 1300
+
+        page.get_by_role("radio", name="knows", exact=True).click()
+        page.get_by_label("age (years)").fill("70")
+        page.get_by_role("tab", name="Sweep").click()
+        page.locator("#swept").get_by_text("level").wait_for()
+        page.get_by_label("range slider for From the lowest").press("ArrowRight")  # by keyboard
+        page.get_by_role("radio", name="age", exact=True).click()
+        page.locator("#swept").get_by_text("age").wait_for()
+        page.screenshot(path=tmp_path / "sweep.png")
+        page.get_by_role("tab", name="Change a slice").click()
+        page.locator("input[type=file]").first.set_input_files(sorted((phantoms / "val" / "NC").glob("*.png"))[0])
+        page.get_by_label("What is known of it").fill("sex=M")
+        page.get_by_role("button", name="Change it").press("Enter")  # by keyboard
+        page.locator("#changed").get_by_text("age 70, sex M").wait_for()
+        page.screenshot(path=tmp_path / "change.png", full_page=True)
 
         hosts = {urlparse(url).netloc for url in asked if urlparse(url).scheme in ("http", "https", "ws", "wss")}
         assert hosts == {urlparse(address).netloc}

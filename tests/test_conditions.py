@@ -500,3 +500,29 @@ def test_edits_that_cannot_be_meant(conditional: Path, phantoms: Path, tmp_path:
     odd = ["--images", tmp_path / "odd", "--set", "age=80"]
     run("edit.py", *where, *odd, "--unlike")
     assert (tmp_path / "out" / "noise_1_after.png").exists()
+
+
+def test_a_student_knows_what_its_teacher_knows(conditional: Path, tmp_path: Path):
+    copied = Path(shutil.copytree(conditional, tmp_path / "c"))
+    where = ["--checkpoints", copied, "--run", "s"]
+    flags = "--teacher tiny --trajectories 32 --batch-size 16 --epochs 1 --num-steps 2 --teacher-steps 8".split()
+    run("distil.py", *where, *flags, "--cache", copied / "cache", "--wandb", "disabled", "--precision", "fp32")
+    teacher, student = (read_meta(copied / r / "diffusion" / "best.safetensors") for r in ("tiny", "s"))
+    assert student["attributes"] == teacher["attributes"] and student["typical"] == teacher["typical"]
+    run(
+        "predict.py",
+        *where,
+        "--num-images",
+        "2",
+        "--set",
+        "age=70",
+        "sex=F",
+        "--guidance",
+        "1.5",
+        "--out",
+        tmp_path / "o",
+    )
+    rows = list(csv.DictReader((tmp_path / "o" / "manifest.csv").read_text().splitlines()))
+    assert [(r["age"], r["sex"]) for r in rows] == [("70", "F")] * 2
+    refused = run_any("edit.py", *where, "--images", "x", "--set", "age=70", "--out", tmp_path / "e")
+    assert refused.returncode == 2 and "take its teacher's run" in refused.stderr
