@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The weights in checkpoints/pretrained/, each by one command, from the repository's folder:
 #   DATA=path/to/ds002748 bash benchmarks/pretrained.sh real       # two hours on two CPU cores
-#   bash benchmarks/pretrained.sh phantoms                         # minutes; on phantoms as they are drawn today
+#   bash benchmarks/pretrained.sh phantoms                         # two hours on two CPU cores, conditioned on all attributes
 #   DATA=path/to/ds002748 bash benchmarks/pretrained.sh real256    # one GPU; replaces `real` once it has been run and read
 # With LIMIT=540 it leaves after so many seconds, with 75, and the same command goes on from there: checkpoints/ must be
 # kept in between. What it ships in the end (VAE and U-Net of real256, float32) takes less than 64 MB.
@@ -32,9 +32,11 @@ real256)
         --epochs 600 --sample-every 50 --wandb disabled)
   out=checkpoints/pretrained notes="256x256." ;;
 phantoms)
-  vae=(demo --run phantoms) unet=(demo --run phantoms) DATA=phantom
+  DATA=phantom-1000
+  vae=(small --data "$DATA" --run phantoms --epochs 3 --wandb disabled)
+  unet=(small --data "$DATA" --run phantoms --condition level age sex group --epochs 16 --sample-every 4 --wandb disabled)
   DS="Procedural phantoms of phantom.py (no people and nobody's data: no licence restricts them): AD and NC are borrowed names."
-  out=checkpoints/pretrained/phantoms notes="The classes say nothing about a disease. 64x64." ;;
+  out=checkpoints/pretrained/phantoms notes="Classes, ages and sexes are those of drawings and say nothing about a disease or about people. 128x128." ;;
 *) echo "real, phantoms or real256, not $what" >&2; exit 2 ;;
 esac
 

@@ -89,6 +89,7 @@ def main(cfg: ShipConfig) -> None:
         f"| U-Net | {counts[1]:.1f} M parameters, {meta['prediction']}-prediction on the {own['grid']} grid{steps}; "
         f"{times[1]}; the weights are of epoch {meta['epoch']} |",
         f"| classes | {', '.join(meta['classes'])} |",
+        f"| conditioned on | {'; '.join(map(str, model.attributes)) or 'nothing'} |",
         f"| hardware | {meta['hardware']} |",
         f"| code | {meta['commit']} |",
         f"| files | safetensors, half precision, {size:.1f} MB |", "",
