@@ -43,6 +43,7 @@ from sampling import (
     class_names,
     copy_detector,
     edit_latents,
+    group_names,
     load_run,
     plan_inversion,
     plan_sampling,
@@ -95,7 +96,7 @@ class Run:
         self.name, self.device, self.cfg = name, pick_device(cfg.device), cfg
         folder = Path(cfg.checkpoints) / name
         self.model, self.vae, self.meta, file = load_run(folder, cfg.weights, self.device, cfg.precision)
-        self.checkpoint, self.classes = file_hash(file), self.meta["classes"]
+        self.checkpoint, self.classes = file_hash(file), group_names(self.model, self.meta)
         # What the page lets a visitor choose: a class, and steps and sampler if the weights know every timestep.
         self.group = place_of(self.model.attributes, GROUP)
         self.conditional = self.group is not None
@@ -164,10 +165,11 @@ class Studio:
         # The attributes that the page has a control for, besides the class: of all runs, the chosen run's are shown.
         self.controls = [(r.name, a) for r in self.runs.values() for a in r.model.attributes if a.name != GROUP]
         # Downloads, and the pictures that gradio keeps (uploads and training slices among them), lie in a folder that
-        # only this user can read and that goes with the process; in memory where the system has a place for that.
-        # Remove the folders of processes that were killed.
-        in_memory = Path(os.environ.get("TMPDIR", "/dev/shm"))
-        home = in_memory if os.access(in_memory, os.W_OK) else Path(tempfile.gettempdir())
+        # only this user can read and that goes with the process: in memory, unless TMPDIR says otherwise. Remove the
+        # folders of processes that were killed.
+        home = Path(os.environ.get("TMPDIR", "/dev/shm"))
+        if not os.access(home, os.W_OK):
+            home = Path(tempfile.gettempdir())
         for old in home.glob("slices-[0-9]*-*"):
             if old.stat().st_uid == os.getuid() and not is_alive(int(old.name.split("-")[1])):
                 shutil.rmtree(old, ignore_errors=True)
@@ -338,7 +340,8 @@ class Studio:
         run = self.run(name)
         if not run.model.conditional:
             raise UserError(f"The run {name} knows no attributes and cannot change a slice")
-        if not file:
+        # Only what was uploaded: a request that does not come from the page could name any file of this machine.
+        if not file or not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(self.folder)):
             raise UserError("Choose a slice first: a PNG, JPEG or TIFF file")
         try:
             x = to_square(read_slice(file)[0], run.vae.config["image_size"])

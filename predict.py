@@ -43,7 +43,7 @@ from pictures import (
     visualise_denoising_process,
 )
 from runlog import RunLog
-from sampling import ImageSampler, class_names, copy_detector, load_run, plan_sampling
+from sampling import ImageSampler, class_names, copy_detector, group_names, load_run, plan_sampling
 from utils import UserError, csv_text, evenly_spaced, git_commit, job_ranks, progress_bar, run_script
 from weights import file_hash, flush_disk, write_atomic
 
@@ -382,7 +382,8 @@ def main(cfg: PredictConfig) -> None:
             "or name another run with --run"
         )
     model, vae, meta, unet_file = load_run(folder, cfg.weights, device, cfg.precision)
-    check_request(cfg, model, meta["classes"])
+    classes = group_names(model, meta)
+    check_request(cfg, model, classes)
     how, checkpoint = plan_sampling(cfg, model), file_hash(unet_file)
     detector = copy_detector(cfg.data, cfg.cache, vae, meta)[0] if cfg.reject_copies else None
 
@@ -402,7 +403,7 @@ def main(cfg: PredictConfig) -> None:
         return sweep(cfg, ImageSampler(model, vae, batch, cfg.guidance, "off", **how), checkpoint, made)
 
     # Which images are missing, and which of them are this process's.
-    request = Request(cfg, model, meta["classes"], checkpoint, list(detector.spaces) if detector else [])
+    request = Request(cfg, model, classes, checkpoint, list(detector.spaces) if detector else [])
     rows = read_manifest(out, request.is_valid)
     if not (missing := request.missing(rows)) and (out / "README.md").exists():
         print(f"{out} is complete: {cfg.num_images} images")

@@ -146,6 +146,12 @@ class ImageSampler:
         return sample_steps(denoise, x.to(self.device), self.model.scheduler, generator=noise, **self.how)
 
 
+def group_names(model: StableDiffusion, meta: dict[str, Any]) -> list[str]:
+    """What classes a run can be asked for: the groups that it knows, else the class folders of its data."""
+    place = place_of(model.attributes, GROUP)
+    return list(meta["classes"] if place is None else model.attributes[place].values)
+
+
 def class_names(attributes: Sequence[Attribute], rows: Tensor, classes: Sequence[str]) -> list[str]:
     """The class of an image of each of these conditions [N, A]: its group, else the only class, else "any"."""
     place = place_of(attributes, GROUP)

@@ -117,17 +117,21 @@ def test_a_sweep_ends_at_the_lowest_and_the_highest_value(studio: app.Studio):
             studio.sweep("knows", "AD", what, 0.5, 5, 10, "dpm++2m", 1)
 
 
-def test_a_slice_is_changed_and_the_file_deleted(studio: app.Studio, phantoms: Path, tmp_path: Path):
+def test_a_slice_is_changed_and_the_file_deleted(studio: app.Studio, phantoms: Path):
     own = sorted((phantoms / "val" / "NC").glob("*.png"))[0]
-    mine = Path(shutil.copy(own, tmp_path / "mine.png"))
+    with pytest.raises(UserError, match="Choose a slice"):  # not a file of somebody else
+        studio.change("knows", "AD", str(own), "", None, None, None)
+    uploads = studio.folder / "pictures"
+    uploads.mkdir(exist_ok=True)
+    mine = Path(shutil.copy(own, uploads / "mine.png"))
     before, after, change, words = studio.change("knows", "AD", str(mine), "age=62 sex=M", None, 80.0, None)
     assert before.shape == after.shape and "age 80, sex M, group AD" in words and "No prognosis" in words
     assert not mine.exists() and own.exists()
-    (tmp_path / "text.png").write_text("no picture")
-    cv2.imwrite(str(tmp_path / "noise.png"), np.random.default_rng(0).integers(0, 255, (64, 64), dtype=np.uint8))
+    (uploads / "text.png").write_text("no picture")
+    cv2.imwrite(str(uploads / "noise.png"), np.random.default_rng(0).integers(0, 255, (64, 64), dtype=np.uint8))
     for file, word in (
-        (tmp_path / "text.png", "cannot be used"),
-        (tmp_path / "noise.png", "unlike all"),
+        (uploads / "text.png", "cannot be used"),
+        (uploads / "noise.png", "unlike all"),
         (None, "Choose"),
     ):
         with pytest.raises(UserError, match=word):
