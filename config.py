@@ -593,15 +593,22 @@ def parse(config: type[Config], argv: list[str] | None = None) -> Config:
     name = os.path.basename(sys.argv[0]) or "script"
     about = inspect.cleandoc(config.__doc__ or "")
     about += f"\n\nusage: python {name} [{'|'.join(PRESETS)}] [--flag value ...]   (no preset: adni)"
-    cfg = within_limits(tyro.cli(config, default=default, args=argv, prog=f"python {name} {preset}", description=about))
+    return read_flags(config, argv, typed, default=default, prog=f"python {name} {preset}", description=about)
+
+
+def read_flags(config: type[Config], argv: list[str], typed: bool, **how: Any) -> Config:
+    """Let tyro read flags, and check their numbers.
+
+    If they were `typed`, `--help | head` ends quietly, and Ctrl-C ends the script at once while it imports torch, until
+    `run_script` takes over.
+    """
     if typed:
-        leave_on_ctrl_c()
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    cfg = within_limits(tyro.cli(config, args=argv, **how))
+    if typed:
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     return cfg
-
-
-def leave_on_ctrl_c() -> None:
-    """While a script imports torch, Ctrl-C ends it at once and without a traceback; then `run_script` takes over."""
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 
 def within_limits(cfg: Config) -> Config:
@@ -660,11 +667,8 @@ def parse_dataset(argv: list[str] | None = None) -> CheckConfig | SliceConfig:
     kinds = {"check": CheckConfig, "slice": SliceConfig}
     if argv[:1] and argv[0] in kinds:
         kind, prog = kinds[argv[0]], f"python dataset.py {argv[0]}"
-        cfg: Any = within_limits(
-            tyro.cli(kind, args=argv[1:], prog=prog, description=inspect.cleandoc(kind.__doc__ or ""))
-        )
-        if typed:
-            leave_on_ctrl_c()
+        about = inspect.cleandoc(kind.__doc__ or "")
+        cfg: Any = read_flags(kind, argv[1:], typed, prog=prog, description=about)
         return cfg
     print(
         "usage: python dataset.py check DIR          looks a data folder over\n"

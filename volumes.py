@@ -100,7 +100,8 @@ class Row:
     @classmethod
     def from_table(cls, r: dict[str, str]) -> Row:
         """From a row of the CSV file, in which cells may be missing."""
-        row = cls(r["source"], slices=int(r.get("slices") or 0))
+        slices = r.get("slices") or "0"
+        row = cls(r["source"], slices=int(slices) if slices.isdecimal() else 0)  # whatever else is there was edited
         for f in fields(cls):
             if f.name not in ("source", "slices"):
                 setattr(row, f.name, r.get(f.name) or "")

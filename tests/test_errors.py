@@ -6,13 +6,14 @@ import os
 import pickle
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from conftest import TINY_UNET, TINY_VAE, run, run_any
+from conftest import PATIENCE, ROOT, TINY_UNET, TINY_VAE, run, run_any
 from safetensors.torch import load_file
 
 from dataset import read_images
@@ -265,3 +266,10 @@ def test_full_disk_under_the_cache_and_the_images(trained: Path, phantoms: Path,
     (small_disk / "filler").unlink()
     assert "images in" in run(*predict).stdout  # the same command completes what is missing
     assert len(list((small_disk / "out").glob("train/*/*.png"))) == 60
+
+
+@pytest.mark.parametrize("words", ["train.py", "dataset.py slice"])
+def test_help_may_be_cut_short(words: str):
+    command = f"{sys.executable} {ROOT}/{words} --help | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=PATIENCE)
+    assert done.stdout.startswith("usage: ") and done.stderr == ""

@@ -504,3 +504,10 @@ def test_many_volumes_at_a_time_stay_small(tmp_path: Path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(slices(tmp_path / "out")) == 20
     assert int(done.stdout.split("KiB")[1]) < 2 * 2**20
+
+
+def test_a_table_that_somebody_edited_is_still_read():
+    from volumes import Row
+
+    rows = [Row.from_table({"source": "a", "slices": text}) for text in ("7", "", "seven", "-3", "1.5")]
+    assert [r.slices for r in rows] == [7, 0, 0, 0, 0]
