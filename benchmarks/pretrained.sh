@@ -34,7 +34,7 @@ real256)
 phantoms)
   DATA=phantom-1000
   vae=(small --data "$DATA" --run phantoms --epochs 3 --wandb disabled)
-  unet=(small --data "$DATA" --run phantoms --condition level age sex group --epochs 16 --sample-every 4 --wandb disabled)
+  unet=(small --data "$DATA" --run phantoms --condition level age sex group --epochs 13 --sample-every 4 --wandb disabled)
   DS="Procedural phantoms of phantom.py (no people and nobody's data: no licence restricts them): AD and NC are borrowed names."
   out=checkpoints/pretrained/phantoms notes="Classes, ages and sexes are those of drawings and say nothing about a disease or about people. 128x128." ;;
 *) echo "real, phantoms or real256, not $what" >&2; exit 2 ;;
