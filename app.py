@@ -15,6 +15,7 @@ if __name__ == "__main__":
 import inspect
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -33,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from conditions import GROUP, Attribute, draw_rows, in_words, parse_values, place_of
+from conditions import GROUP, Attribute, draw_rows, in_words, parse_values, place_of, set_values
 from dataset import BadFile, phantom_drawing, read_slice, to_float, to_square
 from device import pick_device
 from metrics import CopyDetector
@@ -75,6 +76,7 @@ button[role=tab][aria-selected=true] { color: var(--primary-700) !important }
 .caption-label { max-width: 100% !important; white-space: normal !important; font-size: 0.8rem !important }
 """
 MAX_SEED = 10**9  # of what a visitor may ask for
+AS_IT_IS = "as it is"  # the class of a slice that is changed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,7 +88,14 @@ def import_gradio() -> ModuleType:
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     import gradio
 
+    # A request can name an address in place of an uploaded file, and gradio would fetch it.
+    processing: Any = gradio.processing_utils
+    processing.async_ssrf_protected_get = fetch_nothing
     return gradio
+
+
+async def fetch_nothing(url: str) -> None:
+    raise UserError("This page takes files, and no addresses")
 
 
 class Run:
@@ -99,7 +108,7 @@ class Run:
         self.checkpoint, self.classes = file_hash(file), group_names(self.model, self.meta)
         # What the page lets a visitor choose: a class, and steps and sampler if the weights know every timestep.
         self.group = place_of(self.model.attributes, GROUP)
-        self.conditional = self.group is not None
+        self.has_classes = self.group is not None
         self.free = self.model.scheduler.config["grid"] == "full"  # any number of steps, either solver
         self.default_steps = len(self.model.scheduler.fast_timesteps)
         trained_on = str(self.meta.get("config", {}).get("data"))
@@ -214,7 +223,7 @@ class Studio:
         `asked` are the values of all controls, in the order of `self.controls`; None is "any".
         """
         attributes, given = run.model.attributes, {}
-        if run.group is not None:
+        if run.group is not None and class_name != AS_IT_IS:
             if class_name not in run.classes:
                 raise UserError(f"Class must be one of {', '.join(run.classes)}")
             given[GROUP] = attributes[run.group].encode(str(class_name))
@@ -323,7 +332,7 @@ class Studio:
         if column is None or run.model.attributes[column].values:
             raise UserError(f"The run {name} has no number {what!r} to go through")
         seed, place = self.number(seed, "Seed", 0, MAX_SEED), self.number(place, "Place", 0, 1, float)
-        y = self.conditions(run, class_name, seed, 2, asked)[:1].repeat(2, 1)
+        y = self.conditions(run, class_name, seed, 1, asked).repeat(2, 1)
         y[:, column] = torch.tensor([-1.0, 2 * place - 1])
         images = run.generate(*run.noise(seed, [0, 0]), y, how, guidance)
         attribute = run.model.attributes[column]
@@ -332,10 +341,11 @@ class Studio:
 
     def change(
         self, name: str, class_name: str, file: str | None, known: str, *asked: Any
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
-        """(slice as it was read, changed, the change, words) of an uploaded file, which is deleted at once.
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, str, None]:
+        """(slice as it was read, changed, the change, words, None) of an uploaded file, which is deleted at once.
 
-        It is changed to what a visitor set; `known` says in words what it is, as in age=62 sex=M.
+        It is changed to what a visitor set; `known` says in words what it is, as in age=62 sex=M. The None empties the
+        field of the file.
         """
         run = self.run(name)
         if not run.model.conditional:
@@ -343,24 +353,30 @@ class Studio:
         # Only what was uploaded: a request that does not come from the page could name any file of this machine.
         if not file or not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(self.folder)):
             raise UserError("Choose a slice first: a PNG, JPEG or TIFF file")
+        # The conditions before, as far as they are known, and after. What is wrong here leaves the file there.
+        attributes = run.model.attributes
+        try:
+            said = parse_values(shlex.split(str(known or "")[:200]), attributes, name)
+        except ValueError as e:  # a quotation mark that is not closed
+            raise UserError(f"What is known of the slice cannot be read: {e}") from None
+        before = set_values(torch.full((1, len(attributes)), math.nan), attributes, said)
+        after = set_values(before, attributes, self.given(run, class_name, asked))
+        before, after = before.to(run.device), after.to(run.device)
         try:
             x = to_square(read_slice(file)[0], run.vae.config["image_size"])
-        except BadFile as e:
-            raise UserError(f"This file cannot be used: {e}") from None
+        except (BadFile, OSError) as e:
+            raise UserError(f"This file cannot be used, choose it again or another: {e}") from None
         finally:
             Path(file).unlink(missing_ok=True)
-        # What it is, and what it is to be: what is not set stays as it is known.
-        attributes = run.model.attributes
-        is_now = parse_values(str(known or "")[:200].split(), attributes, name)
-        before = torch.tensor([[is_now.get(a.name, math.nan) for a in attributes]], device=run.device)
-        after = before.clone()
-        for attribute, code in self.given(run, class_name, asked).items():
-            after[0, [a.name for a in attributes].index(attribute)] = code
         timesteps = plan_inversion(run.model, min(30, self.cfg.max_steps), name)
         with torch.no_grad():
             z = run.vae.encode(to_float(torch.from_numpy(x)[None]).to(run.device))[0]
         far = unlikeness(z, run.meta)
-        if far is not None and far.item() > 1:
+        if far is None:
+            raise UserError(
+                f"The run {name} does not know what its training data looked like, and so it changes nothing"
+            )
+        if not far.item() <= 1:
             raise UserError("This image is unlike all slices that the run was trained on, and so it is not changed")
         same, other = (to_uint8(image)[0] for image in edit_latents(run.model, run.vae, z, before, after, timesteps))
         change = other.astype(int) - same
@@ -371,17 +387,17 @@ class Studio:
             f"Now: {shown}. Mean change {np.abs(change).mean():.1f} of 255. **No prognosis**: on average, people of "
             "the training data with these values differ so."
         )
-        return x, other, difference_map(change), words
+        return x, other, difference_map(change), words, None
 
     def between_classes(
-        self, name: str, start: str, end: str, seed: Any, place: Any, steps: Any, solver: str
+        self, name: str, start: str, end: str, seed: Any, place: Any, steps: Any, solver: str, *asked: Any
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
         """(image of the first class, image, their difference, words): one noise, guided from one class to another."""
         run, how, _ = self.asked(name, steps, solver, 1.0)
-        if not run.conditional:
+        if not run.has_classes:
             raise UserError(f"the run {name} knows one class only: choose one with classes")
         seed, place = self.number(seed, "Seed", 0, MAX_SEED), self.number(place, "Place", 0, 2, float)
-        y0, y1 = self.conditions(run, start, seed), self.conditions(run, end, seed)
+        y0, y1 = (self.conditions(run, class_name, seed, asked=asked) for class_name in (start, end))
         # The same noise twice: guided all to the first class (w = 0), and on the way to the second.
         images = []
         for w in (0.0, place):
@@ -462,7 +478,7 @@ def settings_part(cfg: AppConfig, studio: Studio, first: Run) -> dict[str, Any]:
     with gr.Row():
         name = gr.Radio(list(studio.runs), value=first.name, label="Run", info="Which weights generate")
         class_name = gr.Radio(
-            first.classes, value=first.classes[0], label="Class", visible=first.conditional,
+            first.classes, value=first.classes[0], label="Class", visible=first.has_classes,
             info="A label of the training data, no finding",
         )  # fmt: skip
     facts = gr.Markdown(describe_run(first))
@@ -520,14 +536,17 @@ def sweep_tab(first: Run, visible: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def change_tab(visible: bool) -> dict[str, Any]:
+def change_tab(first: Run, visible: bool) -> dict[str, Any]:
     """The tab that changes a slice that a visitor has; its components by name."""
     gr = import_gradio()
     sized = {**PICTURE, "height": 360}
     with gr.Tab("Change a slice", visible=visible) as tab:
         gr.Markdown(
-            "Choose a slice and, above, what it is to show: the class, and values; what is left at *any* stays. "
+            "Choose a slice, and what it is to show: a class here, values above. What is left at *any* stays as it is. "
             "The file does not leave this machine and is deleted once it was read. **What comes out is no prognosis.**"
+        )
+        class_name = gr.Radio(
+            [AS_IT_IS, *first.classes], value=AS_IT_IS, label="Class to show", visible=first.has_classes
         )
         with gr.Row():
             file = gr.File(label="Slice (PNG, JPEG or TIFF)", file_types=["image"], height=120)
@@ -539,8 +558,8 @@ def change_tab(visible: bool) -> dict[str, Any]:
             after = gr.Image(label="Changed", alt_text="The slice with the values set above", **sized)
             change = gr.Image(label="Darker now: blue; brighter: orange", alt_text="The change", **sized)
     return {
-        "tab": tab, "file": file, "known": known, "go": go, "words": words, "before": before, "after": after,
-        "change": change,
+        "tab": tab, "class_name": class_name, "file": file, "known": known, "go": go, "words": words,
+        "before": before, "after": after, "change": change,
     }  # fmt: skip
 
 
@@ -615,9 +634,9 @@ def build(studio: Studio) -> gr.Blocks:
         gr.Markdown(f"# Synthetic brain MRI slices\n{LIMITS}")
         s = settings_part(cfg, studio, first)
         g, w = generate_tab(cfg), walk_tab()
-        c = class_tab(first, visible=any(run.conditional for run in studio.runs.values()))
+        c = class_tab(first, visible=any(run.has_classes for run in studio.runs.values()))
         v = sweep_tab(first, visible=any(numbers_of(run) for run in studio.runs.values()))
-        e = change_tab(visible=any(run.model.conditional for run in studio.runs.values()))
+        e = change_tab(first, visible=any(run.model.conditional for run in studio.runs.values()))
         how, asked = [s["steps"], s["solver"], s["guidance"]], s["controls"]
 
         # One request after the other, whoever asks, because they share one machine.
@@ -635,7 +654,7 @@ def build(studio: Studio) -> gr.Blocks:
             run = studio.run(which)
             fewest, most, default = run_steps(cfg, run)
             return [
-                gr.update(value=run.classes[0], choices=run.classes, visible=run.conditional),
+                gr.update(value=run.classes[0], choices=run.classes, visible=run.has_classes),
                 describe_run(run),
                 gr.update(minimum=fewest, maximum=most, value=default, interactive=run.free),
                 gr.update(value=run.how(run.default_steps, "dpm++2m")["solver"], interactive=run.free),
@@ -643,12 +662,24 @@ def build(studio: Studio) -> gr.Blocks:
                 gr.update(value=run.classes[-1], choices=run.classes),
                 gr.update(value=run.classes[0], choices=run.classes),
                 gr.update(value=next(iter(numbers_of(run)), None), choices=numbers_of(run)),
+                gr.update(value=AS_IT_IS, choices=[AS_IT_IS, *run.classes], visible=run.has_classes),
                 *(gr.update(value=None, visible=owner == which) for owner, _ in studio.controls),
                 gr.update(interactive=False),
                 *[None] * len(outputs),
             ]
 
-        chosen = [s["class_name"], s["facts"], *how, c["start"], c["end"], v["what"], *asked, g["file"], *outputs]
+        chosen = [
+            s["class_name"],
+            s["facts"],
+            *how,
+            c["start"],
+            c["end"],
+            v["what"],
+            e["class_name"],
+            *asked,
+            g["file"],
+            *outputs,
+        ]
         s["name"].change(answered(choose), s["name"], chosen, queue=False, api_visibility="private")
 
         # Generate, until it is done or stopped.
@@ -666,14 +697,14 @@ def build(studio: Studio) -> gr.Blocks:
         swept = [v["lowest"], v["here"], v["change"], v["words"]]
         for event in (v["what"].input, v["place"].input, v["seed"].input, v["tab"].select):
             event(answered(studio.sweep), sweeping, swept, **live)
-        between = [s["name"], c["start"], c["end"], c["seed"], c["far"], s["steps"], s["solver"]]
+        between = [s["name"], c["start"], c["end"], c["seed"], c["far"], s["steps"], s["solver"], *asked]
         shown = [c["before"], c["after"], c["change"], c["words"]]
         for event in (c["start"].input, c["end"].input, c["seed"].input, c["far"].input, c["tab"].select):
             event(answered(studio.between_classes), between, shown, **live)
 
         # Change a slice that was uploaded.
-        changed = [e["before"], e["after"], e["change"], e["words"]]
-        changing = [s["name"], s["class_name"], e["file"], e["known"], *asked]
+        changed = [e["before"], e["after"], e["change"], e["words"], e["file"]]
+        changing = [s["name"], e["class_name"], e["file"], e["known"], *asked]
         e["go"].click(answered(studio.change), changing, changed, show_progress="minimal", **work)
     return page.queue(max_size=cfg.queue, api_open=False)
 

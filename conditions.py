@@ -24,6 +24,7 @@ GROUP = "group"  # the attribute that is the class folder
 UNKNOWN = ("", "na", "n/a", "nan", "none", "unknown", "?")  # what tables write where they know nothing, in lower case
 UNITS = {"age": "years", "education": "years", "weight": "kg", "height": "cm"}
 MOST = 64  # attributes, and values of a category: more are names or dates
+RESERVED = ("file", "class", "seed", "index", "checkpoint")  # other columns of a manifest
 PERCENTS = np.arange(0, 101, 5)  # at which the quantiles of a number are kept
 
 
@@ -45,7 +46,7 @@ class Attribute:
 
     def encode(self, text: str) -> float:
         """The number of a condition's row for a value in words. UserError if training had no such value."""
-        if text.strip().lower() in UNKNOWN:
+        if text.strip().lower() in UNKNOWN and text not in self.values:
             return math.nan
         code = self.encode_all([text])[0]
         if math.isnan(code) or (not self.values and not -1.001 <= code <= 1.001):  # limits are rounded
@@ -56,7 +57,8 @@ class Attribute:
         """Float32 codes of values in words. Values of other data may be outside [-1, 1]; new categories are unknown."""
         if self.values:
             index = {value: i for i, value in enumerate(self.values)}
-            return np.array([index.get(text.strip(), math.nan) for text in texts], np.float32)
+            found = (index.get(text, index.get(spelt(text), math.nan)) for text in texts)
+            return np.array([*found], np.float32)
         low, high = self.quantiles[0], self.quantiles[-1]
         return ((2 * np.array([number(text) for text in texts]) - low - high) / (high - low)).astype(np.float32)
 
@@ -76,6 +78,12 @@ class Attribute:
         value = np.interp(100 * u, PERCENTS, self.quantiles)
         low, high = self.quantiles[0], self.quantiles[-1]
         return float((2 * value - low - high) / (high - low))
+
+
+def spelt(text: str) -> str:
+    """The text without blanks around it, and a number in one spelling: 1.0 is 1."""
+    value = number(text)
+    return text.strip() if math.isnan(value) else f"{value:g}"
 
 
 def digits(span: float) -> int:
@@ -99,21 +107,33 @@ def number(text: str) -> float:
 def learn_attribute(name: str, texts: Sequence[str], flag: str = "--condition") -> Attribute:
     """What values an attribute has; texts: one per training slice, with "" where it is unknown. `flag` asked for it.
 
-    If all known values are numbers, and there are more than two of them, it is a number, else a category. UserError if
-    there is nothing to learn from, or too many categories.
+    If all known values are numbers, and there are more than two of them, it is a number, else a category; groups always
+    are. The range of a number is rounded outwards, so that it is not somebody's own age. UserError if there is nothing
+    to learn from, too many categories, or a name that has another meaning.
     """
-    known = [text.strip() for text in texts if text.strip().lower() not in UNKNOWN]
+    if not is_folder_name(name) or "=" in name or name in RESERVED:
+        raise UserError(f"{flag} {name}: an attribute cannot be called so; rename its column")
+    known = [spelt(text) for text in texts if text.strip().lower() not in UNKNOWN]
     counts = Counter(known)
     if len(counts) < 2:
         raise UserError(f"{flag} {name}: no two training slices differ in it, so there is nothing to learn")
     numbers = np.array([number(text) for text in known])
-    if len(counts) > 2 and not np.isnan(numbers).any():
-        quantiles = tuple(round(q, digits(np.ptp(numbers))) for q in np.percentile(numbers, PERCENTS).tolist())
+    if name != GROUP and len(counts) > 2 and not np.isnan(numbers).any():
+        places, (low, *inner, high) = digits(np.ptp(numbers)), np.percentile(numbers, PERCENTS).tolist()
+        step = 10.0 ** (2 - places)  # whole years where ages span ten to a hundred
+        ends = (math.floor(low / step) * step, math.ceil(high / step) * step)
+        quantiles = tuple(round(q, places) for q in (ends[0], *inner, ends[1]))
         return Attribute(name, quantiles=quantiles, unit=UNITS.get(name, ""))
     if len(counts) > MOST:
         raise UserError(f"{flag} {name}: {len(counts)} values, such as {known[0][:40]}, are no categories")
+    return category(name, known)
+
+
+def category(name: str, texts: Sequence[str]) -> Attribute:
+    """A category with these values, whatever they are called; texts: one per training slice."""
+    counts = Counter(texts)
     values = sorted(counts)
-    return Attribute(name, tuple(values), tuple(round(counts[v] / len(known), 6) for v in values))
+    return Attribute(name, tuple(values), tuple(round(counts[v] / len(texts), 6) for v in values))
 
 
 def encode_rows(attributes: Sequence[Attribute], columns: Mapping[str, Sequence[str]], n: int) -> Tensor:
@@ -150,12 +170,15 @@ def from_header(meta: Mapping[str, Any], conditions: Sequence[int]) -> list[Attr
         if not isinstance(entry, dict) or not isinstance(entry.get("values", []), list):
             raise ValueError("an attribute is not described")
         texts: list[Any] = [entry.get("name"), *entry.get("values", [])]
-        if not all(map(is_folder_name, texts)) or len({*texts[1:]}) != n or len(texts[1:]) != n:
+        is_value = is_folder_name if texts[0] == GROUP else is_text  # groups become folders
+        if not is_folder_name(texts[0]) or texts[0] in RESERVED or not all(map(is_value, texts[1:])):
             raise ValueError("an attribute has no proper name or values")
+        if len({*texts[1:]}) != n or len(texts[1:]) != n:
+            raise ValueError(f"the attribute {texts[0]!r} has another number of values than the network")
         numbers = entry.get("shares" if n else "quantiles")
         if (
             not isinstance(numbers, list) or len(numbers) != (n or len(PERCENTS))
-            or not all(type(x) in (int, float) and math.isfinite(x) for x in numbers)
+            or not all(type(x) in (int, float) and abs(x) < 1e15 for x in numbers)  # NaN is not
             or not (min(numbers) >= 0 < sum(numbers) if n else sorted(numbers) == numbers and numbers[0] < numbers[-1])
         ):  # fmt: skip
             raise ValueError(f"the attribute {texts[0]!r} has no proper {'shares' if n else 'quantiles'}")
@@ -165,6 +188,11 @@ def from_header(meta: Mapping[str, Any], conditions: Sequence[int]) -> list[Attr
     if len({a.name for a in attributes}) != len(attributes):
         raise ValueError("two attributes have one name")
     return attributes
+
+
+def is_text(value: object) -> bool:
+    """Can this be a value: a line of text that fits into a table?"""
+    return isinstance(value, str) and 0 < len(value) <= 100 and value.isprintable()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -229,8 +257,17 @@ def draw_rows(attributes: Sequence[Attribute], given: Mapping[str, float], seed:
     for row, k in zip(rows, indices):
         u = torch.rand(MOST, generator=generator(seed, 16, k), dtype=torch.float64).tolist()
         for i, a in enumerate(attributes):
-            drawn = float(k % len(a.values)) if a.name == GROUP else a.quantile(u[i])
+            drawn = float(k % len(a.values)) if a.name == GROUP and a.values else a.quantile(u[i])
             row[i] = given.get(a.name, drawn)
+    return rows
+
+
+def set_values(rows: Tensor, attributes: Sequence[Attribute], given: Mapping[str, float]) -> Tensor:
+    """Rows of conditions [B, A] with the columns that are given set to these codes, in a copy."""
+    rows = rows.clone()
+    for i, attribute in enumerate(attributes):
+        if attribute.name in given:
+            rows[:, i] = given[attribute.name]
     return rows
 
 

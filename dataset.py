@@ -6,6 +6,7 @@ Also a script: `python dataset.py check DIR` reports what is in a data folder an
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -14,9 +15,10 @@ import re
 import sys
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -64,14 +66,14 @@ class ADNIDataset(torch.utils.data.Dataset):
 
     def __init__(
         self, slices: Sequence[Slice], images: Tensor, rows: Sequence[int], classes: Sequence[str],
-        known: Sequence[Mapping[str, str]] | None = None,
+        root: Path | None = None,
     ):  # fmt: skip
-        """images: uint8 of all splits; rows: which of them are these slices; known: of all slices, as for `images`."""
+        """images: uint8 of all splits; rows: which of them are these slices; root: the data folder."""
+        self.slices, self.root = slices, root
         self.classes = list(classes)
         self.people = [s.person for s in slices]
         self.files = [s.path for s in slices]
         self.labels = torch.tensor([self.classes.index(s.label) for s in slices], dtype=torch.int64)
-        self.known = [{} if known is None else known[i] for i in rows]
         # Consecutive rows stay a view of the memory-mapped file; others must be copied into memory.
         contiguous = list(rows) == list(range(rows[0], rows[0] + len(rows))) if rows else False
         self.images = images[rows[0] : rows[0] + len(rows)] if contiguous else images[list(rows)]
@@ -97,6 +99,11 @@ class ADNIDataset(torch.utils.data.Dataset):
         """Slices by index, int64 [B] -> float32 [B, 1, S, S] in [-1, 1] on the device."""
         return to_float(self.images[index.to(self.images.device)].to(device))
 
+    @cached_property
+    def known(self) -> list[dict[str, str]]:
+        """What attributes.csv says of each slice. Read when asked for: a table that is wrong stops nobody else."""
+        return (read_attributes(self.root, self.slices) if self.root else None) or [{} for _ in self.slices]
+
     def class_names(self) -> list[str]:
         """The class folder of each slice."""
         return [self.classes[y] for y in self.labels.tolist()]
@@ -105,12 +112,15 @@ class ADNIDataset(torch.utils.data.Dataset):
         """What is known about each slice under this name, in words; "" where nothing is.
 
         "group" is the class folder; if there is one only, a column of attributes.csv can take its place. "level" is the
-        number at the end of the file's name where attributes.csv does not say it.
+        number at the end of the file's name where attributes.csv does not say it. Outside of a data folder, names of
+        files are nothing to go by, and folders only where there is no such column.
         """
-        if name == GROUP and len(self.classes) > 1:
+        if name == GROUP and len(self.classes) > 1 and self.root:
             return self.class_names()
         texts = [known.get(name, "") for known in self.known]
-        if not any(texts) and name == "level":
+        if name == GROUP and not self.root:
+            return [text or own for text, own in zip(texts, self.class_names())]
+        if not any(texts) and name == "level" and self.root:
             found = (re.search(r"(\d+)\.\w+$", file) for file in self.files)
             texts = [match[1] if match else "" for match in found]
         return texts
@@ -138,8 +148,8 @@ def to_float(images: Tensor) -> Tensor:
 def find_root(data: str, cache: str, image_size: int) -> Path:
     """The data folder that --data means: a path, `rangpur`, `phantom` or `phantom-PEOPLE`. UserError if there is none.
 
-    `phantom` draws the synthetic data set into CACHE/phantoms-<size>/ on first use and prints a line about it;
-    `phantom-1000` draws a thousand people.
+    `phantom` draws the synthetic data set into CACHE/phantoms-v<drawing>-<size>/ on first use and prints a line about
+    it; `phantom-1000` draws a thousand people.
     """
     if phantom_drawing(data):
         import filelock
@@ -230,21 +240,20 @@ def read_patients(path: Path) -> dict[str, str]:
 KEYS = ("file", "scan", "patient", "subject", "person", "participant_id")  # what a row of attributes.csv can be about
 
 
-def read_attributes(
-    root: Path, slices: Sequence[Slice], required: bool = True
-) -> list[dict[str, str]] | None:  # fmt: skip
+def read_attributes(root: Path, slices: Sequence[Slice]) -> list[dict[str, str]] | None:
     """{name: value} of each slice from ROOT/attributes.csv; None without that file. Names are in lower case.
 
     A row is about a file, a scan (the file's name up to its last `_`) or a person, by the first of its columns KEYS.
-    UserError if it has none of them, if two rows contradict each other, or, where one is `required`, if no row is about
-    any slice.
+    UserError if it has none of them, or if two rows contradict each other.
     """
     path = root / "attributes.csv"
     if not path.exists():
         return None
     # A row that is longer than the head has a list of what is too much, and a shorter one has None.
     rows = [{k.strip().lower(): (v or "").strip() for k, v in row.items() if k} for row in read_table(path)]
-    key = next((k for k in KEYS if rows and k in rows[0]), None)
+    if not rows:
+        raise UserError(f"{path} has no rows: fill it in or remove it")
+    key = next((k for k in KEYS if k in rows[0]), None)
     if key is None:
         raise UserError(f"{path} needs a column that says what a row is about: {', '.join(KEYS)}")
     table: dict[str, dict[str, str]] = {}
@@ -257,8 +266,6 @@ def read_attributes(
         name = s.path.rpartition("/")[2]
         scan = os.path.splitext(name)[0].rpartition("_")[0]
         found.append(next((table[k] for k in (name, s.path, scan, s.person) if k in table), {}))
-    if required and not any(found):
-        raise UserError(f"{path} has no row about any slice in {root}: its column {key} names others")
     return found
 
 
@@ -518,8 +525,6 @@ def load_splits(cfg: DataConfig, image_size: int) -> tuple[dict[str, ADNIDataset
             "into one split"
         )
 
-    known = read_attributes(root, slices)
-
     # decode, and stop at bad files
     images, notes = load_slices(root, slices, image_size, Path(cfg.cache))
     if notes["bad"] and not cfg.skip_bad_files:
@@ -546,7 +551,7 @@ def load_splits(cfg: DataConfig, image_size: int) -> tuple[dict[str, ADNIDataset
             if s.path not in bad and split == ("val" if s.split == "train" and s.person in validation else s.split)
         ]  # fmt: skip
         if rows:
-            splits[split] = ADNIDataset([slices[i] for i in rows], images, rows, classes, known)
+            splits[split] = ADNIDataset([slices[i] for i in rows], images, rows, classes, root)
     for split in ("train", "val"):
         if split not in splits:
             raise UserError(f"{root} has no usable slices for {split}: python dataset.py check lists bad files")
@@ -698,11 +703,13 @@ def read_images(where: Path, side: int = 0, classes: Sequence[str] = ()) -> tupl
         path, label = files[i]
         scan = path.stem.rpartition("_")[0] or path.stem
         slices.append(Slice(os.path.relpath(path, folder), "", label, known_person(scan) or scan, (0, 0)))
-    tables = [p for p in (folder, *folder.resolve().parents[:3]) if (p / "attributes.csv").exists()]
-    known = read_attributes(tables[0], slices, required=False) if tables else None
     names = sorted({*classes, *(s.label for s in slices)})
     pixels = torch.from_numpy(np.stack([image for _, image in kept]))
-    return ADNIDataset(slices, pixels, range(len(slices)), names, known), problems
+    data = ADNIDataset(slices, pixels, range(len(slices)), names)
+    tables = [p for p in (folder, *folder.resolve().parents[:3]) if (p / "attributes.csv").exists()]
+    with contextlib.suppress(UserError):  # a table about something else
+        data.known = (read_attributes(tables[0], slices) if tables else None) or data.known
+    return data, problems
 
 
 # ---------------------------------------------------------------------------------------------------------------------

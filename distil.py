@@ -80,6 +80,9 @@ class Trajectories:
         grid, every = teacher_grid(cfg.teacher_steps, cfg.num_steps), cfg.teacher_steps // cfg.num_steps
         self.conditions = draw_rows(teacher.attributes, {}, seed, range(n))
         self.conditions[9::10] = math.nan  # so that the student can be guided, too
+        if len(teacher.attributes) > 1:  # and so that each of them may be left open
+            hide = torch.rand(self.conditions.shape, generator=generator(seed, 17)) < 0.1
+            self.conditions[hide] = math.nan
         self.states = allocate_rows((n, cfg.num_steps + 1, *shape), torch.float16, Path(cfg.cache))
         batch = 64 if ranks.device.type == "cpu" else 256
         bounds, bar = ranks.row_bounds(n, batch), progress_bar(n, what=what)

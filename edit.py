@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from conditions import in_words, parse_values
+from conditions import in_words, parse_values, set_values
 from dataset import read_images
 from device import pick_device
 from metrics import psnr, unit
@@ -91,10 +91,8 @@ def main(cfg: EditConfig) -> None:
     data, problems = read_images(Path(cfg.images), vae.config["image_size"], meta["classes"])
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} is not an empty folder: choose another")
-    before = data.conditions(attributes)
-    before[:, [names.index(name) for name in known]] = torch.tensor([*known.values()])
-    after = before.clone()
-    after[:, [names.index(name) for name in given]] = torch.tensor([*given.values()])
+    before = set_values(data.conditions(attributes), attributes, known)
+    after = set_values(before, attributes, given)
 
     # Edit, a batch at a time, all slices but those that are nothing like the training data.
     lines: list[list[str]] = []
@@ -115,6 +113,8 @@ def main(cfg: EditConfig) -> None:
             apart = [""] * len(x) if far is None else [f"{v:.3f}" for v in far.tolist()]
             for i, (pictures, numbers) in zip(keep.tolist(), done):
                 name = os.path.splitext(data.files[i])[0].replace("/", "-")
+                if (out / f"{name}_before.png").exists():  # of a file with another ending
+                    name = data.files[i].replace("/", "-").replace(".", "-")
                 for kind, image in pictures.items():
                     write_atomic(out / f"{name}_{kind}.png", png_bytes(image), flush=False)
                 words = [word for r in (before, after) for word in in_words(attributes, r[i].tolist())]

@@ -81,7 +81,9 @@ def images_of(data: ADNIDataset, attributes: Sequence[Attribute]) -> Images:
 
 def shared_attributes(train: ADNIDataset, folder: ADNIDataset) -> list[Attribute]:
     """What is known both of the training slices and of a folder's images, as the training slices have it."""
-    names = {name for known in folder.known for name in known} & {name for known in train.known for name in known}
+    names = {name for known in folder.known for name in known}
+    names &= {name for known in train.known for name in known} if names else set()
+    names.discard(GROUP)
     if {*folder.class_names()} <= {*train.classes} and len(train.classes) > 1:
         names.add(GROUP)
     learnt = []
@@ -138,6 +140,12 @@ def gather(cfg: EvaluateConfig, ranks: Ranks) -> Evidence:
     classes = splits["train"].classes
     attributes = loaded[0].attributes if loaded else shared_attributes(splits["train"], folder)
     train = images_of(splits["train"], attributes)
+    assert train.conditions is not None
+    for i, attribute in enumerate(attributes):
+        if train.conditions[:, i].isnan().all():
+            problems.append(
+                f"{cfg.data} no longer says the {attribute.name} of its slices, on which the run was trained"
+            )
 
     # The generated images and their labels, -1 where the class is unknown.
     latents = None
@@ -150,7 +158,6 @@ def gather(cfg: EvaluateConfig, ranks: Ranks) -> Evidence:
         model, vae, meta, file = loaded
         chosen = torch.randint(len(train), (cfg.num_images,), generator=generator(cfg.seed, 8))
         # What training slices have, so that conditions are distributed, and go together, as in the data.
-        assert train.conditions is not None
         labels, y = train.labels[chosen], train.conditions[chosen]
         how = plan_sampling(PredictConfig(run=str(run), solver=cfg.solver), model)
         pixels, latents = generate_images(cfg, model, vae, y, how, ranks)

@@ -416,7 +416,8 @@ def effects(e: Evidence, sets: Sequence[Images], found: Sequence[dict[str, np.nd
 
     <attribute>_on_<measure>: the coefficient of a linear model of the measure on all attributes at once, in standard
     deviations of the training slices: of a number from its lowest value to its highest, of a category against the
-    first. The floor is the same of the training slices, which know how the sets (train, held out, generated) differ.
+    first. The floor is the coefficient in the training slices. `sets` and `found` (their measures) are of the training
+    slices, the held-out ones and the generated images.
     """
     train, _, generated = sets
     fits: list[dict[str, np.ndarray]] = []
@@ -427,14 +428,11 @@ def effects(e: Evidence, sets: Sequence[Images], found: Sequence[dict[str, np.nd
         if known.sum() < 5 * x.shape[1] or np.linalg.matrix_rank(x) < x.shape[1]:
             e.notes.append("The images are too few or too alike to say how anatomy follows what was asked for.")
             return
-        # Weighted least squares for the data and every resample: (X' W X) b = X' W y, ridge for resamples without rank.
-        left = np.einsum("np,nr,nq->rpq", x, w, x) + 1e-9 * np.eye(x.shape[1])
-        fit = {}
-        for measure in anatomy.MEASURES:
-            y = measured[measure][known] / found[0][measure].std()
-            right = np.einsum("np,nr,n->rp", x, w, y)
-            fit[measure] = np.linalg.solve(left, right[..., None])[..., 0]  # [1 + resamples, p]
-        fits.append(fit)
+        # Weighted least squares of all measures, for the data and for every resample: (X' W X) b = X' W y. The small
+        # number on the diagonal is for resamples in which some value does not occur.
+        y = np.stack([measured[m][known] / found[0][m].std() for m in anatomy.MEASURES], 1)
+        b = [np.linalg.solve((x.T * v) @ x + 1e-9 * np.eye(x.shape[1]), (x.T * v) @ y) for v in w.T]
+        fits.append(dict(zip(anatomy.MEASURES, np.stack(b).transpose(2, 0, 1))))  # each [1 + resamples, p]
     for j, name in enumerate(names):
         for measure in anatomy.MEASURES if name else ():
             of_train, of_generated = (fit[measure][:, j] for fit in fits)

@@ -83,8 +83,9 @@ def claim_folder(out: Path, command: dict) -> None:
         except (ValueError, RecursionError):
             raise UserError(f"{record} is damaged, and so nothing is added to {out}: choose another --out") from None
         if theirs != command:
-            changed = [k for k in command if k not in theirs or theirs[k] != command[k]]
-            was = ", ".join(f"{k} {theirs.get(k)} -> {command[k]}" for k in changed)[:300]
+            theirs = theirs if isinstance(theirs, dict) else {}
+            both = {k: (theirs.get(k), command.get(k)) for k in {**theirs, **command}}
+            was = ", ".join(f"{k} {a} -> {b}" for k, (a, b) in both.items() if a != b)[:300]
             raise UserError(f"{out} holds the images of another command ({was}): choose another --out")
 
 
@@ -223,9 +224,11 @@ An index of attempt x 1,000,000,000 + k is image k generated again.
 
 def check_request(cfg: PredictConfig, model: StableDiffusion, classes: list[str]) -> None:
     """UserError for a shard, class, guidance or condition that this run cannot have."""
-    parse_values(cfg.set, model.attributes, cfg.run)
+    given = parse_values(cfg.set, model.attributes, cfg.run)
     if cfg.sweep:
-        parse_sweep(cfg.sweep, model.attributes, cfg.run)
+        place, _ = parse_sweep(cfg.sweep, model.attributes, cfg.run)
+        if (name := model.attributes[place].name) in given:
+            raise UserError(f"--sweep goes through the values of {name}: leave it out of --set")
     if cfg.shard >= cfg.shards:
         raise UserError(f"--shard {cfg.shard} of --shards {cfg.shards} does not exist: they are counted from 0")
     for name in cfg.class_name:
@@ -319,7 +322,7 @@ def finish_folder(request: Request, rows: dict[int, list], sampler: ImageSampler
         log.close()
 
 
-def sweep(cfg: PredictConfig, sampler: ImageSampler, checkpoint: str, made: str) -> None:
+def sweep(cfg: PredictConfig, sampler: ImageSampler, classes: list[str], checkpoint: str, made: str) -> None:
     """Take image 0 of the seed through the values of one attribute, all else held, into the folder OUT.
 
     Writes an image for each value, manifest.csv, strip.png (at most twelve of them, and how they differ from the
@@ -348,8 +351,10 @@ def sweep(cfg: PredictConfig, sampler: ImageSampler, checkpoint: str, made: str)
     files = [f"{name}_{i:04d}.png" for i in range(len(images))]
     for file, image in zip(files, images):
         write_image(out / file, image)
-    lines = [[file, cfg.seed, 0, checkpoint, *own] for file, own in zip(files, words)]
-    head = ["file", "seed", "index", "checkpoint", *(a.name for a in attributes)]
+    others = [i for i, a in enumerate(attributes) if a.name != GROUP]
+    kinds = class_names(attributes, rows, classes)
+    lines = [[f, kind, cfg.seed, 0, checkpoint, *(own[i] for i in others)] for f, kind, own in zip(files, kinds, words)]
+    head = ["file", "class", "seed", "index", "checkpoint", *(attributes[i].name for i in others)]
     write_atomic(out / "manifest.csv", csv_text(head, lines).encode())
     chosen = evenly_spaced(len(images), 12)
     change = images[chosen].astype(int) - images[0]
@@ -400,7 +405,7 @@ def main(cfg: PredictConfig) -> None:
     claim_folder(out, {**command, **how, "checkpoint": checkpoint})
     made = how_made(cfg, model, meta, how, checkpoint)
     if cfg.sweep:
-        return sweep(cfg, ImageSampler(model, vae, batch, cfg.guidance, "off", **how), checkpoint, made)
+        return sweep(cfg, ImageSampler(model, vae, batch, cfg.guidance, "off", **how), classes, checkpoint, made)
 
     # Which images are missing, and which of them are this process's.
     request = Request(cfg, model, classes, checkpoint, list(detector.spaces) if detector else [])

@@ -227,7 +227,7 @@ def unlikeness(z: Tensor, meta: dict[str, Any]) -> Tensor | None:
     try:
         mean, sd = (torch.tensor([float(x) for x in typical[k]], device=z.device) for k in ("mean", "sd"))
         return ((summarise(z) - mean) / sd).square().mean(1).sqrt() / float(typical["limit"])
-    except (TypeError, KeyError, ValueError, RuntimeError):
+    except (TypeError, KeyError, ValueError, OverflowError, RuntimeError):
         return None
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from cluster import Ranks, StopSignal
-from conditions import GROUP, Attribute, draw_rows, learn_attribute, network_conditions, to_header
+from conditions import GROUP, Attribute, category, draw_rows, learn_attribute, network_conditions, to_header
 from dataset import ADNIDataset, carved_people, load_splits_by_rules, phantom_drawing, split_rules
 from device import (
     allocate_rows,
@@ -238,18 +238,23 @@ def show_samples(
 def learn_attributes(cfg: TrainConfig, data: ADNIDataset) -> list[Attribute]:
     """The attributes that --condition names, as the training slices have them; the group only where there are several.
 
+    Where there is one class folder, a column `group` of attributes.csv takes its place, if other attributes are named.
     UserError if the slices have no such attribute, or all the same.
     """
-    names = [] if cfg.unconditional else [name.lower() for name in dict.fromkeys(cfg.condition)]
-    if len(data.classes) == 1 and not any(known.get(GROUP) for known in data.known):
-        names = [name for name in names if name != GROUP]
-    for name in names:
+    found = []
+    for name in () if cfg.unconditional else dict.fromkeys(name.lower() for name in cfg.condition):
+        if name == GROUP and len(data.classes) > 1:
+            found.append(category(GROUP, data.class_names()))
+            continue
+        if name == GROUP and (len(cfg.condition) == 1 or len({*data.column(GROUP)} - {""}) < 2):
+            continue  # one class, and no table was asked for, or it does not tell groups apart
         if not any(data.column(name)):
             there = sorted({GROUP, "level"}.union(*data.known))
             raise UserError(
                 f"--condition {name}: nothing says the {name} of the slices in {cfg.data}, only {', '.join(there)}"
             )
-    return [learn_attribute(name, data.column(name)) for name in names]
+        found.append(learn_attribute(name, data.column(name)))
+    return found
 
 
 def build_model(cfg: TrainConfig, vae: VAE, attributes: Sequence[Attribute]) -> StableDiffusion:
@@ -323,7 +328,8 @@ def main(cfg: TrainConfig) -> None:
         # Resume, or begin.
         run.track(2 * bins, model=model, ema=ema, optimizer=optimizer, schedule=schedule, scaler=scaler)
         run.extra = {"vae": vae.latent_hash()}
-        if [a.name for a in attributes] not in ([], [GROUP]):  # the slices' names alone do not say all
+        if [a.name for a in attributes] not in ([], [GROUP]) or len(train.classes) == 1 and attributes:
+            # Then the slices' names alone do not say all.
             fingerprint += "-" + hashlib.sha256(conditions["train"].numpy().tobytes()).hexdigest()[:8]
         state = run.resume(fingerprint, f"slices or attributes than {cfg.data} now holds")
         if state and state["vae"] != vae.latent_hash():

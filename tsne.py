@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from conditions import GROUP, Attribute, draw_rows, in_words, learn_attribute
+from conditions import GROUP, Attribute, category, draw_rows, in_words, learn_attribute
 from dataset import load_splits_as_trained, read_images
 from device import eval_mode, pick_device
 from metrics import TooFew, auc_between_people, interval, resample_people
@@ -57,7 +57,7 @@ def draw_map(real: Points, generated: Points | None, colour: Attribute, title: s
         for code, name, own in groups:
             here = np.isnan(codes) if np.isnan(code) else codes == code
             if here.any():
-                label = in_font(f"{what} {name if len(groups) > 2 else ''} ({here.sum():,})")
+                label = in_font(f"{what} {name} ({here.sum():,})")
                 ax.scatter(xy[here, 0], xy[here, 1], color=own, label=label, **style)
         if not colour.values:
             low, high = colour.quantiles[0], colour.quantiles[-1]
@@ -102,11 +102,9 @@ def main(cfg: TsneConfig) -> None:
     people = [data.people[i] for i in chosen]
 
     # What the points are coloured by. One class alone is one colour.
-    texts = data.column(cfg.colour)
-    if cfg.colour == GROUP and not any(texts):
-        texts, colour = data.class_names(), Attribute(GROUP, tuple(data.classes))
-    else:
-        colour = learn_attribute(cfg.colour, texts, flag="--colour")
+    name = cfg.colour.lower()
+    texts = data.class_names() if name == GROUP else data.column(name)
+    colour = category(GROUP, texts) if name == GROUP else learn_attribute(name, texts, flag="--colour")
     codes = colour.encode_all(texts)[chosen]
 
     # Generated latents: those of a folder of images, or 128 of the run's U-Net, groups in turn.
@@ -114,7 +112,7 @@ def main(cfg: TsneConfig) -> None:
     unet_file = run / "diffusion" / "best.safetensors"
     if cfg.generated:
         images, problems = read_images(Path(cfg.generated))
-        of = colour.encode_all(images.column(cfg.colour))
+        of = colour.encode_all(images.column(name))
         print(*problems, sep="\n", end="\n" * bool(problems))
         generated = torch.cat([vae.embed(part[:, None].float() / 255) for part in images.images.split(32)]).numpy()
     elif unet_file.exists():
@@ -124,7 +122,7 @@ def main(cfg: TsneConfig) -> None:
             words = [
                 dict(zip((a.name for a in model.attributes), in_words(model.attributes, r))) for r in rows.tolist()
             ]
-            of = colour.encode_all([known.get(cfg.colour, "") for known in words])
+            of = colour.encode_all([known.get(name, "") for known in words])
             z = [model.generate(vae.latent_shape, cfg.seed, k.tolist(), rows[k]) for k in torch.arange(128).split(32)]
             generated = torch.cat(z).flatten(1).cpu().numpy()
         else:

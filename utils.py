@@ -81,7 +81,7 @@ def derive_seed(*numbers: object) -> int:
     """A 63-bit seed from (seed, purpose, index ...), so that different numbers give independent random streams.
 
     Purposes in use: pre_train.py 1 and 2; train.py 3 to 7 and 9; evaluate.py 8; evidence.py 9 and 10; distil.py 11 to
-    15. They never change, or runs could not be resumed.
+    15 and 17; conditions.py 16. They never change, or runs could not be resumed.
     """
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "big") >> 1
 

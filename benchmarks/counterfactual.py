@@ -19,7 +19,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import anatomy  # noqa: E402
 import phantom  # noqa: E402
-from conditions import place_of  # noqa: E402
+from conditions import encode_rows  # noqa: E402
 from dataset import to_float  # noqa: E402
 from device import pick_device  # noqa: E402
 from metrics import psnr, unit  # noqa: E402
@@ -59,7 +59,8 @@ def ssim_map(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def main(cfg: Config) -> None:
-    model, vae, meta, _ = load_run(Path(cfg.checkpoints) / cfg.run, "best", pick_device(cfg.device))
+    device = pick_device(cfg.device)
+    model, vae, _, _ = load_run(Path(cfg.checkpoints) / cfg.run, "best", device)
     timesteps, side = plan_inversion(model, cfg.num_steps, cfg.run), vae.config["image_size"]
     rng, shown = np.random.default_rng(cfg.seed), []
     # What each kind of edit sets: to another age and group at random, the other sex, and what is true already.
@@ -77,16 +78,11 @@ def main(cfg: Config) -> None:
         _, before, truth = phantom.draw_person(cfg.seed, index, size=side, levels=LEVELS, **own)
 
         def rows(values: dict) -> torch.Tensor:
-            codes = torch.full((len(LEVELS), len(model.attributes)), float("nan"))
-            for name, value in values.items():
-                codes[:, place_of(model.attributes, name)] = model.attributes[place_of(model.attributes, name)].encode(
-                    f"{value}"
-                )
-            place = place_of(model.attributes, "level")
-            codes[:, place] = torch.tensor([model.attributes[place].encode(f"{level}") for level in LEVELS])
-            return codes
+            columns = {name: [f"{value}"] * len(LEVELS) for name, value in values.items()}
+            columns["level"] = [f"{level}" for level in LEVELS]
+            return encode_rows(model.attributes, columns, len(LEVELS)).to(device)
 
-        x = to_float(torch.from_numpy(before))
+        x = to_float(torch.from_numpy(before)).to(device)
         with torch.no_grad():
             z = vae.encode(x)[0]
             decoded = vae.decode(z)

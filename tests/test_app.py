@@ -124,9 +124,16 @@ def test_a_slice_is_changed_and_the_file_deleted(studio: app.Studio, phantoms: P
     uploads = studio.folder / "pictures"
     uploads.mkdir(exist_ok=True)
     mine = Path(shutil.copy(own, uploads / "mine.png"))
-    before, after, change, words = studio.change("knows", "AD", str(mine), "age=62 sex=M", None, 80.0, None)
+    with pytest.raises(UserError, match="is not among"):  # a slip leaves the file there
+        studio.change("knows", "AD", str(mine), "age=620", None, 80.0, None)
+    before, after, change, words, _ = studio.change("knows", "AD", str(mine), "age=62 sex=M", None, 80.0, None)
     assert before.shape == after.shape and "age 80, sex M, group AD" in words and "No prognosis" in words
     assert not mine.exists() and own.exists()
+    with pytest.raises(UserError, match="choose it again"):
+        studio.change("knows", "AD", str(mine), "", None, None, None)
+    again = shutil.copy(own, uploads / "again.png")
+    words = studio.change("knows", app.AS_IT_IS, again, "group=NC", None, 80.0, None)[3]
+    assert "age 80, sex unknown, group NC" in words  # what is not set stays
     (uploads / "text.png").write_text("no picture")
     cv2.imwrite(str(uploads / "noise.png"), np.random.default_rng(0).integers(0, 255, (64, 64), dtype=np.uint8))
     for file, word in (
@@ -243,6 +250,16 @@ def address(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
     assert "Traceback" not in log.read_text()
 
 
+def test_the_page_fetches_no_address():
+    import asyncio
+
+    app.import_gradio()
+    from gradio import processing_utils
+
+    with pytest.raises(UserError, match="no addresses"):
+        asyncio.run(processing_utils.async_ssrf_protected_download("http://127.0.0.1:9/x.png", "nowhere"))
+
+
 def test_nothing_larger_than_a_slice_can_be_uploaded(address: str):
     import httpx
 
@@ -324,6 +341,10 @@ def test_a_visitor_in_a_browser(address: str, phantoms: Path, tmp_path: Path):
         page.get_by_label("What is known of it").fill("sex=M")
         page.get_by_role("button", name="Change it").press("Enter")  # by keyboard
         page.locator("#changed").get_by_text("age 70, sex M").wait_for()
+        page.locator("input[type=file]").first.set_input_files(sorted((phantoms / "val" / "NC").glob("*.png"))[1])
+        page.get_by_role("radio", name="F", exact=True).click()
+        page.get_by_role("button", name="Change it").click()  # again, otherwise
+        page.locator("#changed").get_by_text("age 70, sex F").wait_for()
         page.screenshot(path=tmp_path / "change.png", full_page=True)
 
         hosts = {urlparse(url).netloc for url in asked if urlparse(url).scheme in ("http", "https", "ws", "wss")}

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -24,6 +25,7 @@ from conditions import (
     GROUP,
     PERCENTS,
     Attribute,
+    category,
     draw_rows,
     encode_rows,
     from_header,
@@ -34,9 +36,10 @@ from conditions import (
     parse_values,
     to_header,
 )
-from config import DataConfig
-from dataset import load_splits
+from config import DataConfig, TrainConfig
+from dataset import load_splits, read_images
 from modules import invert, make_grid, sample
+from train import learn_attributes
 from utils import UserError
 from weights import read_meta, weights_digest
 
@@ -56,16 +59,29 @@ def known_by_phantoms(folder: Path) -> dict[str, dict[str, str]]:
 
 def test_what_is_a_number_and_what_a_category():
     assert AGE.values == () and AGE.unit == "years" and AGE.quantiles == tuple(np.percentile(range(55, 91), PERCENTS))
+    ends = learn_attribute("age", ["56.4", "70", "86.3"]).quantiles
+    assert (ends[0], ends[-1]) == (56, 87)  # rounded outwards: nobody's own
     assert SEX.values == ("F", "M") and SEX.shares == (0.75, 0.25) and str(SEX) == "sex F, M"
     assert str(AGE) == "age 55 to 90 years"
     assert learn_attribute("diagnosed", ["0", "1", "0"]).values == ("0", "1")  # two numbers are a code
     assert learn_attribute("stage", ["0", "0.5", "1", "N/A"]).quantiles[-1] == 1
     assert learn_attribute("site", ["2", "3", "4", "x"]).values == ("2", "3", "4", "x")
+    assert learn_attribute("field", ["3", "3.0", "1.5", "1.50"]).values == ("1.5", "3")  # two numbers, however spelt
+    assert learn_attribute("field", ["3", "1.5"]).encode_all(["3.0", "1.50"]).tolist() == [1, 0]
+    assert learn_attribute("group", ["0", "1", "2"]).values == ("0", "1", "2")  # groups are no numbers
+    apoe = learn_attribute("apoe", ["3/3", "3/4", "4/4", "3/3"])
+    assert from_header({"attributes": to_header([apoe])}, [3]) == [apoe]
 
 
 @pytest.mark.parametrize(
     ("texts", "word"),
-    [([], "differ"), (["n/a", ""], "differ"), (["7", "7"], "differ"), ([f"p{i}" for i in range(65)], "65")],
+    [
+        ([], "differ"),
+        (["3", "3.0"], "differ"),
+        (["n/a", ""], "differ"),
+        (["7", "7"], "differ"),
+        ([f"p{i}" for i in range(65)], "65"),
+    ],
 )
 def test_what_cannot_be_learnt(texts: list[str], word: str):
     with pytest.raises(UserError, match=word):
@@ -77,7 +93,7 @@ def test_what_cannot_be_learnt(texts: list[str], word: str):
 def test_numbers_there_and_back(numbers: list[float]):
     attribute = learn_attribute("x", [str(n) for n in numbers])
     codes = attribute.encode_all([str(n) for n in numbers])
-    assert codes.dtype == np.float32 and codes.min() == pytest.approx(-1, abs=1e-3) and codes.max() <= 1.001
+    assert codes.dtype == np.float32 and -1.001 <= codes.min() < -0.75 and 0.75 < codes.max() <= 1.001
     spread = max(numbers) - min(numbers)
     for n in numbers:
         code = attribute.encode(str(n))
@@ -91,6 +107,18 @@ def test_unknown_and_other_peoples_values():
     for attribute, text in ((AGE, "91"), (AGE, "old"), (AGE, "inf"), (SEX, "X")):
         with pytest.raises(UserError, match=f"{attribute.name}={text} is not among"):
             attribute.encode(text)
+
+
+@pytest.mark.parametrize("name", ["class", "seed", "m/f", "a=b"])
+def test_names_that_mean_something_else(name: str):
+    with pytest.raises(UserError, match="cannot be called so"):
+        learn_attribute(name, AGES)
+
+
+def test_folders_may_be_called_whatever_they_are():
+    group = category(GROUP, ["none", "tumor", "none"])
+    assert group.encode("none") == 0 and group.encode("tumor") == 1 and math.isnan(group.encode("unknown"))
+    assert draw_rows([group], {}, 0, range(3))[:, 0].tolist() == [0, 1, 0]
 
 
 def test_draws_are_distributed_as_in_training_and_depend_on_seed_and_index():
@@ -130,7 +158,8 @@ def test_the_header_gives_back_what_it_was_given():
     "change",
     [
         {"name": "../x"}, {"name": 3}, {"values": "FM"}, {"values": ["F"]}, {"values": ["F", "F"]}, {"shares": [0, 0]},
-        {"values": ["F", "a/b"]}, {"shares": [0.5]}, {"shares": [2, -1]}, {"shares": [1, math.nan]}, {"name": "age"},
+        {"values": ["F", "a\nb"]}, {"shares": [10**400, 1]}, {"name": "class"}, {"shares": [0.5]},
+        {"shares": [2, -1]}, {"shares": [1, math.nan]}, {"name": "age"},
     ],
 )  # fmt: skip
 def test_a_header_from_anywhere_is_refused(change: dict):
@@ -178,6 +207,28 @@ def write_slices(root: Path, names: list[str], label: str = "all", split: str = 
         cv2.imwrite(str(root / split / label / f"{name}.png"), image)
 
 
+def test_a_table_that_nobody_asks_for_stops_nobody(tmp_path: Path):
+    write_slices(tmp_path, ["a_1", "b_1", "c_1"])
+    (tmp_path / "attributes.csv").write_text("person,age\na,60\na,61\n")
+    splits, _ = load_splits(DataConfig(data=str(tmp_path), cache=str(tmp_path / "cache"), val_fraction=0.3), 40)
+    cfg = TrainConfig()
+    assert (
+        learn_attributes(cfg, splits["train"]) == []
+        and learn_attributes(replace(cfg, unconditional=True), splits["train"]) == []
+    )
+    with pytest.raises(UserError, match="contradict"):
+        learn_attributes(replace(cfg, condition=("age",)), splits["train"])
+
+
+def test_images_of_one_class_know_it_and_no_level_is_guessed(tmp_path: Path):
+    write_slices(tmp_path, ["s0i00000_0", "s0i00001_0"], "AD")
+    data, _ = read_images(tmp_path)
+    assert data.column("group") == ["AD", "AD"] and data.column("level") == ["", ""]
+    (tmp_path / "attributes.csv").write_text("person,group,level\ns0i00000,NC,3\n")
+    data, _ = read_images(tmp_path)
+    assert data.column("group") == ["NC", "AD"] and data.column("level") == ["3", ""]
+
+
 def columns(root: Path, *names: str) -> list[tuple[str, ...]]:
     splits, _ = load_splits(DataConfig(data=str(root), cache=str(root / "cache"), val_fraction=0.3), 40)
     rows = {}
@@ -222,7 +273,7 @@ def test_the_group_is_the_folder_or_a_column_where_there_is_one_folder(tmp_path:
     [
         ("age,sex\n60,F\n", "needs a column that says what a row is about"),
         ("person,age\na,60\nb,1\na,61\n", "two rows about a that contradict"),
-        ("person,age\nx,60\n", "no row about any slice"),
+        ("person,age\n", "has no rows"),
         ("person,age\n\xff,60\n", "UTF-8"),
     ],
 )
@@ -230,7 +281,7 @@ def test_a_table_that_cannot_be_meant(tmp_path: Path, table: str, words: str):
     write_slices(tmp_path, ["a_1", "b_1"])
     (tmp_path / "attributes.csv").write_bytes(table.encode("latin-1"))
     with pytest.raises(UserError, match=words):
-        columns(tmp_path)
+        columns(tmp_path, "age")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,10 +304,12 @@ def conditional(trained: Path, phantoms: Path, tmp_path_factory: pytest.TempPath
 def test_weights_say_what_they_know_and_nothing_of_a_person(conditional: Path, phantoms: Path):
     meta = read_meta(conditional / "tiny" / "diffusion" / "best.safetensors")
     attributes = from_header(meta, [0, 0, 2, 2])
+    assert meta["attributes"][3]["name"] == "group"
     assert [a.name for a in attributes] == ["level", "age", "sex", "group"]
     known = known_by_phantoms(phantoms)
     ages = [float(known[p.name]["age"]) for p in (phantoms / "train").rglob("*.png")]
-    assert attributes[1].quantiles[0] == min(ages) and attributes[1].quantiles[-1] == max(ages)
+    low, high = attributes[1].quantiles[0], attributes[1].quantiles[-1]
+    assert min(ages) - 1 < low <= min(ages) and max(ages) <= high < max(ages) + 1 and low == int(low)
     assert attributes[3].values == ("AD", "NC") and sum(attributes[2].shares) == pytest.approx(1)
     assert not {*known} & {*json.dumps(meta["attributes"]).split('"')}
 
@@ -294,7 +347,7 @@ def test_a_sweep_is_one_image_through_the_values(conditional: Path, tmp_path: Pa
     run("predict.py", *where, "--sweep", "age=60:80:10", "--set", "sex=M", "group=AD", "--out", out)
     rows = list(csv.DictReader((out / "manifest.csv").read_text().splitlines()))
     assert [r["age"] for r in rows] == ["60", "70", "80"]
-    assert {(r["sex"], r["group"], r["level"]) for r in rows} == {("M", "AD", rows[0]["level"])}
+    assert {(r["sex"], r["class"], r["level"]) for r in rows} == {("M", "AD", rows[0]["level"])}
     frames = [cv2.imread(str(out / r["file"]), cv2.IMREAD_GRAYSCALE) for r in rows]
     assert len({f.shape for f in frames}) == 1 and (frames[0] != frames[2]).any()
     # The middle one is what predict.py makes of the same seed and values.
@@ -332,6 +385,7 @@ WRONG = [
     (["--sweep", "age=60"], "is no sweep"),
     (["--sweep", "age=60:400:20"], "is not among"),
     (["--sweep", "sex", "--shards", "2"], "leave out"),
+    (["--sweep", "sex", "--set", "sex=F"], "leave it out of --set"),
 ]
 
 
