@@ -172,13 +172,14 @@ def train_predictor(
         )  # fmt: skip
 
         def loss(x: Tensor, index: Tensor) -> Tensor:
-            want, parts = y[index].to(device), []
+            want, total = y[index].to(device), torch.zeros((), device=device)
+            # What is unknown counts nothing. No rows are picked out: a GPU would have to say how many there are.
             for i, (out, n) in enumerate(zip(network(x).split(outputs, 1), categories)):
                 known = ~want[:, i].isnan()
-                if known.any():
-                    target = want[known, i]
-                    parts.append(F.cross_entropy(out[known], target.long()) if n else F.mse_loss(out[known, 0], target))
-            return torch.stack(parts).sum() if parts else 0.0 * network(x).sum()
+                target = want[:, i].nan_to_num()
+                each = F.cross_entropy(out, target.long(), reduction="none") if n else (out[:, 0] - target).square()
+                total = total + (each * known).sum() / known.sum().clamp(min=1)
+            return total
 
         def pick(g: torch.Generator) -> Tensor:
             return torch.randint(len(images), (32,), generator=g)
