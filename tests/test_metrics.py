@@ -652,7 +652,8 @@ def test_copies_in_latent_space(heads):
     # The mirrored are found by their pixels alone.
     distances, index = detector.distances(train.flip(2))
     assert metrics.is_copy(distances).all() and (distances["latent"] < 1).double().mean() < 0.1
-    assert metrics.is_copy(detector.distances(fresh)[0]).double().mean() <= 0.12  # two chances of 1 %, of few people; found: 0.09
+    # Two chances of 1 % each, of few people. Found: 0.09.
+    assert metrics.is_copy(detector.distances(fresh)[0]).double().mean() <= 0.12
 
 
 def test_is_copy_takes_either_distance():
