@@ -174,15 +174,11 @@ class Studio:
         # The attributes that the page has a control for, besides the class: of all runs, the chosen run's are shown.
         self.controls = [(r.name, a) for r in self.runs.values() for a in r.model.attributes if a.name != GROUP]
         # Downloads, and the pictures that gradio keeps (uploads and training slices among them), lie in a folder that
-        # only this user can read and that goes with the process: in memory, unless TMPDIR says otherwise. Remove the
-        # folders of processes that were killed.
-        home = Path(os.environ.get("TMPDIR", "/dev/shm"))
-        if not os.access(home, os.W_OK):
-            home = Path(tempfile.gettempdir())
-        for old in home.glob("slices-[0-9]*-*"):
+        # only this user can read and that goes with the process. Remove the folders of processes that were killed.
+        for old in Path(tempfile.gettempdir()).glob("slices-[0-9]*-*"):
             if old.stat().st_uid == os.getuid() and not is_alive(int(old.name.split("-")[1])):
                 shutil.rmtree(old, ignore_errors=True)
-        self.holder = tempfile.TemporaryDirectory(prefix=f"slices-{os.getpid()}-", dir=home)
+        self.holder = tempfile.TemporaryDirectory(prefix=f"slices-{os.getpid()}-")
         self.folder = Path(self.holder.name)
         os.environ["GRADIO_TEMP_DIR"] = str(self.folder / "pictures")
 
@@ -740,6 +736,10 @@ def main(cfg: AppConfig) -> None:
         signal.signal(number, lambda got, _: sys.exit(128 + got))
     for name in ("NO_PROXY", "no_proxy"):  # gradio asks its own address whether it is up
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1,localhost", cfg.host]))
+    # Uploads and pictures are kept in memory, unless somebody says where. gradio must know that place: it hands out no
+    # file that lies outside of the folder for temporary files.
+    if "TMPDIR" not in os.environ and os.access("/dev/shm", os.W_OK):
+        tempfile.tempdir = "/dev/shm"
     # Load them now, so that an error shows before the page opens; copies are learnt about while it is in use.
     studio = Studio(cfg)
     threading.Thread(target=studio.learn_copies, daemon=True).start()

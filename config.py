@@ -281,7 +281,7 @@ class EditConfig(MachineConfig):
     """
 
     images: Annotated[str, tyro.conf.arg(metavar="FILE|FOLDER")] = ""
-    """A slice, or a folder of slices. attributes.csv or manifest.csv in the folder says what is known of them."""
+    """A slice, or a folder of slices. attributes.csv there, or up to three folders above, says what is known."""
     set: tuple[str, ...] = ()
     """What is to change: group=AD age=80. All else stays as it is known, or unknown."""
     known: tuple[str, ...] = ()

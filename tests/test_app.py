@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
@@ -230,23 +231,26 @@ def address(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
         port = s.getsockname()[1]
     log = tmp_path_factory.mktemp("app") / "log"
     words = ["--run", "tiny", "pretrained", "knows", "--checkpoints", runs, "--device", "cpu", "--port", port]
-    (log.parent / "tmp/slices-999999999-old/pictures").mkdir(parents=True)  # of a process that was killed
+    # As people start it, without TMPDIR: then what visitors see and upload is kept in memory.
+    home = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.gettempdir())
+    (home / "slices-999999999-old/pictures").mkdir(parents=True, exist_ok=True)  # of a process that was killed
+    env = {k: v for k, v in os.environ.items() if k != "TMPDIR"}
     nowhere = {"http_proxy": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}  # a cluster's proxy, away
     with log.open("w") as f:
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "app.py"), *map(str, words)], stdout=f, stderr=f,
-            env={**os.environ, **nowhere, "TMPDIR": str(log.parent / "tmp")},
+            env={**env, **nowhere},
         )  # fmt: skip
     end = time.time() + PATIENCE
     while "open http" not in log.read_text() and process.poll() is None and time.time() < end:
         time.sleep(0.1)
     assert "open http" in log.read_text(), log.read_text()
-    assert not list((log.parent / "tmp").glob("slices-999999999-*"))
+    assert not list(home.glob("slices-999999999-*"))
     yield f"http://127.0.0.1:{port}"
-    assert f"http://127.0.0.1:{port}" not in VISITED or list((log.parent / "tmp").rglob("*.png"))
+    assert f"http://127.0.0.1:{port}" not in VISITED or list(home.glob(f"slices-{process.pid}-*/**/*.png"))
     process.send_signal(signal.SIGHUP)  # the terminal was closed
     assert process.wait(PATIENCE) == 129
-    assert not list((log.parent / "tmp").rglob("*.png"))  # pictures, slices of people among them, do not stay
+    assert not list(home.glob(f"slices-{process.pid}-*"))  # pictures, slices of people among them, do not stay
     assert "Traceback" not in log.read_text()
 
 
