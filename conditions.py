@@ -44,6 +44,16 @@ class Attribute:
             return f"{self.name} {', '.join(self.values)}"
         return f"{self.name} {self.quantiles[0]:g} to {self.quantiles[-1]:g}{' ' * bool(self.unit)}{self.unit}"
 
+    @property
+    def middle(self) -> float:
+        """Of the range of a number: the value whose code is 0."""
+        return (self.quantiles[0] + self.quantiles[-1]) / 2
+
+    @property
+    def half(self) -> float:
+        """Half of the range of a number: how much a code of 1 is, in its unit."""
+        return (self.quantiles[-1] - self.quantiles[0]) / 2
+
     def encode(self, text: str) -> float:
         """The number of a condition's row for a value in words. UserError if training had no such value."""
         if text.strip().lower() in UNKNOWN and text not in self.values:
@@ -59,8 +69,7 @@ class Attribute:
             index = {value: i for i, value in enumerate(self.values)}
             found = (index.get(text, index.get(spelt(text), math.nan)) for text in texts)
             return np.array([*found], np.float32)
-        low, high = self.quantiles[0], self.quantiles[-1]
-        return ((2 * np.array([number(text) for text in texts]) - low - high) / (high - low)).astype(np.float32)
+        return ((np.array([number(text) for text in texts]) - self.middle) / self.half).astype(np.float32)
 
     def decode(self, code: float) -> str:
         """The value in words; empty for "unknown"."""
@@ -68,16 +77,13 @@ class Attribute:
             return ""
         if self.values:
             return self.values[round(code)]
-        low, high = self.quantiles[0], self.quantiles[-1]
-        return f"{round((low + high) / 2 + code * (high - low) / 2, digits(high - low)):g}"
+        return f"{round(self.middle + code * self.half, digits(2 * self.half)):g}"
 
     def quantile(self, u: float) -> float:
         """The code at u in [0, 1) of the training data: for uniform u it is distributed as there."""
         if self.values:
             return float(np.searchsorted(np.cumsum(self.shares)[:-1], u, side="right"))
-        value = np.interp(100 * u, PERCENTS, self.quantiles)
-        low, high = self.quantiles[0], self.quantiles[-1]
-        return float((2 * value - low - high) / (high - low))
+        return float((np.interp(100 * u, PERCENTS, self.quantiles) - self.middle) / self.half)
 
 
 def spelt(text: str) -> str:
@@ -113,10 +119,12 @@ def learn_attribute(name: str, texts: Sequence[str], flag: str = "--condition") 
     """
     if not is_folder_name(name) or "=" in name or name in RESERVED:
         raise UserError(f"{flag} {name}: an attribute cannot be called so; rename its column")
+    # What is known, each value in one spelling
     known = [spelt(text) for text in texts if text.strip().lower() not in UNKNOWN]
     counts = Counter(known)
     if len(counts) < 2:
         raise UserError(f"{flag} {name}: no two training slices differ in it, so there is nothing to learn")
+    # A number: its quantiles. Two numbers alone are more likely a code, such as 0 and 1 for no and yes.
     numbers = np.array([number(text) for text in known])
     if name != GROUP and len(counts) > 2 and not np.isnan(numbers).any():
         places, (low, *inner, high) = digits(np.ptp(numbers)), np.percentile(numbers, PERCENTS).tolist()
@@ -159,12 +167,14 @@ def from_header(meta: Mapping[str, Any], conditions: Sequence[int]) -> list[Attr
 
     Weights of before this had attributes know the classes alone.
     """
+    # The list itself, or what stands for it in weights of before
     given = meta.get("attributes")
     if given is None:
         classes = meta["classes"]
         given = [{"name": GROUP, "values": classes, "shares": [1 / len(classes)] * len(classes)}] if conditions else []
     if not isinstance(given, list) or len(given) != len(conditions) or len(given) > MOST:
         raise ValueError(f"{len(conditions)} conditions do not fit to their names")
+    # Each attribute: names that fit into tables and folders, and as many finite numbers as there must be
     attributes = []
     for entry, n in zip(given, conditions):
         if not isinstance(entry, dict) or not isinstance(entry.get("values", []), list):
@@ -255,6 +265,7 @@ def draw_rows(attributes: Sequence[Attribute], given: Mapping[str, float], seed:
     """
     rows = torch.empty(len(indices), len(attributes))
     for row, k in zip(rows, indices):
+        # Always as many random numbers, and one for each place: what is given changes no other attribute.
         u = torch.rand(MOST, generator=generator(seed, 16, k), dtype=torch.float64).tolist()
         for i, a in enumerate(attributes):
             drawn = float(k % len(a.values)) if a.name == GROUP and a.values else a.quantile(u[i])

@@ -468,11 +468,10 @@ def attributes(e: Evidence) -> None:
             if a.values:
                 found.append({"accuracy": weighted_mean((guess.argmax(1) == asked).double(), w)})
                 continue
-            half = (a.quantiles[-1] - a.quantiles[0]) / 2
             mean = weighted_mean(asked, w)
             spread = weighted_mean(asked.square(), w) - mean.square()
             slope = (weighted_mean(asked * guess, w) - mean * weighted_mean(guess, w)) / spread
-            found.append({"error": half * weighted_mean((guess - asked).abs(), w), "slope": slope})
+            found.append({"error": a.half * weighted_mean((guess - asked).abs(), w), "slope": slope})
         if len(found) < 2:
             e.notes.append(f"The {a.name} of too few images is known: it was not measured.")
             continue

@@ -61,7 +61,7 @@ def draw_map(real: Points, generated: Points | None, colour: Attribute, title: s
                 ax.scatter(xy[here, 0], xy[here, 1], color=own, label=label, **style)
         if not colour.values:
             low, high = colour.quantiles[0], colour.quantiles[-1]
-            values, known = (low + high) / 2 + codes * (high - low) / 2, ~np.isnan(codes)
+            values, known = colour.middle + codes * colour.half, ~np.isnan(codes)
             label = f"{what} ({known.sum():,})"
             shown = ax.scatter(
                 xy[known, 0], xy[known, 1], c=values[known], vmin=low, vmax=high, cmap="viridis", label=label, **style
