@@ -166,7 +166,8 @@ def show_samples(model: StableDiffusion, vae: VAE, data: Trajectories, folder: P
     states, y = next(gather_batches([data.states, data.conditions], [torch.arange(8)], data.device))
     with eval_mode(model, vae):
         z = sample(model.denoiser(y), states[:, 0].float(), model.scheduler)
-        images = to_uint8(vae.decode(torch.cat([states[:, -1].float(), z])))
+        texture = vae.texture_noise(0, [*range(8)] * 2)
+        images = to_uint8(vae.decode(torch.cat([states[:, -1].float(), z]), texture))
     add_gif_frame(folder, "samples", image_grid(images, columns=8), epoch, last)
 
 
@@ -281,7 +282,10 @@ def main(cfg: DistilConfig) -> None:
                 schedule.step()
                 run.took(added, norm)
 
-            # Once an epoch: evaluate the averaged weights, and now and then show teacher and student.
+            if not run.evaluates(epoch):
+                continue
+
+            # Evaluate the averaged weights, and now and then show teacher and student.
             numbers = {"loss/train": run.means()[0] / plan.batch, **evaluate(ema.module, val, ranks)}
             shown = epoch % 5 == 0 or run.is_last(epoch)
             if shown and ranks.is_main:

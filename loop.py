@@ -274,11 +274,15 @@ class Run:
         """Is this the last epoch of the training?"""
         return epoch == self.cfg.epochs
 
+    def evaluates(self, epoch: int) -> bool:
+        """Does this epoch end with an evaluation?"""
+        return epoch % self.cfg.evaluate_every == 0 or self.is_last(epoch)
+
     def end_epoch(
         self, numbers: dict[str, float], module: nn.Module, better: bool = False, pictures: Iterable[str] = (),
         people: bool = False,
     ) -> None:  # fmt: skip
-        """Log the numbers of an epoch and keep `module` if it is the best so far, by "loss/val" or because `better`.
+        """Log the numbers of an evaluated epoch and keep `module` if it is the best so far, by "loss/val" or because `better`.
 
         `numbers` must hold "loss/train" and "loss/val"; it is completed with the epoch, the speed, the gradient norm,
         the learning rate and skipped steps. `pictures` are files of the folder that were written in this epoch; they go

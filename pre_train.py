@@ -81,19 +81,19 @@ def evaluate(vae: VAE, val: ADNIDataset, cfg: PretrainConfig, ranks: Ranks) -> d
 
 def backward(
     network: nn.Module, discriminator: nn.Module, discriminator_ddp: nn.Module | None, scaler: torch.amp.GradScaler,
-    cfg: PretrainConfig, weight: float, x: Tensor, u: Tensor, noise: Tensor, strength: Tensor,
+    cfg: PretrainConfig, weight: float, x: Tensor, u: Tensor, noise: Tensor, strength: Tensor, texture: Tensor,
 ) -> Tensor:  # fmt: skip
     """Add the gradients of these slices, uint8 [B, S, S], times `weight`.
 
     Returns loss, reconstruction, KL and the discriminator's loss, each times B: [4]. u [B, 5] is for `augment`, noise
     [B, C, h, w] for the posterior. `discriminator_ddp` is the discriminator wrapped for DDP, None before the
     adversarial phase; `discriminator` is the same without the wrapper. `strength` [B] is the share of --adversarial
-    that counts so far.
+    that counts so far. `texture` [B, 1, S, S] is for a decoder that takes it.
     """
     x = to_float(x)
     if augments(cfg):
         x = augment(x, u, cfg)
-    x_hat, mean, logvar = network(x, noise)
+    x_hat, mean, logvar = network(x, noise, texture if cfg.texture else None)
     loss, reconstruction, kl = vae_loss(x_hat, x, mean, logvar, cfg.reconstruction, cfg.kl_weight)
     if discriminator_ddp is None:
         scaler.scale(weight * loss).backward()
@@ -152,10 +152,14 @@ def save_with_latents(
 
 
 def build_networks(cfg: PretrainConfig) -> tuple[VAE, PatchDiscriminator]:
-    """VAE and discriminator, initialised by the seed. UserError on sizes that do not fit together."""
+    """VAE and discriminator, initialised by the seed. UserError on settings that do not fit together."""
+    if cfg.texture and not cfg.adversarial:
+        raise UserError("--texture is learnt from the discriminator: add --adversarial 0.5, say")
     torch.manual_seed(cfg.seed)
     try:
-        vae = VAE(cfg.image_size, cfg.downsample, cfg.latent_channels, cfg.channels, cfg.blocks, cfg.attention)
+        vae = VAE(
+            cfg.image_size, cfg.downsample, cfg.latent_channels, cfg.channels, cfg.blocks, cfg.attention, cfg.texture
+        )
     except ValueError as e:
         raise UserError(f"{e}: change --image-size, --downsample or --channels") from None
     return vae, PatchDiscriminator()
@@ -188,7 +192,7 @@ def print_plan(
     optimizer, _ = make_optimizer_and_schedule(cfg, vae, discriminator, plan)
     modules, with_discriminator = ([vae, discriminator], discriminator) if cfg.adversarial else ([vae], None)
     call, side = partial(backward, vae, discriminator, with_discriminator, scaler, cfg), cfg.image_size
-    shapes: list[tuple[int, ...]] = [(n, 5), (n, *vae.latent_shape), (n,)]
+    shapes: list[tuple[int, ...]] = [(n, 5), (n, *vae.latent_shape), (n,), (n, 1, side, side)]
     tensors = [torch.zeros(n, side, side, dtype=torch.uint8, device=device)]
     tensors += [torch.zeros(*shape, device=device) for shape in shapes]
     seconds = rehearse(cfg, plan, modules, [vae.encoder, vae.decoder], call, tensors, optimizer, scaler)
@@ -237,7 +241,8 @@ def main(cfg: PretrainConfig) -> None:
         def trial(n: int) -> None:
             x, noise = train.images[:1].expand(n, -1, -1).to(device), torch.zeros(n, *vae.latent_shape, device=device)
             u, with_discriminator = torch.zeros(n, 5, device=device), discriminator if cfg.adversarial else None
-            backward(network, discriminator, with_discriminator, scaler, cfg, 1.0, x, u, noise, u[:, 0])
+            texture = torch.zeros(n, 1, cfg.image_size, cfg.image_size, device=device)
+            backward(network, discriminator, with_discriminator, scaler, cfg, 1.0, x, u, noise, u[:, 0], texture)
             vae.zero_grad()
             discriminator.zero_grad()
 
@@ -256,7 +261,8 @@ def main(cfg: PretrainConfig) -> None:
         gradients = make_gradients(network, None)
         order = shuffled_batches(len(train), plan.batch, run.step, cfg.seed, 1)
         batches = gather_batches([train.images], (index[run.rows] for index in order), device)
-        u, strength = (torch.zeros(run.rows.stop - run.rows.start, *more, device=device) for more in ((5,), ()))
+        sizes = ((5,), (), (1, cfg.image_size, cfg.image_size))
+        u, strength, texture = (torch.zeros(run.rows.stop - run.rows.start, *more, device=device) for more in sizes)
 
         for epoch in run.epochs():
             for step in run.steps(epoch):
@@ -270,19 +276,25 @@ def main(cfg: PretrainConfig) -> None:
                 # The adversarial phase. The weight of a discriminator that knows nothing yet would do harm, so it
                 # grows over a tenth of the training.
                 if step >= adversarial_from:
+                    if cfg.texture:
+                        shape = (plan.batch, 1, cfg.image_size, cfg.image_size)
+                        texture = torch.randn(shape, generator=g, device=device)[run.rows]
                     strength.fill_(min(1.0, (step - adversarial_from) / (0.1 * plan.steps)))
                     if any(p.requires_grad for p in vae.encoder.parameters()):
                         freeze_encoder(vae, ema.module)
                         gradients = make_gradients(ranks.wrap_ddp(vae), discriminator_ddp)
 
-                added, norm = gradients(x, u, noise, strength)
+                added, norm = gradients(x, u, noise, strength, texture)
                 optimise(vae, optimizer, ema, added)
                 if isinstance(schedule, CosineAnnealingWarmupScheduler):
                     schedule.step()
                 run.took(added, norm)
 
-            # Once an epoch: evaluate the averaged weights. The validation loss does not see texture, so with a
-            # discriminator the latest weights count as the best, and a loss that rises is no plateau.
+            if not run.evaluates(epoch):
+                continue
+
+            # Evaluate the averaged weights. The validation loss does not see texture, so with a discriminator the latest
+            # weights count as the best, and a loss that rises is no plateau.
             numbers, adversarial = evaluate(ema.module, val, cfg, ranks), run.step > adversarial_from
             names = ("loss/train", "reconstruction/train", "KL/train", "discriminator/train")
             numbers |= {name: value / plan.batch for name, value in zip(names[: 3 + adversarial], run.means())}

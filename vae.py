@@ -23,7 +23,7 @@ from modules import (
     Upsample,
     group_norm,
 )
-from utils import UserError
+from utils import UserError, generator
 from weights import build_network, load_into, load_weights
 
 LOGVAR_RANGE = (-30.0, 20.0)  # exp(20 / 2) is still finite in float16
@@ -39,10 +39,31 @@ class Encoder(nn.Sequential):
 
 
 class Decoder(nn.Sequential):
-    """Latents before normalisation -> images."""
+    """Latents before normalisation, and white noise [B, 1, S, S] for its texture, or none -> images."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)
+    def forward(self, x: Tensor, texture: Tensor | None = None) -> Tensor:
+        for layer in self:
+            if not isinstance(layer, Texture):
+                x = layer(x)
+            elif texture is not None:
+                x = layer(x, texture)
+        return x
+
+
+class Texture(nn.Module):
+    """Mixes white noise into features by learnt weights, 0 at first: for fine texture, which no latent has room for.
+
+    After StyleGAN (Karras et al. 2019, section 3.2), but with one noise image [B, 1, S, S] for all resolutions:
+    features [B, C, S/fold, S/fold] see fold x fold of its pixels as so many channels.
+    """
+
+    def __init__(self, fold: int, channels: int):
+        super().__init__()
+        self.fold, self.mix = fold, nn.Conv2d(fold**2, channels, 1, bias=False)
+        nn.init.zeros_(self.mix.weight)
+
+    def forward(self, x: Tensor, texture: Tensor) -> Tensor:
+        return x + self.mix(F.pixel_unshuffle(texture, self.fold))
 
 
 class VAE(nn.Module):
@@ -53,7 +74,8 @@ class VAE(nn.Module):
     latents by hand. The rotation turns the channels to their principal axes. Without it channels are correlated (0.8
     is usual), and the errors of the diffusion, which are equally large in all channels, would be larger than the small
     differences between such channels. Downsampling that the levels do not do is done by a space-to-depth stem, and
-    undone at the end of the decoder. ValueError on sizes that do not divide.
+    undone at the end of the decoder. With `texture`, the decoder also takes white noise, and draws from it what is too
+    fine for the latent; without that noise it gives the mean. ValueError on sizes that do not divide.
     """
 
     latent_rotation: Tensor
@@ -68,11 +90,12 @@ class VAE(nn.Module):
         channels: Sequence[int] = (64, 128, 256),
         blocks: int = 2,
         attention: bool = True,
+        texture: bool = False,
     ):
         super().__init__()
         self.config: dict[str, Any] = dict(
             image_size=image_size, downsample=downsample, latent_channels=latent_channels, channels=list(channels),
-            blocks=blocks, attention=attention,
+            blocks=blocks, attention=attention, texture=texture,
         )  # fmt: skip
         # What the levels do not halve, the stem does, by folding patch x patch pixels into channels.
         patch, rest = divmod(downsample, 2 ** (len(channels) - 1))
@@ -112,6 +135,8 @@ class VAE(nn.Module):
             for _ in range(blocks):
                 up.append(ResidualBlock(width, c))
                 width = c
+            if texture:
+                up.append(Texture(patch * 2**level, width))
             if level:
                 up.append(Upsample(width, channels[level - 1]))
                 width = channels[level - 1]
@@ -125,16 +150,16 @@ class VAE(nn.Module):
             mean, logvar = self.encoder(x).float().chunk(2, dim=1)  # one half of the channels each
         return mean, logvar.clamp(*LOGVAR_RANGE)
 
-    def reconstruct(self, z: Tensor) -> Tensor:
+    def reconstruct(self, z: Tensor, texture: Tensor | None = None) -> Tensor:
         """Latents before normalisation -> images, float32 [B, 1, S, S], not clamped to [-1, 1]."""
         z = z.contiguous(memory_format=torch.channels_last)
         with autocast(z, self.amp_dtype):
-            return self.decoder(z).float()
+            return self.decoder(z, texture).float()
 
-    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, noise: Tensor, texture: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Images [B, 1, S, S] and standard normal noise [B, C, h, w] -> (reconstruction, mean, log-variance)."""
         mean, logvar = self.posterior(x)
-        return self.reconstruct(mean + (0.5 * logvar).exp() * noise), mean, logvar
+        return self.reconstruct(mean + (0.5 * logvar).exp() * noise, texture), mean, logvar
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Images -> (mean, std) of the normalised latents: mean + std * noise is a sample of the posterior.
@@ -146,11 +171,22 @@ class VAE(nn.Module):
         variance = rotate(self.latent_rotation.square(), logvar.exp())
         return (rotate(self.latent_rotation, mean) - m) / s, variance.sqrt() / s
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Normalised latents -> images in [-1, 1]."""
+    def decode(self, z: Tensor, texture: Tensor | None = None) -> Tensor:
+        """Normalised latents, and noise as `texture_noise` gives it or none -> images in [-1, 1]."""
         # The inverse of `encode`; the rotation is orthogonal, so its inverse is its transpose.
         z = z * self.latent_std[:, None, None] + self.latent_mean[:, None, None]
-        return self.reconstruct(rotate(self.latent_rotation.T, z)).clamp(-1, 1)
+        return self.reconstruct(rotate(self.latent_rotation.T, z), texture).clamp(-1, 1)
+
+    def texture_noise(self, seed: int, indices: Sequence[int]) -> Tensor | None:
+        """What draws the texture of images number `indices` of `seed`: standard normal [B, 1, S, S], on this device.
+
+        None for a decoder that takes none. Image k depends on (seed, k) alone.
+        """
+        if not self.config["texture"]:
+            return None
+        shape = (1, self.config["image_size"], self.config["image_size"])
+        noise = torch.stack([torch.randn(shape, generator=generator(seed, 18, k)) for k in indices])
+        return noise.to(self.latent_mean.device)
 
     @torch.no_grad()
     def embed(self, x: Tensor) -> Tensor:
