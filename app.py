@@ -149,19 +149,20 @@ class Run:
         return sample_steps(denoise, x.to(self.device), self.model.scheduler, generator=noise, **how)
 
     @torch.no_grad()
-    def images(self, latents: Tensor) -> np.ndarray:
-        """Latents [N, C, h, w] -> images, uint8 [N, S, S]."""
-        return to_uint8(self.vae.decode(latents))
+    def images(self, latents: Tensor, seed: int, indices: Sequence[int]) -> np.ndarray:
+        """Latents [N, C, h, w] -> images, uint8 [N, S, S], with the texture of images number `indices` of the seed."""
+        return to_uint8(self.vae.decode(latents, self.vae.texture_noise(seed, indices)))
 
-    def generate(self, *args: Any, **kwargs: Any) -> np.ndarray:
-        """The images at the end of `steps`, which takes the same arguments."""
+    def generate(self, seed: int, *args: Any, **kwargs: Any) -> np.ndarray:
+        """The images at the end of `steps`, which takes the further arguments, all with the texture of image 0."""
         *_, (_, latents, _) = self.steps(*args, **kwargs)
-        return self.images(latents)
+        return self.images(latents, seed, [0] * len(latents))
 
-    def strip(self, seen: list[tuple[Tensor, Tensor]]) -> np.ndarray:
+    def strip(self, seen: list[tuple[Tensor, Tensor]], seed: int) -> np.ndarray:
         """One picture of (x_t, x0) at up to ten steps: x_t above, the estimate of the clean image below."""
         keep = evenly_spaced(len(seen), 10)
-        x_t, x0 = (self.images(torch.cat([seen[i][row] for i in keep]))[:, None] for row in (0, 1))
+        latents = (torch.cat([seen[i][row] for i in keep]) for row in (0, 1))
+        x_t, x0 = (self.images(z, seed, [0] * len(z))[:, None] for z in latents)
         return denoising_strip(x_t, x0)
 
 
@@ -252,9 +253,9 @@ class Studio:
         for done, (_, latents, x0) in enumerate(run.steps(x, noise, y, how, guidance), 1):
             seen.append((latents[:1].clone(), x0[:1].clone()))
             if done < total and time.time() - shown > 0.25:
-                yield run.strip(seen), gr.skip(), f"Step {done} of {total}", gr.skip()
+                yield run.strip(seen, seed), gr.skip(), f"Step {done} of {total}", gr.skip()
                 shown = time.time()
-        images = run.images(latents)
+        images = run.images(latents, seed, range(count))
         seconds = time.time() - start
 
         # The gallery: each image, and beside it the training slice nearest to it.
@@ -276,7 +277,7 @@ class Studio:
                 gallery.append((slice_, f"nearest training slice: {near:.2f}{' (a copy?)' * (near < 1)}"))
         words += " Distances: people held out hardly ever come below 1." if detector else f" {run.why_none}"
         file = gr.DownloadButton(value=self.archive(run, images, rows, how, guidance), interactive=True)
-        yield run.strip(seen), gallery, words, file
+        yield run.strip(seen, seed), gallery, words, file
 
     def archive(self, run: Run, images: np.ndarray, rows: list[list], how: dict, guidance: float) -> str:
         """Write a ZIP of the images as PNG with a manifest and a note, without training slices; returns its path."""
@@ -312,7 +313,7 @@ class Studio:
         place = self.number(place, "Place", 0, 1, float)
         (x_a, noise), (x_b, _) = run.noise(a, [0]), run.noise(b, [0])
         y = self.conditions(run, class_name, a, asked=asked)
-        image = run.generate(slerp(x_a, x_b, place), noise, y, how, guidance)[0]
+        image = run.generate(a, slerp(x_a, x_b, place), noise, y, how, guidance)[0]
         return image, f"{1 - place:.0%} of seed {a}, {place:.0%} of seed {b}"
 
     def sweep(
@@ -330,7 +331,7 @@ class Studio:
         seed, place = self.number(seed, "Seed", 0, MAX_SEED), self.number(place, "Place", 0, 1, float)
         y = self.conditions(run, class_name, seed, 1, asked).repeat(2, 1)
         y[:, column] = torch.tensor([-1.0, 2 * place - 1])
-        images = run.generate(*run.noise(seed, [0, 0]), y, how, guidance)
+        images = run.generate(seed, *run.noise(seed, [0, 0]), y, how, guidance)
         attribute = run.model.attributes[column]
         words = f"{what} {attribute.decode(2 * place - 1)} {attribute.unit}, beside {attribute.decode(-1.0)}"
         return images[0], images[1], difference_map(images[1].astype(int) - images[0]), words
@@ -398,7 +399,7 @@ class Studio:
         images = []
         for w in (0.0, place):
             x, noise = run.noise(seed, [0])
-            images.append(run.generate(x, noise, y1, how, w, away_from=y0)[0])
+            images.append(run.generate(seed, x, noise, y1, how, w, away_from=y0)[0])
         change = images[1].astype(int) - images[0]
         words = f"{place:.0%} of the way from {start} to {end}; largest change {np.abs(change).max()} of 255"
         return images[0], images[1], difference_map(change), words

@@ -282,7 +282,7 @@ class Run:
         self, numbers: dict[str, float], module: nn.Module, better: bool = False, pictures: Iterable[str] = (),
         people: bool = False,
     ) -> None:  # fmt: skip
-        """Log the numbers of an evaluated epoch and keep `module` if it is the best so far, by "loss/val" or because `better`.
+        """Log the numbers of an evaluated epoch; keep `module` if it is the best so far, by "loss/val" or as `better`.
 
         `numbers` must hold "loss/train" and "loss/val"; it is completed with the epoch, the speed, the gradient norm,
         the learning rate and skipped steps. `pictures` are files of the folder that were written in this epoch; they go

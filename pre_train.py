@@ -293,8 +293,8 @@ def main(cfg: PretrainConfig) -> None:
             if not run.evaluates(epoch):
                 continue
 
-            # Evaluate the averaged weights. The validation loss does not see texture, so with a discriminator the latest
-            # weights count as the best, and a loss that rises is no plateau.
+            # Evaluate the averaged weights. The validation loss does not see texture, so with a discriminator the
+            # latest weights count as the best, and a loss that rises is no plateau.
             numbers, adversarial = evaluate(ema.module, val, cfg, ranks), run.step > adversarial_from
             names = ("loss/train", "reconstruction/train", "KL/train", "discriminator/train")
             numbers |= {name: value / plan.batch for name, value in zip(names[: 3 + adversarial], run.means())}

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -304,8 +305,10 @@ def finish_folder(request: Request, rows: dict[int, list], sampler: ImageSampler
         # The denoising pictures are of the first images, of whichever attempt was kept.
         if not (out / "denoising.gif").exists():
             first = range(min(4, cfg.num_images))
-            steps = sampler.steps(cfg.seed, [rows[k][3] for k in first], request.conditions[first])
-            visualise_denoising_process(list(steps), sampler.vae.decode, out)
+            indices = [rows[k][3] for k in first]
+            steps = sampler.steps(cfg.seed, indices, request.conditions[first])
+            decode = partial(sampler.vae.decode, texture=sampler.vae.texture_noise(cfg.seed, indices))
+            visualise_denoising_process(list(steps), decode, out)
         for torn in out.rglob(".*.tmp"):  # left by processes that were killed while they wrote
             torn.unlink(missing_ok=True)
         shown = [read_image(out / request.files[k], side) for k in range(min(cfg.num_images, 64))]

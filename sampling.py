@@ -106,23 +106,25 @@ class ImageSampler:
         self.replay: Replay | None = None
         x = torch.zeros(batch, *vae.latent_shape, device=self.device)
         y = torch.zeros(batch, len(model.unet.config["conditions"]), device=self.device)
-        noise = [generator(0)] * batch
+        texture, noise = vae.texture_noise(0, [0] * batch), [generator(0)] * batch
         to_half(model.unet, model.amp_dtype)
         to_half(vae.decoder, vae.amp_dtype)
-        compile_networks(compile, [model.unet, vae.decoder], lambda: self._images(x, y, noise), self.device)
+        compile_networks(compile, [model.unet, vae.decoder], lambda: self._images(x, y, texture, noise), self.device)
         if self.device.type == "cuda" and not how.get("eta"):
             try:
-                self.replay = Replay(self._images, x, y)
+                self.replay = Replay(self._images, x, y, *([] if texture is None else [texture]))
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as e:
                 print(f"no CUDA graph can be recorded here, going on without ({str(e).splitlines()[0]})")
 
     @torch.no_grad()
-    def _images(self, x: Tensor, y: Tensor, noise: Sequence[torch.Generator] | None = None) -> tuple[Tensor, Tensor]:
-        """x_T [B, C, h, w] and conditions [B, A] on the device -> (uint8 [B, S, S], latents [B, C, h, w])."""
+    def _images(
+        self, x: Tensor, y: Tensor, texture: Tensor | None = None, noise: Sequence[torch.Generator] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x_T [B, C, h, w], conditions [B, A] and `texture_noise` -> (uint8 [B, S, S], latents [B, C, h, w])."""
         z = sample(self.model.denoiser(y, self.guidance), x, self.model.scheduler, generator=noise, **self.how)
-        return to_pixels(self.vae.decode(z)), z
+        return to_pixels(self.vae.decode(z, texture)), z
 
     def __call__(self, seed: int, indices: Sequence[int], y: Tensor) -> tuple[Tensor, Tensor]:
         """(uint8 [B, S, S], latents [B, C, h, w]) for up to `batch` indices and their conditions y [B, A] on the CPU.
@@ -131,12 +133,13 @@ class ImageSampler:
         """
         # Always a whole batch, because networks round smaller ones differently.
         n, missing = len(indices), self.batch - len(indices)
-        x, noise = start_noise(seed, [*indices, *[0] * missing], self.vae.latent_shape)
-        y = F.pad(y, (0, 0, 0, missing))
+        whole = [*indices, *[0] * missing]
+        x, noise = start_noise(seed, whole, self.vae.latent_shape)
+        y, texture = F.pad(y, (0, 0, 0, missing)), self.vae.texture_noise(seed, whole)
         if self.replay is None:
-            pixels, z = self._images(x.to(self.device), y.to(self.device), noise)
+            pixels, z = self._images(x.to(self.device), y.to(self.device), texture, noise)
             return pixels[:n], z[:n]
-        pixels, z = self.replay(x.pin_memory(), y.pin_memory())
+        pixels, z = self.replay(x.pin_memory(), y.pin_memory(), *([] if texture is None else [texture]))
         return pixels[:n].clone(), z[:n].clone()
 
     def steps(self, seed: int, indices: Sequence[int], y: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -189,7 +192,8 @@ def edit_latents(
     """(round trip, edited), images in [-1, 1] [B, 1, S, S], of latents z [B, C, h, w].
 
     `before` and `after` are conditions [B, A]. Both images come from the same noise, and network and decoder made both,
-    so their difference is the change alone. Guidance 0 is no change, and more than 1 goes beyond `after`.
+    so their difference is the change alone; neither has texture. Guidance 0 is no change, and more than 1 goes beyond
+    `after`.
     """
     how: dict[str, Any] = {"timesteps": timesteps, "solver": "ddim"}
     noise, _ = invert(model.denoiser(before), z, model.scheduler, timesteps)

@@ -55,8 +55,8 @@ from vae import VAE, load_vae
 def vary(x: Tensor, generator: torch.Generator) -> Tensor:
     """Slices [B, 1, S, S] in [-1, 1] as of people who differ a little from these.
 
-    Turned by up to 3 degrees, scaled by up to 3 % and shifted by up to 1 %; bent smoothly, by 0.5 % of the side (standard
-    deviation at 6 x 6 points); and brightness to the power of 0.87 to 1.15.
+    Turned by up to 3 degrees, scaled by up to 3 % and shifted by up to 1 %; bent smoothly, by 0.5 % of the side
+    (standard deviation at 6 x 6 points); and brightness to the power of 0.87 to 1.15.
     """
     b, _, side, _ = x.shape
     u = (torch.rand(b, 5, generator=generator) * 2 - 1).to(x.device)
@@ -124,8 +124,8 @@ def step_randomness(
 ) -> list[Tensor]:
     """All random numbers of a step, one row per image; latents have this shape (C, h, w).
 
-    Returns: uniform [B] for the variant, posterior noise [B, C, h, w], which conditions to hide (bool [B, A]), entries of
-    the grid of timesteps (int64 [B]), diffusion noise [B, C, h, w].
+    Returns: uniform [B] for the variant, posterior noise [B, C, h, w], which conditions to hide (bool [B, A]), entries
+    of the grid of timesteps (int64 [B]), diffusion noise [B, C, h, w].
     """
     # Always all of them in this order, whether this run uses them or not: a step then has the same numbers with and
     # without mirroring or conditions.
@@ -247,7 +247,8 @@ def show_samples(
             images[mine.start : mine.stop] = vae.decode(steps[-1][1], vae.texture_noise(cfg.seed, mine))
         ranks.sum(images)
         if ranks.is_main:
-            visualise_denoising_process([(t, x_t[:4], x0[:4]) for t, x_t, x0 in steps], vae.decode, folder)
+            decode = partial(vae.decode, texture=vae.texture_noise(cfg.seed, mine[:4]))
+            visualise_denoising_process([(t, x_t[:4], x0[:4]) for t, x_t, x0 in steps], decode, folder)
             add_gif_frame(folder, "samples", image_grid(to_uint8(images)), epoch, last)
     # Slices to compare with, the same at every call
     g = generator(cfg.seed, 7)
