@@ -31,8 +31,8 @@ from modules import (
     sample_steps,
     timestep_embedding,
 )
-from train import step_randomness, training_loss
-from utils import UserError
+from train import step_randomness, training_loss, vary
+from utils import UserError, generator
 from vae import VAE
 from weights import save_weights
 
@@ -523,6 +523,25 @@ def test_a_hidden_condition_is_not_seen():
             rows = [mirror, torch.zeros_like(z), torch.tensor(hide), entries, noise]
             losses.append(training_loss(model, model, moments, y, rows, 1)[0])
     assert torch.equal(losses[0], losses[1]) and not torch.allclose(losses[2], losses[3], atol=1e-4)
+
+
+def test_variants_are_of_people_who_differ_a_little():
+    """A disc stays a disc of about the same size and place, black stays black, and a generator says which variant."""
+    y, x = torch.meshgrid(*[torch.linspace(-1, 1, 64)] * 2, indexing="ij")
+    disc = torch.where((x / 0.6) ** 2 + (y / 0.8) ** 2 < 1, 0.3 + 0.2 * (12 * x).sin(), -1.0).expand(16, 1, 64, 64)
+    varied = vary(disc, generator(0, 19, 1, 0))
+    assert torch.equal(varied, vary(disc, generator(0, 19, 1, 0))) and varied.min() == -1 and varied.max() <= 1
+    assert (varied - disc).abs().mean(dim=(1, 2, 3)).min() > 0.01
+    assert torch.equal(varied[..., :3, :], torch.full_like(varied[..., :3, :], -1))
+
+    def of(image: torch.Tensor) -> torch.Tensor:  # area, and centre on each axis
+        mass = (image > -0.4).float()
+        area = mass.mean(dim=(1, 2, 3))
+        return torch.stack([area, *((mass * v).mean(dim=(1, 2, 3)) / area for v in (x, y))])
+
+    area, *centre = of(varied)
+    assert (area / of(disc)[0] - 1).abs().max() < 0.1 and torch.stack(centre).abs().max() < 0.04
+    assert area.std() > 0.005  # not all alike
 
 
 @pytest.mark.parametrize("v", [-1.3, -1.0, 0.0, 0.31, 1.0])

@@ -135,7 +135,7 @@ def test_a_vae_with_a_discriminator_resumes_to_the_same_weights(
     epochs: int, stops: tuple[int, int], phantoms: Path, tmp_path: Path
 ):
     """Stopped before the discriminator's start and after it; the encoder rests from there on, the decoder goes on."""
-    flags = [*TINY_VAE, *ADVERSARIAL, "--epochs", str(epochs), "--gif-every", "100", "--save-minutes", "0"]
+    flags = [*TINY_VAE, *ADVERSARIAL, "--texture", "--epochs", str(epochs), "--gif-every", "100", "--save-minutes", "0"]
     run("pre_train.py", *where(tmp_path, phantoms, "whole"), *flags)
     parts = tmp_path / "parts" / "vae"
     for rows in stops:
@@ -153,6 +153,11 @@ def test_a_vae_with_a_discriminator_resumes_to_the_same_weights(
     start_at = epochs * 4 // 10
     assert [r["epoch"] for r in log if "discriminator/train" in r] == list(range(start_at + 1, epochs + 1))
     assert 0.5 < log[start_at]["discriminator/train"] < 1.5 and log[-1]["learning rate"] < 1e-5
+    # noise has become a part of the images, of each its own
+    vae, _ = load_vae(tmp_path / "whole" / "vae" / "best.safetensors", torch.device("cpu"))
+    z = torch.zeros(2, *vae.latent_shape)
+    plain, drawn = vae.decode(z), vae.decode(z, vae.texture_noise(0, [0, 1]))
+    assert torch.equal(plain[0], plain[1]) and not torch.equal(drawn[0], drawn[1])
     # with a discriminator the last weights are the best, whatever the validation loss
     assert same_weights(
         tmp_path / "whole" / "vae" / "best.safetensors", tmp_path / "whole" / "vae" / "final.safetensors"
@@ -170,8 +175,9 @@ def test_a_vae_with_a_discriminator_resumes_to_the_same_weights(
 def test_unet_interrupted_anywhere_resumes_to_the_same_weights(
     how: signal.Signals, code: int, copied: Path, phantoms: Path, tmp_path: Path
 ):
-    # Dropout, Lookahead and mirroring: all that is random or has a memory of its own.
+    # Dropout, Lookahead, mirroring and other variants: all that is random or has a memory of its own.
     flags = [*where(copied, phantoms), *TINY_UNET, "--epochs", "10", "--dropout", "0.1", "--lookahead", "--flip"]
+    flags += ["--augment", "1", "--evaluate-every", "4"]
     folder = copied / "tiny" / "diffusion"
     shutil.rmtree(folder)
     process = start("train.py", *flags, "--save-minutes", "0")  # writes last.pt at every step
@@ -187,6 +193,7 @@ def test_unet_interrupted_anywhere_resumes_to_the_same_weights(
     shutil.rmtree(folder)
     assert "resuming" not in run("train.py", *flags).stdout
     assert same_weights(interrupted, folder / "final.safetensors")
+    assert [r["epoch"] for r in read_jsonl(folder / "metrics.jsonl")] == [4, 8, 10]
 
 
 def test_torn_last_file_falls_back_to_the_one_before(copied: Path, phantoms: Path):
