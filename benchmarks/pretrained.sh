@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
 # The weights in checkpoints/pretrained/, each by one command, from the repository's folder:
-#   DATA=path/to/ds002748 bash benchmarks/pretrained.sh real       # two hours on two CPU cores
-#   bash benchmarks/pretrained.sh phantoms                         # two hours on two CPU cores, conditioned on all attributes
-#   DATA=path/to/ds002748 bash benchmarks/pretrained.sh real256    # one GPU; replaces `real` once it has been run and read
+#   DATA=path/to/registered bash benchmarks/pretrained.sh real      # 256x256: six minutes of one H100
+#   bash benchmarks/pretrained.sh phantoms                          # 128x128: four minutes of one H100
+# where the real slices come from the volumes of ds002748, people 1 to 50 to train on and 51 to 60 held out (people.tsv is
+# its participants.tsv with the columns participant_id, age and sex), by
+#   python dataset.py slice VOLUMES registered --match "sub-[0-4]*" "sub-50*" --table people.tsv --attributes age sex \
+#     --class-name NC --prepare all --range -20 50                  # and again: --match "sub-5[1-9]*" "sub-60*" --split val
 # With LIMIT=540 it leaves after so many seconds, with 75, and the same command goes on from there: checkpoints/ must be
-# kept in between. What it ships in the end (VAE and U-Net of real256, float32) takes less than 64 MB.
+# kept in between. On a CPU of two cores either takes a day and more.
 set -euo pipefail
 END=$((SECONDS + ${LIMIT:-31536000}))
 step() { # COMMAND...: what is interrupted by SIGTERM saves, leaves with 75 and goes on when it is called again
@@ -18,30 +21,37 @@ step() { # COMMAND...: what is interrupted by SIGTERM saves, leaves with 75 and 
 }
 PY=${PY:-.venv/bin/python}
 DS="OpenNeuro ds002748 v1.0.5 (licence CC0; Bezmaternykh et al., Neural Plasticity 2021, 8846097), adults with depression and healthy volunteers, not known to have dementia:"
-what=${1:?real, phantoms or real256}
+what=${1:?real or phantoms}
 
 case $what in
 real)
-  vae=(small --data "$DATA" --run real --wandb disabled)
-  unet=(small --data "$DATA" --run real --wandb disabled)
-  out=checkpoints/pretrained notes="Trained for an hour on CPU cores: folds of the cortex are rougher than in people. 128x128. About one image in seventy is closer to a training slice than strangers are: --reject-copies finds it." ;;
-real256)
-  vae=(adni --data "$DATA" --run real256 --downsample 4 --latent-channels 4 --channels 128 --blocks 2 --no-attention
-       --schedule cosine --adversarial 0.5 --flip --lr 6e-4 --kl-weight 1e-3 --epochs 60 --wandb disabled)
-  unet=(adni --data "$DATA" --run real256 --patch 2 --channels 128 256 --blocks 1 --attention 16 --grid full --flip --dropout 0.1 --ema-decay 0.9995 --lr 3e-4 --batch-size 64
-        --epochs 600 --sample-every 50 --wandb disabled)
-  out=checkpoints/pretrained notes="256x256." ;;
+  vae=(small --data "$DATA" --run real --image-size 256 --latent-channels 16 --channels 64 128 256 --no-attention
+       --adversarial 0.5 --adversarial-start 0.6 --texture --batch-size 16 --lr 8e-4 --epochs 16
+       --evaluate-every 4 --gif-every 4 --compile off --wandb disabled)
+  unet=(small --data "$DATA" --run real --attention 16 --dropout 0.1 --augment 6 --condition level age sex --batch-size 64 --lr 1e-3
+        --epochs 170 --evaluate-every 10 --sample-every 50 --wandb disabled)
+  student=(--teacher real --run real-4 --trajectories 4096 --epochs 14 --batch-size 64 --lr 2e-4 --compile off --wandb disabled)
+  out=checkpoints/pretrained notes="256x256, brains aligned with MNI152, z from -20 to 50 mm, adults of 21 to 52 years. Folds of the cortex are a little rougher than in people." ;;
 phantoms)
   DATA=phantom-1000
-  vae=(small --data "$DATA" --run phantoms --epochs 3 --wandb disabled)
-  unet=(small --data "$DATA" --run phantoms --condition level age sex group --epochs 13 --sample-every 4 --wandb disabled)
+  vae=(small --data "$DATA" --run phantoms --batch-size 32 --lr 1e-3 --epochs 12 --gif-every 3 --compile off --wandb disabled)
+  unet=(small --data "$DATA" --run phantoms --condition level age sex group --batch-size 32 --lr 1e-3 --epochs 60
+        --sample-every 15 --compile off --wandb disabled)
+  student=()
   DS="Procedural phantoms of phantom.py (no people and nobody's data: no licence restricts them): AD and NC are borrowed names."
   out=checkpoints/pretrained/phantoms notes="Classes, ages and sexes are those of drawings and say nothing about a disease or about people. 128x128." ;;
-*) echo "real, phantoms or real256, not $what" >&2; exit 2 ;;
+*) echo "real or phantoms, not $what" >&2; exit 2 ;;
 esac
 
+publish() { # RUN OUT
+  step $PY evaluate.py --run "$1" --data "$DATA" --no-training-pictures --wandb disabled
+  step $PY benchmarks/ship.py --run "$1" --out "$2" --data "$DS" --notes "$notes" --commands "bash benchmarks/pretrained.sh $what"
+}
 step $PY pre_train.py "${vae[@]}"
-[ "$what" != real ] || step $PY pre_train.py "${vae[@]}" --epochs 16 --adversarial 1 # a sharper decoder for the same latents
 step $PY train.py "${unet[@]}"
-step $PY evaluate.py --run "$what" --data "$DATA" --no-training-pictures --wandb disabled
-step $PY benchmarks/ship.py --run "$what" --out $out --data "$DS" --notes "$notes" --commands "bash benchmarks/pretrained.sh $what"
+publish "$what" $out
+if ((${#student[@]})); then
+  step $PY distil.py "${student[@]}"
+  publish real-4 $out/student
+  rm -r $out/student/vae && ln -s ../vae $out/student/vae # it is its teacher's
+fi

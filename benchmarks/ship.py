@@ -95,7 +95,7 @@ def main(cfg: ShipConfig) -> None:
         f"| files | safetensors, half precision, {size:.1f} MB |", "",
         *(["Made by", "", *(f"    {c}" for c in cfg.commands), ""] if cfg.commands else []),
         "## Numbers", "",
-        "`python evaluate.py` on images of these weights, before they were rounded to half precision. The floor is the "
+        "`python evaluate.py` on images of these weights. The floor is the "
         "same number with people held out in the place of generated images. More: docs/evaluation.md.",
     ]  # fmt: skip
     for section, rows in rows_of(report).items():
