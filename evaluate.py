@@ -69,6 +69,8 @@ is the AUC on generated images of the one trained on real. The floor is train_on
 than the 1st percentile of people held out; its floor is what each person held out gets by the threshold of the
 others. copy_rate_of_reconstructed is the rate of held-out slices that went through the run's VAE: what unsharpness
 alone explains. Distances are means, in units of the threshold.""",
+    "membership": """AUC, by person, of telling who was trained on by the U-Net's denoising loss, over all of up to ten
+timesteps and at each: 0.5 is what should be, 1 would tell everybody. n counts people.""",
     "latent_spread": "Standard deviation of the latents as they were drawn; training latents have 1.",
 }
 CONTROLS = ("blurred", "noised", "shuffled")
@@ -169,9 +171,10 @@ def gather(cfg: EvaluateConfig, ranks: Ranks) -> Evidence:
             f"seed {cfg.seed}"
         )
     generated = Images(pixels, labels, np.arange(len(labels)).astype(str), y)
+    model_of, vae_of = loaded[:2] if loaded else (None, None)
     return Evidence(
-        train, images_of(held_out, attributes), generated, classes, cfg, device, out, loaded[1] if loaded else None,
-        latents, attributes, source, problems=problems,
+        train, images_of(held_out, attributes), generated, classes, cfg, device, out, model_of, vae_of, latents,
+        attributes, source, problems=problems,
     )  # fmt: skip
 
 

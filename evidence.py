@@ -24,8 +24,9 @@ import features
 import metrics
 from conditions import Attribute
 from metrics import TooFew, interval, resample_people, weighted_mean
+from modules import StableDiffusion
 from pictures import to_uint8
-from utils import generator, progress_bar
+from utils import evenly_spaced, generator, progress_bar
 from vae import VAE
 from weights import write_atomic
 
@@ -82,7 +83,8 @@ class Evidence:
     cfg: EvaluateConfig
     device: torch.device
     out: Path  # folder for pictures
-    vae: VAE | None = None  # of the run; None when a folder of images is evaluated without a run
+    model: StableDiffusion | None = None  # of the run, as is the VAE; None for a folder of images without a run
+    vae: VAE | None = None
     latents: Tensor | None = None  # the generated images' latents before decoding, [N, C, h, w]
     attributes: Sequence[Attribute] = ()  # what the columns of `conditions` are
     source: str = ""  # where the generated images come from, in words
@@ -643,6 +645,45 @@ def latent_spread(e: Evidence) -> None:
         e.put("latent_spread", f"channel_{c}", spread[0][c], spread[1][c], len(e.generated), 0)
 
 
+@torch.no_grad()
+def membership(e: Evidence) -> None:
+    """Section membership: does the denoising loss tell who was trained on (Matsumoto et al. 2023, arXiv 2302.03262)?
+
+    AUC by person: how often somebody trained on has less loss than somebody held out, over four slices each, at up to
+    ten timesteps and over all of them. 0.5 is what should be. Measures nothing without a run.
+    """
+    if e.model is None or e.vae is None:
+        return
+    timesteps = e.model.scheduler.timesteps
+    timesteps = timesteps[evenly_spaced(len(timesteps), 10)]
+    # As many people of the training set as are held out, at least 64 if there are so many: [people, timesteps] each.
+    most, losses = max(64, len(set(e.held_out.people))), []
+    for k, s in enumerate((e.train, e.held_out)):
+        names = np.random.default_rng([e.cfg.seed, k]).permutation(sorted(set(s.people)))[:most]
+        chosen = [np.flatnonzero(s.people == name) for name in names]
+        chosen = [rows[evenly_spaced(len(rows), 4)] for rows in chosen]
+        bar, means = progress_bar(len(names), what="membership", unit=" people"), []
+        with bar:
+            for rows in chosen:
+                own = s.take(rows)
+                z, _ = e.vae.encode(2 * own.images().to(e.device) - 1)
+                y = None if own.conditions is None else own.conditions.to(e.device)
+                noise = torch.randn(z.shape, generator=generator(e.cfg.seed, 20)).to(e.device)  # the same for everybody
+                means.append(torch.stack([e.model(z, t.expand(len(z)), noise, y)[0].mean() for t in timesteps]).cpu())
+                bar.update(1)
+        losses.append(torch.stack(means).double())
+    loss = torch.cat(losses)
+    trained = torch.arange(len(loss)) < len(losses[0])
+    # Bootstrap over the people of each side. In the mean all timesteps count alike, however large their loss is.
+    weights = torch.cat(
+        [resample_people(np.arange(len(x)), e.cfg.resamples, e.cfg.seed + k) for k, x in enumerate(losses)]
+    )
+    columns = {"auc": (loss / loss.mean(0)).mean(1)}
+    columns |= {f"auc_t={t}": loss[:, i] for i, t in enumerate(timesteps.tolist())}
+    for name, values in columns.items():
+        e.put("membership", name, metrics.binary_auc(-values, trained, weights), 0.5, len(loss), 0, 1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
 
@@ -753,7 +794,8 @@ def draw_pairs(path: Path, e: Evidence, distance: Tensor, index: Tensor) -> None
 
 # In the order of the report. evaluate.py calls each with the Evidence.
 SECTIONS = (
-    distances, diversity, spectrum, two_sample, anatomical, attributes, class_fidelity, memorisation, latent_spread,
+    distances, diversity, spectrum, two_sample, anatomical, attributes, class_fidelity, memorisation, membership,
+    latent_spread,
 )  # fmt: skip
 # Files that sections and evaluate.py write, in the order of the report.
 PICTURES = ("generated.png", "spectrum.png", "anatomy.png", "memorisation.png", "closest_pairs.png")

@@ -278,10 +278,10 @@ def auc(scores: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """
     classes = labels.unique().tolist()
     columns = classes[1:] if len(classes) == 2 else classes
-    return torch.stack([_auc(scores[:, c].double(), labels == c, weights) for c in columns]).mean(0)
+    return torch.stack([binary_auc(scores[:, c].double(), labels == c, weights) for c in columns]).mean(0)
 
 
-def _auc(score: Tensor, positive: Tensor, weights: Tensor) -> Tensor:
+def binary_auc(score: Tensor, positive: Tensor, weights: Tensor) -> Tensor:
     """Weighted Mann-Whitney statistic with ties counted half: [R]. One sort serves all resamples.
 
     score [N], positive bool [N]: the chance that a random positive scores higher than a random negative.

@@ -200,6 +200,37 @@ def test_memorisation_flags_training_slices_and_not_people(look, sets):
     assert copy_rate["others"]["ci_low"] < 0.01 < copy_rate["others"]["ci_high"] < 0.2
 
 
+def test_membership_tells_who_was_learnt_by_heart_and_nobody_else(sets, tmp_path: Path):
+    from modules import NoiseScheduler_Fast_DDPM, StableDiffusion, UNet
+    from vae import VAE
+
+    torch.manual_seed(0)
+    vae = VAE(SIDE, 8, 2, (8, 16), 1, False).eval()
+    model = StableDiffusion(UNet(2, SIDE // 8, (32, 64), 1, (), ()), NoiseScheduler_Fast_DDPM())
+    some = [np.isin(s.people, sorted(set(s.people))[:12]) for s in sets[:2]]
+    train, held_out = (s.take(np.flatnonzero(rows)) for s, rows in zip(sets, some))
+    vae.measure_latents([2 * train.images() - 1])
+
+    def found() -> dict[str, dict[str, float]]:
+        cfg = replace(EvaluateConfig(), resamples=100)
+        e = Evidence(train, held_out, sets[2], CLASSES, cfg, torch.device("cpu"), tmp_path, model.eval(), vae)
+        evidence.membership(e)
+        return e.report["membership"]
+
+    before = found()
+    assert len(before) == 11 and before["auc"]["n"] == 24 and before["auc"]["floor"] == 0.5
+    with torch.no_grad():
+        z = vae.encode(2 * train.images() - 1)[0]
+    optimizer, t = torch.optim.Adam(model.parameters(), lr=3e-3), model.scheduler.timesteps
+    for _ in range(300):
+        steps = t[torch.randint(len(t), (len(z),))]
+        model.train()(z, steps, torch.randn_like(z))[0].mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = found()
+    assert after["auc"]["value"] > max(0.9, before["auc"]["value"] + 0.1)
+
+
 def test_latent_spread_is_the_standard_deviation_per_channel(sets, tmp_path: Path):
     from vae import VAE
 
