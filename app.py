@@ -307,13 +307,16 @@ class Studio:
         self, name: str, class_name: str, seed_a: Any, seed_b: Any, place: Any, steps: Any, solver: str, guidance: Any,
         *asked: Any,
     ) -> tuple[np.ndarray, str]:  # fmt: skip
-        """(image, words) of noise between that of two seeds, mixed on the sphere on which both lie."""
+        """(image, words) between two seeds: their noise is mixed on the sphere on which both lie, and so are numbers
+        that each of them draws; categories change half way."""
         run, how, guidance = self.asked(name, steps, solver, guidance)
         a, b = (self.number(s, "Seed", 0, MAX_SEED) for s in (seed_a, seed_b))
         place = self.number(place, "Place", 0, 1, float)
         (x_a, noise), (x_b, _) = run.noise(a, [0]), run.noise(b, [0])
-        y = self.conditions(run, class_name, a, asked=asked)
-        image = run.generate(a, slerp(x_a, x_b, place), noise, y, how, guidance)[0]
+        y_a, y_b = (self.conditions(run, class_name, s, asked=asked) for s in (a, b))
+        numbers = torch.tensor([not attribute.values for attribute in run.model.attributes], dtype=torch.bool)
+        y = torch.where(numbers, torch.lerp(y_a, y_b, place), y_a if place < 0.5 else y_b)
+        image = run.generate(a if place < 0.5 else b, slerp(x_a, x_b, place), noise, y, how, guidance)[0]
         return image, f"{1 - place:.0%} of seed {a}, {place:.0%} of seed {b}"
 
     def sweep(

@@ -32,21 +32,25 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 @pytest.fixture(scope="module")
 def runs(trained: Path, phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoints folder with the run of conftest (AD and NC), the weights of this repository, and a run `knows` that
-    was conditioned on level, age, sex and group, too."""
+    """A checkpoints folder with the run of conftest (AD and NC), the weights of this repository, a run `knows` that was
+    conditioned on level, age, sex and group, and a run `plain` that knows nothing."""
     home = tmp_path_factory.mktemp("runs")
     (home / "tiny").symlink_to(trained / "tiny")
-    shutil.copytree(trained / "tiny" / "vae", home / "knows" / "vae")
-    where = ["--data", phantoms, "--checkpoints", home, "--cache", home / "cache", "--run", "knows"]
-    asked = ["--condition", "level", "age", "sex", "group", "--grid", "full", "--epochs", "1"]
-    run("train.py", *where, *TINY_UNET, *asked)
+    for name, asked in (
+        ("knows", ["--condition", "level", "age", "sex", "group", "--grid", "full"]),
+        ("plain", ["--unconditional"]),
+    ):
+        shutil.copytree(trained / "tiny" / "vae", home / name / "vae")
+        where = ["--data", phantoms, "--checkpoints", home, "--cache", home / "cache", "--run", name]
+        run("train.py", *where, *TINY_UNET, *asked, "--epochs", "1")
     (home / "pretrained").symlink_to(ROOT / "checkpoints" / "pretrained")
     return home
 
 
 @pytest.fixture(scope="module")
 def studio(runs: Path) -> app.Studio:
-    return app.Studio(AppConfig(run=("tiny", "pretrained", "knows"), checkpoints=str(runs), device="cpu", max_steps=20))
+    names = ("tiny", "knows", "plain", "pretrained")
+    return app.Studio(AppConfig(run=names, checkpoints=str(runs), device="cpu", max_steps=20))
 
 
 def drawn(studio: app.Studio, *asked) -> tuple:
@@ -90,7 +94,8 @@ def test_walks_end_where_they_should(studio: app.Studio):
 
 
 def test_values_are_what_predict_takes(studio: app.Studio, runs: Path, tmp_path: Path):
-    assert [(name, a.name) for name, a in studio.controls] == [("knows", n) for n in ("level", "age", "sex")]
+    controls = [(name, a.name) for name, a in studio.controls]
+    assert controls == [(name, n) for name in ("knows", "pretrained") for n in ("level", "age", "sex")]
     where = ["--checkpoints", runs, "--device", "cpu", "--num-images", "2", "--seed", "3", "--run", "knows"]
     run("predict.py", *where, "--class-name", "NC", "--set", "age=70", "sex=M", "--out", tmp_path / "out")
     _, gallery, _, file = drawn(studio, "knows", "NC", 2, 3, 10, "dpm++2m", 1, None, 70.0, "M")
@@ -146,7 +151,7 @@ def test_a_slice_is_changed_and_the_file_deleted(studio: app.Studio, phantoms: P
             studio.change("knows", "AD", file and str(file), "", None, None, None)
         assert file is None or not file.exists()
     with pytest.raises(UserError, match="knows no attributes"):
-        studio.change("pretrained", None, None, "")
+        studio.change("plain", None, None, "")
 
 
 def test_distances_are_those_of_the_copy_detector(studio: app.Studio, monkeypatch: pytest.MonkeyPatch):
@@ -320,7 +325,7 @@ def test_a_visitor_in_a_browser(address: str, phantoms: Path, tmp_path: Path):
         page.locator("#carried").get_by_text("90% of the way").wait_for()  # by keyboard
 
         page.get_by_role("radio", name="pretrained", exact=True).click()
-        page.get_by_text("128x128 pixels").wait_for()
+        page.get_by_text("256x256 pixels").wait_for()
         assert not page.get_by_role("radio", name="AD", exact=True).first.is_visible()
         page.get_by_role("tab", name="Walk between two seeds").click()
         page.locator("#walked").get_by_text("100% of seed 0").wait_for()
@@ -333,7 +338,7 @@ def test_a_visitor_in_a_browser(address: str, phantoms: Path, tmp_path: Path):
         assert len(cv2.imread(str(tmp_path / "page.png")).reshape(-1, 3)) == 1200 * 1300
 
         page.get_by_role("radio", name="knows", exact=True).click()
-        page.get_by_label("age (years)").fill("70")
+        page.get_by_label("age (years)").locator("visible=true").fill("70")
         page.get_by_role("tab", name="Sweep").click()
         page.locator("#swept").get_by_text("level").wait_for()
         page.get_by_label("range slider for From the lowest").press("ArrowRight")  # by keyboard
