@@ -50,7 +50,9 @@ class ShipConfig:
 
 
 def training(folder: Path, batch: int) -> str:
-    """Steps and minutes of a stage, from its log."""
+    """Steps and minutes of a stage, from its log; the VAE of a student has none."""
+    if not (folder / "metrics.jsonl").exists():
+        return "that of its teacher"
     rows, steps = read_jsonl(folder / "metrics.jsonl"), [0]
     steps += [r["step"] for r in rows]
     seconds = sum((b - a) * batch / r["images per s"] for a, b, r in zip(steps, steps[1:], rows))
