@@ -217,7 +217,7 @@ class Studio:
     def given(self, run: Run, class_name: str | None, asked: Sequence[Any] = ()) -> dict[str, float]:
         """{attribute: code} of what a visitor set: the class, and of the page's controls those of this run.
 
-        `asked` are the values of all controls, in the order of `self.controls`; None is "any".
+        `asked` are the values of all controls, in the order of `self.controls`; None and nothing at all are "any".
         """
         attributes, given = run.model.attributes, {}
         if run.group is not None and class_name != AS_IT_IS:
@@ -225,8 +225,8 @@ class Studio:
                 raise UserError(f"Class must be one of {', '.join(run.classes)}")
             given[GROUP] = attributes[run.group].encode(str(class_name))
         for (name, attribute), value in zip(self.controls, asked):
-            if name == run.name and value is not None:
-                given[attribute.name] = attribute.encode(str(value)[:40])
+            if name == run.name and value is not None and str(value).strip():
+                given[attribute.name] = attribute.encode(str(value).strip()[:40])
         return given
 
     def conditions(
@@ -507,7 +507,8 @@ def attribute_control(attribute: Attribute, visible: bool) -> gr.Component:
         choices = [("any", None), *((value, value) for value in attribute.values)]
         return gr.Radio(choices, value=None, label=label, visible=visible)
     low, high = attribute.quantiles[0], attribute.quantiles[-1]
-    return gr.Number(None, label=label, info=f"{low:g} to {high:g}; empty: any", visible=visible)
+    # No gr.Number: it shows and sends 0 where nothing was put in.
+    return gr.Textbox("", label=label, info=f"{low:g} to {high:g}; empty: any", visible=visible, max_lines=1)
 
 
 def numbers_of(run: Run) -> list[str]:

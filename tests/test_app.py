@@ -338,7 +338,9 @@ def test_a_visitor_in_a_browser(address: str, phantoms: Path, tmp_path: Path):
         assert len(cv2.imread(str(tmp_path / "page.png")).reshape(-1, 3)) == 1200 * 1300
 
         page.get_by_role("radio", name="knows", exact=True).click()
-        page.get_by_label("age (years)").locator("visible=true").fill("70")
+        age = page.get_by_label("age (years)").locator("visible=true")
+        assert age.input_value() == ""  # any
+        age.fill("70")
         page.get_by_role("tab", name="Sweep").click()
         page.locator("#swept").get_by_text("level").wait_for()
         page.get_by_label("range slider for From the lowest").press("ArrowRight")  # by keyboard
