@@ -207,7 +207,7 @@ def test_membership_tells_who_was_learnt_by_heart_and_nobody_else(sets, tmp_path
     torch.manual_seed(0)
     vae = VAE(SIDE, 8, 2, (8, 16), 1, False).eval()
     model = StableDiffusion(UNet(2, SIDE // 8, (32, 64), 1, (), ()), NoiseScheduler_Fast_DDPM())
-    some = [np.isin(s.people, sorted(set(s.people))[:12]) for s in sets[:2]]
+    some = [np.isin(s.people, sorted(set(s.people))[:6]) for s in sets[:2]]
     train, held_out = (s.take(np.flatnonzero(rows)) for s, rows in zip(sets, some))
     vae.measure_latents([2 * train.images() - 1])
 
@@ -218,17 +218,17 @@ def test_membership_tells_who_was_learnt_by_heart_and_nobody_else(sets, tmp_path
         return e.report["membership"]
 
     before = found()
-    assert len(before) == 11 and before["auc"]["n"] == 24 and before["auc"]["floor"] == 0.5
+    assert len(before) == 11 and before["auc"]["n"] == 12 and before["auc"]["floor"] == 0.5
     with torch.no_grad():
         z = vae.encode(2 * train.images() - 1)[0]
     optimizer, t = torch.optim.Adam(model.parameters(), lr=3e-3), model.scheduler.timesteps
-    for _ in range(300):
+    for _ in range(500):
         steps = t[torch.randint(len(t), (len(z),))]
         model.train()(z, steps, torch.randn_like(z))[0].mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    after = found()
-    assert after["auc"]["value"] > max(0.9, before["auc"]["value"] + 0.1)
+    # Between so few people chance gives 0.86 to a network that has learnt nothing; by heart it is 1.
+    assert found()["auc"]["value"] > 0.95 > before["auc"]["value"]
 
 
 def test_latent_spread_is_the_standard_deviation_per_channel(sets, tmp_path: Path):

@@ -141,10 +141,12 @@ def check_a_step_of_pre_train_waits_for_nothing(
     )
     images = torch.zeros(64, 32, 32, dtype=torch.uint8)
     u, strength = torch.zeros(8, 5, device=device), torch.zeros(8, device=device)
+    texture = torch.zeros(8, 1, vae.config["image_size"], vae.config["image_size"], device=device)
 
     def inputs(step: int, batch: list[Tensor]) -> list[Tensor]:
         g = generator(0, step, device=device)
-        return [*batch, u, torch.randn(8, *vae.latent_shape, generator=g, device=device), strength.fill_(step / 10)]
+        noise = torch.randn(8, *vae.latent_shape, generator=g, device=device)
+        return [*batch, u, noise, strength.fill_(step / 10), texture]
 
     take_steps(gradients, vae, optimizer, [images if on_the_host else images.to(device)], inputs)
     assert (gradients.replay is not None) == (micro == 8), "no graph was recorded"
