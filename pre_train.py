@@ -65,6 +65,11 @@ def augment(x: Tensor, u: Tensor, cfg: PretrainConfig) -> Tensor:
     return x.clamp(0, 2) - 1
 
 
+def texture_shape(cfg: PretrainConfig) -> tuple[int, ...]:
+    """Of a slice's noise for the texture; of nothing that would be copied in each step where the decoder takes none."""
+    return (1, cfg.image_size, cfg.image_size) if cfg.texture else ()
+
+
 def evaluate(vae: VAE, val: ADNIDataset, cfg: PretrainConfig, ranks: Ranks) -> dict[str, float]:
     """Means over the slices of people never trained on, with the posterior's mean as the latent."""
     total = torch.zeros(5, dtype=torch.float64)
@@ -88,7 +93,7 @@ def backward(
     Returns loss, reconstruction, KL and the discriminator's loss, each times B: [4]. u [B, 5] is for `augment`, noise
     [B, C, h, w] for the posterior. `discriminator_ddp` is the discriminator wrapped for DDP, None before the
     adversarial phase; `discriminator` is the same without the wrapper. `strength` [B] is the share of --adversarial
-    that counts so far. `texture` [B, 1, S, S] is for a decoder that takes it.
+    that counts so far. `texture` [B, 1, S, S] is for a decoder that takes it (else [B], and not read).
     """
     x = to_float(x)
     if augments(cfg):
@@ -192,7 +197,7 @@ def print_plan(
     optimizer, _ = make_optimizer_and_schedule(cfg, vae, discriminator, plan)
     modules, with_discriminator = ([vae, discriminator], discriminator) if cfg.adversarial else ([vae], None)
     call, side = partial(backward, vae, discriminator, with_discriminator, scaler, cfg), cfg.image_size
-    shapes: list[tuple[int, ...]] = [(n, 5), (n, *vae.latent_shape), (n,), (n, 1, side, side)]
+    shapes: list[tuple[int, ...]] = [(n, 5), (n, *vae.latent_shape), (n,), (n, *texture_shape(cfg))]
     tensors = [torch.zeros(n, side, side, dtype=torch.uint8, device=device)]
     tensors += [torch.zeros(*shape, device=device) for shape in shapes]
     seconds = rehearse(cfg, plan, modules, [vae.encoder, vae.decoder], call, tensors, optimizer, scaler)
@@ -241,7 +246,7 @@ def main(cfg: PretrainConfig) -> None:
         def trial(n: int) -> None:
             x, noise = train.images[:1].expand(n, -1, -1).to(device), torch.zeros(n, *vae.latent_shape, device=device)
             u, with_discriminator = torch.zeros(n, 5, device=device), discriminator if cfg.adversarial else None
-            texture = torch.zeros(n, 1, cfg.image_size, cfg.image_size, device=device)
+            texture = torch.zeros(n, *texture_shape(cfg), device=device)
             backward(network, discriminator, with_discriminator, scaler, cfg, 1.0, x, u, noise, u[:, 0], texture)
             vae.zero_grad()
             discriminator.zero_grad()
@@ -261,7 +266,7 @@ def main(cfg: PretrainConfig) -> None:
         gradients = make_gradients(network, None)
         order = shuffled_batches(len(train), plan.batch, run.step, cfg.seed, 1)
         batches = gather_batches([train.images], (index[run.rows] for index in order), device)
-        sizes = ((5,), (), (1, cfg.image_size, cfg.image_size))
+        sizes = ((5,), (), texture_shape(cfg))
         u, strength, texture = (torch.zeros(run.rows.stop - run.rows.start, *more, device=device) for more in sizes)
 
         for epoch in run.epochs():
@@ -277,8 +282,7 @@ def main(cfg: PretrainConfig) -> None:
                 # grows over a tenth of the training.
                 if step >= adversarial_from:
                     if cfg.texture:
-                        shape = (plan.batch, 1, cfg.image_size, cfg.image_size)
-                        texture = torch.randn(shape, generator=g, device=device)[run.rows]
+                        texture = torch.randn(plan.batch, *texture_shape(cfg), generator=g, device=device)[run.rows]
                     strength.fill_(min(1.0, (step - adversarial_from) / (0.1 * plan.steps)))
                     if any(p.requires_grad for p in vae.encoder.parameters()):
                         freeze_encoder(vae, ema.module)

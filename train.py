@@ -364,15 +364,10 @@ def main(cfg: TrainConfig) -> None:
 
         # Encode all slices once. Validation slices have no variants.
         latents = Latents(vae, train, conditions["train"], cfg.batch_size, ranks, cfg, "encoding training slices")
+        plain = replace(cfg, flip=False, augment=0)
         val_latents = Latents(
-            vae,
-            val,
-            conditions["val"],
-            cfg.batch_size,
-            ranks,
-            replace(cfg, flip=False, augment=0),
-            "encoding validation slices",
-        )
+            vae, val, conditions["val"], cfg.batch_size, ranks, plain, "encoding validation slices"
+        )  # fmt: skip
 
         # A step of n images whose result is thrown away: it shows what fits the memory and what can be compiled.
         network = ranks.wrap_ddp(model)
