@@ -338,6 +338,7 @@ def test_a_visitor_in_a_browser(address: str, phantoms: Path, tmp_path: Path):
         assert len(cv2.imread(str(tmp_path / "page.png")).reshape(-1, 3)) == 1200 * 1300
 
         page.get_by_role("radio", name="knows", exact=True).click()
+        page.get_by_text("32x32 pixels").wait_for()  # until then the fields are those of the run before
         age = page.get_by_label("age (years)").locator("visible=true")
         assert age.input_value() == ""  # any
         age.fill("70")
