@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-Grid = Literal["logsnr", "nonuniform", "uniform", "full"]
-Solver = Literal["dpm++2m", "ddim"]
+Grid = Literal["logsnr", "flow", "nonuniform", "uniform", "full"]
+Solver = Literal["dpm++2m", "ddim", "heun"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,8 +187,11 @@ class TrainConfig(SourceConfig, StepsConfig):
     """Timesteps that are trained on and later sampled on. full: all 1000."""
     num_steps: int = 10
     """Timesteps in the grid."""
-    prediction: Literal["v", "eps"] = "v"
-    """What the network predicts: v, or the noise eps as in the Fast-DDPM paper."""
+    log_snr: tuple[float, float] | None = None
+    """Draw timesteps where log-SNR is about the first number, normally distributed with the second as its deviation;
+    0 2 are the logit-normal times of rectified flow. Not given: all timesteps of the grid alike."""
+    prediction: Literal["v", "eps", "flow"] = "v"
+    """What the network predicts: v, the noise eps as in the Fast-DDPM paper, or the velocity of rectified flow."""
     loss_weight: Literal["uniform", "min_snr"] = "uniform"
     """Weight of a timestep in the loss. uniform: 1. min_snr: Min-SNR with gamma 5, less for the noisiest timesteps."""
     warmup: float = 0.1
@@ -264,7 +267,8 @@ class PredictConfig(SourceConfig, MachineConfig):
     num_steps: int | None = None
     """Number of steps of fast sampling; only weights trained on `full` can take another number than their own."""
     solver: Solver | None = None
-    """Sampler: dpm++2m (default of fast sampling) or ddim (default of normal sampling)."""
+    """Sampler: dpm++2m (default of fast sampling), ddim (default of normal sampling; on --grid flow Euler's method for
+    rectified flow), or heun, with two network calls a step."""
     eta: float | None = None
     """Noise that ddim adds at each step: 0 is deterministic, 1 is ancestral DDPM (the default of normal sampling)."""
     guidance: float = 1.0
@@ -329,7 +333,7 @@ class EvaluateConfig(DataConfig, MachineConfig):
     num_images: int = 1000
     """How many images to generate; classes are as frequent as in the training data."""
     solver: Solver | None = None
-    """Sampler to generate with: dpm++2m or ddim, in the weights' own few steps. Default: what the weights take."""
+    """Sampler to generate with: dpm++2m, ddim or heun, in the weights' own steps. Default: what the weights take."""
     guidance: float = 1.0
     """Classifier-free guidance weight for generating; 1 is none."""
     weights: Literal["best", "final"] = "best"

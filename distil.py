@@ -31,6 +31,7 @@ from modules import (
     StableDiffusion,
     UNet,
     make_grid,
+    output_map,
     sample,
     sample_steps,
     start_noise,
@@ -109,7 +110,7 @@ class Student(nn.Module):
         self.model = model
 
     def forward(self, states: Tensor, y: Tensor, entries: Tensor) -> Tensor:
-        """Squared error in v or eps, a mean per image [B], of the step that starts at these entries of the grid [B].
+        """Squared error of the output, a mean per image [B], of the step that starts at these entries of the grid [B].
 
         `states` [B, num_steps + 1, C, h, w] run from noise to image, entries from the grid's cleanest timestep up. The
         estimate of the clean image that makes one DDIM step land where the teacher did is (x_s - r x_t) / (a_s - r a_t)
@@ -127,7 +128,8 @@ class Student(nn.Module):
         x_t, x_s = states[rows, start].float(), states[rows, start + 1].float()
         r = sigma_s / sigma_t
         x0 = (x_s - r * x_t) / (alpha_s - r * alpha_t)
-        target = (alpha_t * x_t - x0 if model.prediction == "v" else x_t - alpha_t * x0) / sigma_t
+        a, b, _, _ = output_map(model.prediction, alpha_t, sigma_t)
+        target = (x0 - a * x_t) / b
         out = model.network(x_t, t, y)
         return (out - target).square().mean((1, 2, 3))
 

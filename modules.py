@@ -245,6 +245,8 @@ def make_grid(grid: str, num_steps: int, alphas_cumprod: np.ndarray) -> np.ndarr
     """The subset of timesteps that is trained and sampled on: ascending int64 [S].
 
     logsnr: the timesteps nearest to equal steps in log-SNR, both ends included.
+    flow: nearest to equal steps of s = sigma / (alpha + sigma), the time of rectified flow, from noise down to, but
+    without, the clean image.
     nonuniform: as published for Fast-DDPM (arXiv 2405.14802, section 3.2).
     uniform: evenly spaced, both ends included.
     full: all timesteps, whatever num_steps says.
@@ -272,8 +274,11 @@ def make_grid(grid: str, num_steps: int, alphas_cumprod: np.ndarray) -> np.ndarr
     elif grid == "logsnr":
         logsnr = np.log(alphas_cumprod) - np.log1p(-alphas_cumprod)  # falls with t
         ts = np.abs(logsnr[None] - np.linspace(logsnr[0], logsnr[-1], num_steps)[:, None]).argmin(1)
+    elif grid == "flow":
+        s = 1 / (1 + np.sqrt(alphas_cumprod / (1 - alphas_cumprod)))  # grows with t
+        ts = np.abs(s[None] - np.linspace(0, s[-1], num_steps + 1)[1:, None]).argmin(1)
     else:
-        raise ValueError(f"there is no grid '{grid}': take logsnr, nonuniform, uniform or full")
+        raise ValueError(f"there is no grid '{grid}': take logsnr, flow, nonuniform, uniform or full")
     # Near t = 0 a step of log-SNR can be smaller than a timestep, and neighbours then round to the same one: move the
     # later one up, so that no timestep comes twice.
     for i in range(1, num_steps):
@@ -296,11 +301,13 @@ class NoiseScheduler_Fast_DDPM(nn.Module):
     """The 1000-step linear-beta schedule, trained and sampled on the same few timesteps (Fast-DDPM, arXiv 2405.14802).
 
     `timesteps` int64 [S] ascending; `alphas_cumprod` float32 [T], and `abar`, the same in float64 NumPy. A previous
-    timestep of -1 stands for the clean image (alpha_bar = 1). Latents are never clamped.
+    timestep of -1 stands for the clean image (alpha_bar = 1). Latents are never clamped. `cumulative` float32 [S]: the
+    chance that a timestep drawn for training is this one or an earlier one.
     """
 
     alphas_cumprod: Tensor
     timesteps: Tensor
+    cumulative: Tensor
 
     def __init__(
         self,
@@ -322,6 +329,7 @@ class NoiseScheduler_Fast_DDPM(nn.Module):
         self.register_buffer("alphas_cumprod", torch.tensor(self.abar, dtype=torch.float32), persistent=False)
         own = make_grid(grid, num_steps, self.abar)
         self.register_buffer("timesteps", torch.tensor(own), persistent=False)
+        self.register_buffer("cumulative", torch.arange(1, len(own) + 1) / len(own), persistent=False)
         # A list, because reading the buffer would wait for a GPU.
         self.fast_timesteps: list[int] = (make_grid("logsnr", 10, self.abar) if grid == "full" else own).tolist()
 
@@ -335,13 +343,30 @@ class NoiseScheduler_Fast_DDPM(nn.Module):
         abar = self.alphas_cumprod[t].view(-1, *[1] * (ndim - 1))
         return abar.sqrt(), (1 - abar).sqrt()
 
+    def concentrate(self, mean: float, sd: float) -> None:
+        """Draw timesteps for training where log-SNR is about `mean`, normally distributed with deviation `sd`.
+
+        As EDM draws noise levels (Karras et al. 2022, section 5); 0 and 2 are the logit-normal times of rectified flow
+        (Esser et al. 2024, section 3.1). One draw in ten stays uniform over the grid, because sampling visits each
+        timestep of a grid of ten, however far from the mean.
+        """
+        abar = self.abar[self.timesteps.cpu()]
+        logsnr = np.log(abar) - np.log1p(-abar)
+        # A timestep stands for the stretch of log-SNR around it, so grids with gaps and dense ones draw alike.
+        density = np.exp(-0.5 * ((logsnr - mean) / max(sd, 1e-9)) ** 2) * -np.gradient(logsnr)
+        if not density.sum() > 0:
+            raise ValueError(f"no timestep has a log-SNR near {mean:g}, give or take {sd:g}")
+        chance = 0.9 * density / density.sum() + 0.1 / len(abar)
+        self.cumulative.copy_(torch.tensor(chance.cumsum()))
+
     def sample_timesteps(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
-        """Random timesteps of the grid, int64 [B], in antithetic pairs (Fast-DDPM): entry i comes with entry S-1-i."""
+        """Random timesteps of the grid, int64 [B], in antithetic pairs (Fast-DDPM): place u comes with place 1 - u."""
         # Pairs of a clean and a noisy timestep make the mean loss of a batch vary less.
-        n, device = len(self.timesteps), self.timesteps.device
+        device = self.timesteps.device
         draw_on = generator.device if generator is not None else device
-        i = torch.randint(0, n, ((batch + 1) // 2,), generator=generator, device=draw_on).to(device)
-        return self.timesteps[torch.cat([i, n - 1 - i])[:batch]]
+        u = torch.rand((batch + 1) // 2, generator=generator, device=draw_on).to(device)
+        i = torch.searchsorted(self.cumulative, torch.cat([u, 1 - u])[:batch], right=True)
+        return self.timesteps[i.clamp(max=len(self.timesteps) - 1)]
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t = sqrt(abar) x0 + sqrt(1 - abar) noise (Ho et al. 2020, eq. 4), float32."""
@@ -386,8 +411,9 @@ def sample_steps(
 
     After every step it yields (t, x_t, x0): the timestep that was reached, -1 at the end, the latents there, and the
     estimate of the clean latents that led there. `denoise(x_t, t)` returns the estimates (eps, x0). `timesteps` and
-    `solver` default to the scheduler's own. Solver "ddim" is `scheduler.step`; "dpm++2m" is DPM-Solver++(2M) (Lu et al.
-    2022, arXiv 2211.01095, algorithm 2) and deterministic.
+    `solver` default to the scheduler's own. Solver "ddim" is `scheduler.step`; with eta 0 that is also Euler's step of
+    rectified flow. "dpm++2m" is DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2). "heun" is Heun's
+    method for rectified flow, at two network calls a step but the last. Both are deterministic.
     """
     solver = solver or scheduler.default_solver
     ts = [int(t) for t in (scheduler.fast_timesteps if timesteps is None else timesteps)][::-1]  # descending
@@ -399,15 +425,27 @@ def sample_steps(
         eps, x0 = denoise(x, t)
         if solver == "ddim":
             x = scheduler.step(eps, t, t_prev, x, eta, generator)
+        elif solver == "heun":
+            # Rectified flow (Liu et al. 2023) runs from x0 at s = 0 to eps at s = 1 on a straight line with the slope
+            # eps - x0. Divided by alpha + sigma, x_t is the point of that line at s = sigma / (alpha + sigma).
+            (size, s), (size_prev, s_prev) = (
+                (math.sqrt(a) + math.sqrt(1 - a), math.sqrt(1 - a) / (math.sqrt(a) + math.sqrt(1 - a)))
+                for a in (abar[t], abar[t_prev] if t_prev >= 0 else 1.0)
+            )
+            slope, start = eps - x0, x / size
+            x = size_prev * (start + (s_prev - s) * slope)
+            if t_prev >= 0:
+                eps, x0 = denoise(x, t_prev)
+                x = size_prev * (start + (s_prev - s) * (slope + eps - x0) / 2)
         elif solver != "dpm++2m":
-            raise ValueError(f"there is no solver '{solver}': take dpm++2m or ddim")
+            raise ValueError(f"there is no solver '{solver}': take dpm++2m, ddim or heun")
         elif t_prev < 0:
             x = x0  # the last step has no finite log-SNR to extrapolate to
         else:
             # h is the step in lambda = log(alpha / sigma)
             h = 0.5 * (math.log(abar[t_prev] / (1 - abar[t_prev])) - math.log(abar[t] / (1 - abar[t])))
-            slope = 0.0 if x0_last is None else h / (2 * h_last)
-            d = x0 if x0_last is None else (1 + slope) * x0 - slope * x0_last
+            ratio = 0.0 if x0_last is None else h / (2 * h_last)
+            d = x0 if x0_last is None else (1 + ratio) * x0 - ratio * x0_last
             x = math.sqrt((1 - abar[t_prev]) / (1 - abar[t])) * x - math.sqrt(abar[t_prev]) * math.expm1(-h) * d
             x0_last, h_last = x0, h
         yield t_prev, x, x0
@@ -461,6 +499,22 @@ def start_noise(seed: int, indices: Sequence[int], shape: Sequence[int]) -> tupl
     return randn((len(indices), *shape), generators), generators
 
 
+def output_map(prediction: str, alpha: Any, sigma: Any) -> tuple[Any, Any, Any, Any]:
+    """(a, b, c, d) with x0 = a x_t + b out and eps = c x_t + d out; alpha and sigma are numbers or tensors.
+
+    What the network's output stands for: "v" = alpha eps - sigma x0 (Salimans & Ho 2022, eq. 11), "eps", or "flow" =
+    eps - x0, the velocity of rectified flow (Liu et al. 2023, eq. 1). ValueError on another name.
+    """
+    if prediction == "v":
+        return alpha, -sigma, sigma, alpha
+    if prediction == "eps":
+        return 1 / alpha, -sigma / alpha, 0.0, 1.0
+    if prediction == "flow":
+        size = alpha + sigma
+        return 1 / size, -sigma / size, 1 / size, alpha / size
+    raise ValueError(f"prediction is v, eps or flow, not '{prediction}'")
+
+
 class StableDiffusion(nn.Module):
     """U-Net and noise schedule: the training loss and the denoiser. Only the network runs in `amp_dtype`, the rest is
     float32.
@@ -473,8 +527,7 @@ class StableDiffusion(nn.Module):
         attributes: Sequence[Attribute] = (),
     ):  # fmt: skip
         super().__init__()
-        if prediction not in ("v", "eps"):
-            raise ValueError(f"prediction is v or eps, not '{prediction}'")
+        output_map(prediction, 1.0, 0.0)  # ValueError on a name that is not known
         self.unet, self.scheduler, self.prediction, self.loss_weight = unet, scheduler, prediction, loss_weight
         self.attributes = list(attributes)
         self.amp_dtype: torch.dtype | None = None
@@ -498,17 +551,18 @@ class StableDiffusion(nn.Module):
         alpha, sigma = self.scheduler.alpha_sigma(t)
         x_t = self.scheduler.add_noise(z, noise, t)
         out = self.network(x_t, t, y)
-        target = alpha * noise - sigma * z if self.prediction == "v" else noise  # v: Salimans & Ho 2022, eq. 11
-        x0 = alpha * x_t - sigma * out if self.prediction == "v" else (x_t - sigma * out) / alpha
-        return (out - target).square().mean(dim=(1, 2, 3)), x0.detach()
+        targets = {"v": lambda: alpha * noise - sigma * z, "eps": lambda: noise, "flow": lambda: noise - z}
+        a, b, _, _ = output_map(self.prediction, alpha, sigma)
+        return (out - targets[self.prediction]()).square().mean(dim=(1, 2, 3)), (a * x_t + b * out).detach()
 
     def weight(self, t: Tensor) -> Tensor:
         """Weight of the loss at t, float32 [B]: 1, or Min-SNR with gamma 5 (Hang et al. 2023, section 3.4)."""
         if self.loss_weight == "uniform":
             return torch.ones(t.shape, device=t.device)
-        abar = self.scheduler.alphas_cumprod[t]
-        snr = abar / (1 - abar)
-        return snr.clamp(max=5) / (snr + 1 if self.prediction == "v" else snr)
+        # min(SNR, 5) times the squared error of x0, as a weight of the squared error of the output.
+        alpha, sigma = self.scheduler.alpha_sigma(t, ndim=1)
+        _, b, _, _ = output_map(self.prediction, alpha, sigma)
+        return (alpha / sigma).square().clamp(max=5) * b**2
 
     def denoiser(self, y: Tensor | None = None, guidance: float = 1.0, away_from: Tensor | None = None) -> Denoiser:
         """Return denoise(x_t, t) -> (eps, x0), float32, for `sample`; y float32 [B, A], None where nothing is known.
@@ -530,9 +584,8 @@ class StableDiffusion(nn.Module):
             else:
                 out = self.network(x, ts, unknown if y is None else y)
             alpha, sigma = math.sqrt(self.scheduler.abar[t]), math.sqrt(1 - self.scheduler.abar[t])
-            if self.prediction == "v":
-                return alpha * out + sigma * x, alpha * x - sigma * out
-            return out, (x - sigma * out) / alpha
+            a, b, c, d = output_map(self.prediction, alpha, sigma)
+            return c * x + d * out, a * x + b * out
 
         return denoise
 

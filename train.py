@@ -292,8 +292,10 @@ def build_model(cfg: TrainConfig, vae: VAE, attributes: Sequence[Attribute]) -> 
             cfg.norm_group, cfg.patch,
         )  # fmt: skip
         scheduler = NoiseScheduler_Fast_DDPM(num_steps=cfg.num_steps, grid=cfg.grid)
+        if cfg.log_snr:
+            scheduler.concentrate(*cfg.log_snr)
     except ValueError as e:
-        raise UserError(f"{e}: change --channels, --grid or --num-steps") from None
+        raise UserError(f"{e}: change --channels, --grid, --num-steps or --log-snr") from None
     return StableDiffusion(unet, scheduler, cfg.prediction, cfg.loss_weight, attributes)
 
 

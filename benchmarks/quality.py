@@ -1,7 +1,7 @@
 """Which choices pay: VAE, U-Net, grids and samplers, each trained and scored on the same people (docs/results.md).
 
-python benchmarks/quality.py vae|unet|samplers|students --data DIR. Rows go to docs/results/quality-WHAT.json as they
-are measured; the same command again goes on, and two of them at once share the work (--part 0 --parts 2). `tables`
+python benchmarks/quality.py vae|unet|samplers|draws|students --data DIR. Rows go to docs/results/quality-WHAT.json as
+they are measured; the same command again goes on, and two of them at once share the work (--part 0 --parts 2). `tables`
 prints the rows that are there as Markdown.
 """
 
@@ -45,7 +45,7 @@ from weights import save_weights, write_atomic  # noqa: E402
 class QualityConfig:
     """Train and score the variants of one question."""
 
-    what: Annotated[Literal["vae", "unet", "samplers", "students", "tables"], tyro.conf.Positional]
+    what: Annotated[Literal["vae", "unet", "samplers", "draws", "students", "tables"], tyro.conf.Positional]
     """Which question."""
     data: str = os.environ.get("ADNI_ROOT", "data")
     """Folder of slices; people of val/ are the judges."""
@@ -54,7 +54,7 @@ class QualityConfig:
     checkpoints: str = "checkpoints/study"
     """Folder for the variants' runs."""
     vae_run: str = "checkpoints/pretrained"
-    """Run whose VAE the U-Nets of `unet` and `samplers` are trained on."""
+    """Run whose VAE the U-Nets of `unet`, `samplers`, `draws` and `students` are trained on."""
     epochs: int = 0
     """Epochs of each training; 0: what docs/results.md was measured with."""
     num_images: int = 320
@@ -90,7 +90,7 @@ class Judge:
         self.scale = {k: (f.mean(0), f.var(0).mean().sqrt()) for k, f in raw.items()}
         self.real = {k: self.embed(k, self.train.pixels) for k in self.networks}
         self.power = self.spectrum(self.train.pixels)
-        self.detector = metrics.CopyDetector(train.pixels, held_out.pixels)
+        self.detector = metrics.CopyDetector(train.pixels, train.people)
         cfg = EvaluateConfig(resamples=10)
         self.evidence = Evidence(self.train, self.held_out, self.held_out, [], cfg, device, Path())
 
@@ -368,6 +368,35 @@ def study_samplers(q: Quality) -> None:
                 q.generated(name, run, timesteps, solver, float(eta), half, trained_on="full")
 
 
+# How timesteps are drawn for training: the ten of sampling or all, alike or where log-SNR is about 0; rectified flow.
+DRAWS = {
+    "full": ["--grid", "full"],
+    "full, log-SNR": ["--grid", "full", "--log-snr", 0, 3, "--loss-weight", "uniform"],
+    "ten": [],
+    "ten, uniform weights": ["--loss-weight", "uniform"],
+    "ten, log-SNR": ["--log-snr", 0, 3, "--loss-weight", "uniform"],
+    "flow": ["--grid", "full", "--prediction", "flow", "--log-snr", 0, 2, "--loss-weight", "uniform"],
+}
+
+
+def study_draws(q: Quality) -> None:
+    """Every draw of timesteps, at equal cost, and images of ten network calls; for the first seed also of a hundred."""
+    for seed in range(3):
+        for draw_name in q.mine(list(DRAWS)):
+            run = f"draw-{draw_name.replace(', ', '-').replace(' ', '-')}-seed{seed}"
+            flags = [*SMALL_UNET, *DRAWS[draw_name], "--seed", seed]
+            q.unet(run, Path(q.cfg.vae_run) / "vae" / "best.safetensors", q.cfg.epochs or 8, *flags)
+            abar = load_run(Path(q.cfg.checkpoints) / run, "final", q.device)[0].scheduler.abar
+            plans = [("logsnr", 10, "dpm++2m")]
+            if draw_name == "flow":
+                plans += [("flow", 10, "ddim"), ("flow", 5, "heun")]
+            if seed == 0 and "ten" not in draw_name:
+                plans += [("logsnr", 100, "dpm++2m")]
+            for grid, steps, solver in plans:
+                name = f"{draw_name}, seed {seed}/{grid}-{steps}-{solver}"
+                q.generated(name, run, make_grid(grid, steps, abar).tolist(), solver)
+
+
 def study_students(q: Quality) -> None:
     """Students of 4, 2 and 1 steps of the full grid's first run, beside their teacher in as many steps and in ten."""
     teacher = "full-v-seed0"
@@ -425,7 +454,8 @@ def main(cfg: QualityConfig) -> None:
         return study_vae(Quality(cfg, 64))
     vae, _ = load_vae(Path(cfg.vae_run) / "vae" / "best.safetensors", torch.device("cpu"))
     q = Quality(cfg, vae.config["image_size"])
-    {"unet": study_unet, "samplers": study_samplers, "students": study_students}[cfg.what](q)
+    studies = {"unet": study_unet, "samplers": study_samplers, "draws": study_draws, "students": study_students}
+    studies[cfg.what](q)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ class Answer(nn.Module):
         return self.says
 
 
-@pytest.mark.parametrize("prediction", ["v", "eps"])
+@pytest.mark.parametrize("prediction", ["v", "eps", "flow"])
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_the_target_makes_one_ddim_step_land_where_the_teacher_did(n: int, prediction: str):
     model = tiny_diffusion((), prediction)
@@ -50,14 +50,15 @@ def test_the_target_makes_one_ddim_step_land_where_the_teacher_did(n: int, predi
         m = np.array([[np.sqrt(a_t), np.sqrt(1 - a_t)], [np.sqrt(a_s), np.sqrt(1 - a_s)]])
         x0, eps = np.linalg.solve(m, np.stack([x_t.ravel(), x_s.ravel()])).reshape(2, *x_t.shape)
         v = np.sqrt(a_t) * eps - np.sqrt(1 - a_t) * x0
-        model.unet.says = torch.from_numpy(v if prediction == "v" else eps).float()
+        right = {"v": v, "eps": eps, "flow": eps - x0}[prediction]
+        model.unet.says = torch.from_numpy(right).float()
         places = torch.full((3,), place)
-        scale = np.square(v if prediction == "v" else eps).mean()
+        scale = np.square(right).mean()
         assert Student(model)(states, None, places).max() < 1e-5 * max(1.0, scale)
         model.unet.says = model.unet.says + 0.5
         close(Student(model)(states, None, places), np.full(3, 0.25), 1e-2)
         # and the sampler, given this answer, takes that step
-        model.unet.says = torch.from_numpy(v if prediction == "v" else eps).float()
+        model.unet.says = torch.from_numpy(right).float()
         eps_hat, x0_hat = model.denoiser()(states[:, n - 1 - place], int(t))
         close(model.scheduler.step(eps_hat, int(t), int(s), states[:, n - 1 - place]), x_s, 1e-3)
 

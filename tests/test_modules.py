@@ -7,7 +7,12 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+)
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -42,6 +47,7 @@ GRIDS = {
     "logsnr": [0, 5, 22, 73, 202, 410, 603, 757, 886, 999],
     "nonuniform": [0, 199, 399, 599, 699, 799, 849, 899, 949, 999],
     "uniform": [0, 111, 222, 333, 444, 555, 666, 777, 888, 999],
+    "flow": [30, 72, 124, 185, 256, 335, 422, 521, 649, 999],
 }
 BETA = 1e-4 + (0.02 - 1e-4) * np.arange(1000) / 999
 ABAR = np.exp(np.cumsum(np.log1p(-BETA)))  # float64, in logarithms: another route than the code's product
@@ -134,7 +140,7 @@ def test_defaults_are_ten_logsnr_steps():
 @example(grid="nonuniform", n=2)
 def test_grids_of_any_count(grid, n):
     ts = make_grid(grid, n, ABAR)
-    assert len(ts) == n and ts[0] == 0 and ts[-1] == 999
+    assert len(ts) == n and (ts[0] == 0 or grid == "flow") and ts[-1] == 999
     assert (np.diff(ts) > 0).all()  # strictly ascending, so no timestep is visited twice
 
 
@@ -258,6 +264,24 @@ def test_sample_timesteps_are_uniform_and_seeded():
     assert not torch.equal(t, scheduler.sample_timesteps(20_000, torch.Generator().manual_seed(1)))
 
 
+@pytest.mark.parametrize("grid", ["logsnr", "full"])
+def test_timesteps_are_drawn_where_log_snr_is_asked_for(grid):
+    scheduler = NoiseScheduler_Fast_DDPM(grid=grid)
+    scheduler.concentrate(1.0, 3.0)
+    t = scheduler.sample_timesteps(200_000, torch.Generator().manual_seed(0)).numpy()
+    ts, logsnr = scheduler.timesteps.numpy(), np.log(ABAR / (1 - ABAR))
+    # In the middle between two places of ten one stretch ends and the next begins; of the full grid, any stretches.
+    edges = (logsnr[ts][1:-1] + logsnr[ts][:-2]) / 2 if grid == "logsnr" else np.arange(7.5, -8, -2.0)
+    found, uniform_part = (np.histogram(logsnr[x], edges[::-1])[0] / len(x) for x in (t, ts))
+    normal_part = np.diff([0.5 * math.erfc((1.0 - e) / 3 / math.sqrt(2)) for e in edges[::-1]])
+    assert np.abs(found - 0.9 * normal_part - 0.1 * uniform_part).max() < 0.015
+    assert {0, 999} <= set(t)  # where sampling begins and ends, however rarely
+    with pytest.raises(ValueError, match="-900"):
+        scheduler.concentrate(-900.0, 0.5)
+    with pytest.raises(ValueError, match="no timestep"):
+        scheduler.concentrate(0.0, 0.0)
+
+
 def test_randn_row_comes_from_its_own_generator():
     gens = [torch.Generator().manual_seed(k) for k in range(3)]
     x = randn((3, 2, 4), gens)
@@ -302,6 +326,52 @@ def test_dpm_sampler_against_diffusers(grid):
     for t in dpm.timesteps:
         x = dpm.step(toy(x, int(t))[0], t, x).prev_sample
     close(got, x)
+
+
+def flow_time(t):
+    """s of rectified flow, and the size of x_t beside the point of the straight line there."""
+    a, b = (np.sqrt(abar64(t)), np.sqrt(1 - abar64(t)))
+    return b / (a + b), a + b
+
+
+@pytest.mark.parametrize("solver", ["ddim", "heun"])
+def test_rectified_flow_against_diffusers(solver):
+    """Euler's method is our DDIM, and Heun's our heun, on the line from the image to the noise."""
+    ts, x = GRIDS["flow"][::-1], normal(2, 1, 4, 4)
+    scheduler = NoiseScheduler_Fast_DDPM(grid="flow")
+    got = [x for _, x, _ in sample_steps(toy, x, scheduler, solver=solver)][-1]
+    times = [flow_time(t)[0] for t in ts]
+    theirs = FlowMatchHeunDiscreteScheduler() if solver == "heun" else FlowMatchEulerDiscreteScheduler()
+    twice = [times[0], *np.repeat(times[1:], 2)] if solver == "heun" else times
+    theirs.set_timesteps(10)
+    theirs.sigmas = torch.tensor([*twice, 0.0])
+    theirs.timesteps, theirs._step_index = theirs.sigmas[:-1] * 1000, 0
+    line = x / flow_time(ts[0])[1]
+    for s, t in zip(theirs.timesteps, [ts[0], *np.repeat(ts[1:], 2)] if solver == "heun" else ts):
+        eps, x0 = toy(line.double() * flow_time(t)[1], t)
+        line = theirs.step(eps - x0, s, line).prev_sample
+    close(got, line, 1e-4)
+
+
+def test_heun_is_of_second_order_and_straight_lines_need_one_step():
+    # Latents of deviation 0.3: the right denoiser, and what the exact solution makes of x_T = 1.
+    def denoise(x, t):
+        a, b = math.sqrt(ABAR[t]), math.sqrt(1 - ABAR[t])
+        x0 = a * 0.09 * x / (a**2 * 0.09 + b**2)
+        return (x - a * x0) / b, x0
+
+    def error(solver, n):
+        x = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+        end = sample(denoise, x, NoiseScheduler_Fast_DDPM(), make_grid("flow", n, ABAR), solver=solver)
+        return abs(end.item() - 0.3 / math.sqrt(ABAR[999] * 0.09 + 1 - ABAR[999]))
+
+    assert error("heun", 40) < error("heun", 20) / 3 and error("heun", 20) < error("ddim", 40) / 3
+    # noise and image that don't change along the way
+    scheduler = NoiseScheduler_Fast_DDPM()
+    x0, eps = normal(2, 1, 4, 4, seed=1).double(), normal(2, 1, 4, 4, seed=2).double()
+    x_t = math.sqrt(ABAR[999]) * x0 + math.sqrt(1 - ABAR[999]) * eps
+    for grid in ([999], [300, 999]):
+        close(sample(lambda x, t: (eps, x0), x_t, scheduler, grid, solver="heun"), x0)
 
 
 def spread64(grid, solver, s):
@@ -384,8 +454,8 @@ def test_one_network_call_per_step():
 
 
 def test_unknown_solver_is_refused():
-    with pytest.raises(ValueError, match="heun"):
-        sample(toy, normal(1, 1, 2, 2), NoiseScheduler_Fast_DDPM(), solver="heun")
+    with pytest.raises(ValueError, match="euler"):
+        sample(toy, normal(1, 1, 2, 2), NoiseScheduler_Fast_DDPM(), solver="euler")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -405,56 +475,48 @@ class Oracle(nn.Module):
         return self.answer
 
 
-@pytest.mark.parametrize("prediction", ["v", "eps"])
+@pytest.mark.parametrize("prediction", ["v", "eps", "flow"])
 def test_the_right_answer_has_no_loss_and_gives_back_the_image(prediction):
     t = torch.tensor(GRIDS["logsnr"])
     z, noise = normal(10, 2, 8, 8, seed=1), normal(10, 2, 8, 8, seed=2)
     a = torch.tensor(ABAR)[t][:, None, None, None]
     v = a.sqrt() * noise.double() - (1 - a).sqrt() * z.double()  # the derivative of x_t in the angle
+    right = {"v": v, "eps": noise, "flow": noise - z}[prediction].float()
     model = tiny_diffusion((), prediction)
-    model.unet = Oracle((v if prediction == "v" else noise).float())
+    model.unet = Oracle(right)
     loss, x0 = model(z, t, noise)
     assert loss.shape == (10,) and loss.max() < 1e-9
     close(x0, z, 2e-4)  # eps: rounding comes back 158 times larger at t = 999
 
     x_t = (a.sqrt() * z.double() + (1 - a).sqrt() * noise.double()).float()
     for k, step in enumerate(t.tolist()):
-        model.unet.answer = (v if prediction == "v" else noise)[k : k + 1].float()
+        model.unet.answer = right[k : k + 1]
         eps, x0 = model.denoiser()(x_t[k : k + 1], step)
         close(eps, noise[k : k + 1])
         close(x0, z[k : k + 1], 2e-4)
 
 
-@pytest.mark.parametrize("prediction", ["v", "eps"])
+@pytest.mark.parametrize("prediction", ["v", "eps", "flow"])
 def test_loss_is_the_mean_square_per_image(prediction):
     model, t = tiny_diffusion((), prediction), torch.tensor([0, 410, 999])
     z, noise = normal(3, 2, 8, 8, seed=1), normal(3, 2, 8, 8, seed=2)
     model.unet = Oracle(torch.zeros(3, 2, 8, 8))
     a = ABAR[t][:, None, None, None]
     v = np.sqrt(a) * noise.double().numpy() - np.sqrt(1 - a) * z.double().numpy()
-    target = v if prediction == "v" else noise.double().numpy()
+    target = {"v": v, "eps": noise.double().numpy(), "flow": (noise - z).double().numpy()}[prediction]
     close(model(z, t, noise)[0], (target**2).mean(axis=(1, 2, 3)))
 
 
-@pytest.mark.parametrize("prediction", ["v", "eps"])
+@pytest.mark.parametrize("prediction", ["v", "eps", "flow"])
 def test_min_snr_weights_against_numpy(prediction):
-    model, t = (
-        StableDiffusion(
-            tiny_unet(
-                (),
-            ),
-            NoiseScheduler_Fast_DDPM(),
-            prediction,
-            "min_snr",
-        ),
-        torch.arange(1000),
-    )
+    model, t = StableDiffusion(tiny_unet(()), NoiseScheduler_Fast_DDPM(), prediction, "min_snr"), torch.arange(1000)
     snr = ABAR / (1 - ABAR)
-    close(model.weight(t), np.minimum(snr, 5) / (snr + 1 if prediction == "v" else snr), 1e-4)
+    over = {"v": snr + 1, "eps": snr, "flow": (1 + np.sqrt(snr)) ** 2}[prediction]
+    close(model.weight(t), np.minimum(snr, 5) / over, 1e-4)
     assert (tiny_diffusion((), prediction).weight(t) == 1).all()
 
 
-@pytest.mark.parametrize("prediction", ["v", "eps"])
+@pytest.mark.parametrize("prediction", ["v", "eps", "flow"])
 def test_denoiser_splits_x_into_signal_and_noise(prediction):
     denoise, x = tiny_diffusion((), prediction).denoiser(), normal(2, 2, 8, 8)
     for t in GRIDS["logsnr"]:
@@ -467,7 +529,7 @@ def test_unknown_prediction_is_refused():
         StableDiffusion(tiny_unet(), NoiseScheduler_Fast_DDPM(), "x0")
 
 
-@pytest.mark.parametrize("prediction", ["v", "eps"])
+@pytest.mark.parametrize("prediction", ["v", "eps", "flow"])
 @pytest.mark.parametrize("w", [-1.0, 0.0, 0.5, 1.0, 3.0])
 def test_guidance_is_linear_between_no_class_and_class(prediction, w):
     model, x = tiny_diffusion((2, 0), prediction), normal(3, 2, 8, 8)
