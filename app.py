@@ -7,7 +7,7 @@ Everything stays on this machine.
 
 from __future__ import annotations
 
-from config import AppConfig, PredictConfig, parse
+from config import AppConfig, PredictConfig, Solver, parse
 
 if __name__ == "__main__":
     cfg = parse(AppConfig)  # before torch is imported, so that --help answers at once
@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
@@ -209,8 +209,8 @@ class Studio:
     def asked(self, name: str, steps: Any, solver: str, guidance: Any) -> tuple[Run, dict, float]:
         run = self.run(name)
         steps = self.number(steps, "Steps", 2, self.cfg.max_steps) if run.free else run.default_steps
-        if solver not in ("dpm++2m", "ddim"):
-            raise UserError("Sampler must be dpm++2m or ddim")
+        if solver not in get_args(Solver):
+            raise UserError(f"Sampler must be one of {', '.join(get_args(Solver))}")
         guidance = self.number(guidance, "Guidance", 0, 10, float) if run.model.conditional else 1.0
         return run, run.how(steps, solver), guidance
 
@@ -275,7 +275,7 @@ class Studio:
                 rows[k].append(f"{near:.4f}")
                 slice_ = run.training[closest[k]].numpy()
                 gallery.append((slice_, f"nearest training slice: {near:.2f}{' (a copy?)' * (near < 1)}"))
-        words += " Distances: people held out hardly ever come below 1." if detector else f" {run.why_none}"
+        words += " Distances: two people hardly ever come below 1." if detector else f" {run.why_none}"
         file = gr.DownloadButton(value=self.archive(run, images, rows, how, guidance), interactive=True)
         yield run.strip(seen, seed), gallery, words, file
 
@@ -289,7 +289,7 @@ class Studio:
         note = (
             f"Synthetic slices of the run {run.name} (weights {run.checkpoint}), {len(how['timesteps'])} steps of "
             f"{how['solver']}, guidance {guidance:g}. Not for diagnosis.\n"
-            "distance: to the nearest training slice. Slices of people held out hardly ever come closer than 1; less "
+            "distance: to the nearest training slice. Slices of two people hardly ever come closer than 1; less "
             "is a copy. Without that column nothing was compared: do not publish the images as they are.\n"
         )
         path = self.folder / f"slices-{time.time_ns()}.zip"
@@ -488,7 +488,7 @@ def settings_part(cfg: AppConfig, studio: Studio, first: Run) -> dict[str, Any]:
         steps = gr.Slider(
             *run_steps(cfg, first), step=1, label="Steps", interactive=first.free, info="Ten suffice"
         )  # fmt: skip
-        solver = gr.Radio(["dpm++2m", "ddim"], value="dpm++2m", label="Sampler", interactive=first.free)
+        solver = gr.Radio(list(get_args(Solver)), value="dpm++2m", label="Sampler", interactive=first.free)
         guidance = gr.Slider(
             0, 5, 1, step=0.25, label="Guidance", visible=first.model.conditional,
             info="1: none; more follows class and values more",

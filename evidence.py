@@ -537,8 +537,8 @@ def sum_of_probabilities(classifiers: Sequence[Callable[[Tensor], Tensor]], imag
 def memorisation(e: Evidence) -> None:
     """Section memorisation: how many generated images are copies of a training slice (metrics.CopyDetector).
 
-    copy_rate, with the rate of held-out people as its floor. copy_rate_of_reconstructed: the rate of held-out slices
-    that went through the run's VAE, measured if the images have its size. <space>_distance: mean distance to the
+    copy_rate; its floor are the false alarms among people held out. copy_rate_of_reconstructed: the rate of held-out
+    slices that went through the run's VAE, measured if the images have its size. <space>_distance: mean distance to the
     nearest training slice, in units of the threshold. Writes memorisation.png, and, with cfg.training_pictures,
     closest_pairs.png, which shows training slices.
     """
@@ -546,11 +546,13 @@ def memorisation(e: Evidence) -> None:
     total = len(e.train) + len(e.held_out) + len(e.generated)
     with progress_bar(total, what="looking for copies") as bar:
         encode = None if e.vae is None else e.vae.embed
-        detector = metrics.CopyDetector(e.train.pixels, e.held_out.pixels, encode, on_batch=bar.update)
+        detector = metrics.CopyDetector(e.train.pixels, e.train.people, encode, on_batch=bar.update)
+        others, _ = detector.distances(e.held_out.pixels)
         found, index = detector.distances(e.generated.pixels)
-    others, cfg, n = detector.held_out, e.cfg, len(e.generated)
-    floor = copy_rate_of_held_out(e, detector)
-    e.record("memorisation", "copy_rate", *copy_rate(e, detector, found, floor), n)
+    cfg, n = e.cfg, len(e.generated)
+    rate, low, high = copy_rate(e, detector, found)
+    floor = metrics.is_copy(others).double().mean().item()
+    e.record("memorisation", "copy_rate", rate, floor, low, high, n)
 
     # A blurred image is closer to everything. How much of the copy rate can the VAE's blur explain?
     if e.vae is not None and e.vae.config["image_size"] == e.train.pixels.shape[-1]:
@@ -572,18 +574,11 @@ def memorisation(e: Evidence) -> None:
         draw_pairs(e.out / "closest_pairs.png", e, torch.stack(list(found.values())).amin(0), index)
 
 
-def share_of_copies(distances: dict[str, Tensor], thresholds: dict[str, float]) -> float:
-    """Share of images that are closer than the threshold in any space. distances: {space: [N]}."""
-    return metrics.is_copy({space: d / thresholds[space] for space, d in distances.items()}).double().mean().item()
+def copy_rate(e: Evidence, detector: metrics.CopyDetector, found: dict[str, Tensor]) -> tuple[float, float, float]:
+    """(copy rate, lower end, upper end of its 95 % interval) of the generated images' distances `found`.
 
-
-def copy_rate(
-    e: Evidence, detector: metrics.CopyDetector, found: dict[str, Tensor], floor: float
-) -> tuple[float, float, float, float]:
-    """(copy rate, floor, lower end, upper end of its 95 % interval) of the generated images' distances `found`.
-
-    The interval covers two sources of doubt: the threshold depends on who was held out (bootstrap over people), and the
-    rate on how many images were drawn (binomial interval).
+    The interval covers two sources of doubt: the threshold depends on who was trained on (bootstrap over people), and
+    the rate on how many images were drawn (binomial interval).
     """
     from scipy.stats import binomtest
 
@@ -591,33 +586,18 @@ def copy_rate(
         """The detector's quantile of the distances d [N], each counted `weight` times."""
         order = d.argsort()
         share = weight[order].cumsum(0) / weight.sum()
-        return d[order][min(int(torch.searchsorted(share, detector.quantile)), len(d) - 1)].item()
+        return d[order][min(int(torch.searchsorted(share, detector.share)), len(d) - 1)].item()
 
-    n, w = len(e.generated), e.held_out.weights(e.cfg)
+    n, w = len(e.generated), resample_people(detector.people, e.cfg.resamples, e.cfg.seed)
     rate = metrics.is_copy(found).double().mean().item()
-    # the rate by the threshold of each resample of the held-out people
-    rates = [
-        share_of_copies(found, {space: quantile(d, w[:, r]) for space, d in detector.held_out.items()})
-        for r in range(1, w.shape[1])
-    ]
+    # the rate by the threshold of each resample of the training people
+    rates = []
+    for r in range(1, w.shape[1]):
+        relative = {space: found[space] / quantile(d, w[:, r]) for space, d in detector.between.items()}
+        rates.append(metrics.is_copy(relative).double().mean().item())
     # the binomial intervals of the lowest and the highest of these rates
     low, high = (binomtest(round(q * n), n).proportion_ci() for q in np.quantile(rates, [0.025, 0.975]))
-    return rate, floor, min(low.low, rate), max(high.high, rate)
-
-
-def copy_rate_of_held_out(e: Evidence, detector: metrics.CopyDetector) -> float:
-    """Copy rate of the held-out slices: the floor. Each person is tested against the threshold of the others.
-
-    The detector's own threshold is no use for that: in each space, 1 % of the slices that it comes from are below it.
-    """
-    names, rate = sorted(set(e.held_out.people)), 0.0
-    # ten folds of people, or as many as there are people
-    for fold in np.array_split(np.random.default_rng(e.cfg.seed).permutation(names), min(10, len(names))):
-        inside = torch.from_numpy(np.isin(e.held_out.people, fold))
-        thresholds = {space: d[~inside].quantile(detector.quantile).item() for space, d in detector.held_out.items()}
-        in_fold = {space: d[inside] for space, d in detector.held_out.items()}
-        rate += share_of_copies(in_fold, thresholds) * inside.double().mean().item()
-    return rate
+    return rate, min(low.low, rate), max(high.high, rate)
 
 
 @torch.no_grad()

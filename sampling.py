@@ -238,15 +238,13 @@ def unlikeness(z: Tensor, meta: dict[str, Any]) -> Tensor | None:
 def copy_detector(data: str, cache: str, vae: VAE, meta: dict[str, Any]) -> tuple[CopyDetector, Tensor]:
     """The detector of copies of a run's training slices, and those slices, uint8 [N, S, S].
 
-    It has learnt how close the slices of people held out come to the training slices. UserError if there are too few
-    people for that, or if `data` is not what the run was trained on.
+    It has learnt how close the slices of two training people come to each other. UserError if there are too few people
+    for that, or if `data` is not what the run was trained on.
     """
-    splits = load_splits_as_trained(data, cache, meta, vae.config["image_size"])
-    held_out = splits.get("test", splits["val"])
-    bar = progress_bar(len(splits["train"]) + len(held_out), what="measuring distances between people")
+    train = load_splits_as_trained(data, cache, meta, vae.config["image_size"])["train"]
+    bar = progress_bar(len(train), what="measuring distances between people")
     try:
         with bar:
-            train = splits["train"].images
-            return CopyDetector(train, held_out.images, vae.embed, on_batch=bar.update), train
+            return CopyDetector(train.images, train.people, vae.embed, on_batch=bar.update), train.images
     except TooFew as e:
         raise UserError(f"copies (--reject-copies) cannot be told from other images on {data}: {e}") from None

@@ -58,7 +58,7 @@ def main(n: int = 20_000, side: int = 128, resamples: int = 200, tsne: bool = Fa
         return torch.nn.functional.avg_pool2d(images, 4).flatten(1) @ project
 
     detectors: list[metrics.CopyDetector] = []
-    took("copies: learn training slices", lambda: detectors.append(metrics.CopyDetector(train, made[:2000], encode)))
+    took("copies: learn training slices", lambda: detectors.append(metrics.CopyDetector(train, people, encode)))
     took("copies: look at generated ones", lambda: detectors[0].distances(made))
     if tsne:
         points = torch.randn(n, 50, generator=g).numpy()

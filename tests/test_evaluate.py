@@ -196,7 +196,7 @@ def test_memorisation_flags_training_slices_and_not_people(look, sets):
     assert copy_rate["copies"]["value"] >= 0.99 and copy_rate["copies"]["ci_low"] > 0.95
     for name in ("noise", "bright", "shift", "mirror"):
         assert copy_rate[name]["value"] >= 0.95, name
-    assert copy_rate["held out"]["value"] <= 0.02 and copy_rate["others"]["value"] <= 0.04
+    assert copy_rate["held out"]["value"] <= 0.04 and copy_rate["others"]["value"] <= 0.04
     assert copy_rate["others"]["ci_low"] < 0.01 < copy_rate["others"]["ci_high"] < 0.2
 
 

@@ -20,10 +20,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import phantom
-from dataset import carved_people, load_splits_as_trained, read_images
+from config import DataConfig
+from dataset import SPLIT_RULES, carved_people, load_splits, load_splits_as_trained, read_images
 from pictures import image_grid
-from utils import read_jsonl
-from vae import load_vae
+from sampling import copy_detector
+from utils import UserError, read_jsonl
+from vae import VAE, load_vae
 from weights import file_hash, load_state, read_meta, save_state
 
 
@@ -337,13 +339,6 @@ def test_copies_are_drawn_again(six: Path, trained: Path, phantoms: Path, tmp_pa
     """Two of the training slices are replaced by what the model is about to draw: it then draws others."""
     data = Path(shutil.copytree(phantoms, tmp_path / "data"))
     flags = ["--num-images", "6", "--reject-copies", "--data", data, "--cache", tmp_path / "cache"]
-    where = ["--checkpoints", trained, "--run", "tiny", "--out", tmp_path / "few"]
-    few = run_any("predict.py", *where, *flags)
-    assert few.returncode == 2 and "needs 100, not 16" in few.stderr and "--reject-copies" in few.stderr
-    for i in range(30):  # more people to measure the threshold on
-        name, drawn, _ = phantom.draw_person(9, i, 4, 64)
-        for j, image in enumerate(drawn):
-            cv2.imwrite(str(data / "val" / name / f"more{i}_{j}.png"), image)
     slices = sorted((data / "train").rglob("*.png"))
     for k in (1, 4):
         image = cv2.imread(str(six / NAMES[k]), 0)
@@ -365,6 +360,15 @@ def test_copies_are_drawn_again(six: Path, trained: Path, phantoms: Path, tmp_pa
     predict(trained, tmp_path / "single", *flags, "--batch-size", "1")
     again = list(csv.DictReader((tmp_path / "single" / "manifest.csv").open()))
     assert [r["index"] for r in again] == [r["index"] for r in rows]
+
+
+def test_reject_copies_needs_people(tmp_path: Path):
+    few = phantom.make_dataset(tmp_path / "few", people=10, slices=4, size=32, progress=False)
+    splits, _ = load_splits(DataConfig(data=str(few), cache=str(tmp_path / "cache")), 32)
+    vae = VAE(32, 4, 2, (8,), 1, attention=False)
+    with pytest.raises(UserError, match="--reject-copies.* needs 40 slices of 4 people, not 32 of 8"):
+        rules = {name: getattr(DataConfig(), name) for name in SPLIT_RULES}
+        copy_detector(str(few), str(tmp_path / "cache"), vae, {"data": splits["train"].summary(), "split": rules})
 
 
 def test_reject_copies_needs_the_data_of_the_run(trained: Path, tmp_path: Path):
