@@ -133,9 +133,13 @@ class PretrainConfig(DataConfig, StepsConfig):
     and costs some PSNR. 0: no discriminator."""
     adversarial_start: float = 0.5
     """Share of the training after which the discriminator begins. The encoder is frozen from then on."""
-    texture: bool = False
-    """Let the decoder draw texture that is too fine for the latent from noise, which the discriminator teaches it. It
-    is off in what is measured; images that are generated have it, image k always the same."""
+    texture: int = 0
+    """Channels of one more level of the decoder, at full resolution, that draws from noise what is too fine for the
+    latent. It alone learns from the discriminator then. It is off in what is measured here; images that are generated
+    have it, image k always the same. 0: none."""
+    base: str = ""
+    """Add a --texture level to the finished VAE of this run (CHECKPOINTS/BASE/vae) and teach it alone: latents,
+    reconstructions and the U-Nets of that run stay as they are, and so do its sizes and the people held out."""
     kl_weight: float = 3e-4
     """Weight of the KL divergence, which is summed over the latent and divided by the number of image pixels."""
     shift: float = 0.0
@@ -566,7 +570,8 @@ LIMITS: dict[str, tuple[float, float]] = {
     "lr": (1e-12, 10), "weight_decay": (0, 10), "grad_clip": (0, 1e9), "ema_decay": (0, 1), "kl_weight": (0, 1e6),
     "val_fraction": (0, 0.9), "dropout": (0, 0.9), "class_dropout": (0, 1), "warmup": (0, 1), "eta": (0, 1),
     "shift": (0, 0.5), "rotate": (0, 180), "brightness": (0, 1), "sample_every": (1, 10**9), "gif_every": (1, 10**9),
-    "adversarial": (0, 100), "adversarial_start": (0, 1), "augment": (0, 1000), "evaluate_every": (1, 10**9),
+    "adversarial": (0, 100), "adversarial_start": (0, 1), "texture": (0, 2**10), "augment": (0, 1000),
+    "evaluate_every": (1, 10**9),
     "norm_group": (1, 10**4), "patch": (1, 64), "micro_batch": (1, 10**6), "shards": (1, 10**6), "shard": (0, 10**6),
     "channels": (1, 2**14), "downsample": (1, 1024), "attention": (0, 4096), "in_channels": (1, 1024),
     "resolution": (1, 4096), "conditions": (0, 10**5), "num_train_timesteps": (2, 10**4), "beta_start": (1e-9, 0.5),

@@ -22,6 +22,7 @@ from modules import (
     ResidualBlock,
     Upsample,
     group_norm,
+    zero_init,
 )
 from utils import UserError, generator
 from weights import build_network, load_into, load_weights
@@ -39,31 +40,42 @@ class Encoder(nn.Sequential):
 
 
 class Decoder(nn.Sequential):
-    """Latents before normalisation, and white noise [B, 1, S, S] for its texture, or none -> images."""
+    """Latents before normalisation -> images [B, 1, S, S].
 
-    def forward(self, x: Tensor, texture: Tensor | None = None) -> Tensor:
-        for layer in self:
-            if not isinstance(layer, Texture):
-                x = layer(x)
-            elif texture is not None:
-                x = layer(x, texture)
-        return x
+    With white noise [B, 1, S, S] for the `texture`, if there is one: [B, 2, S, S], the images without it and with it.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], texture: Texture | None = None):
+        super().__init__(*layers)
+        self.depth = len(layers)
+        if texture is not None:
+            self.texture = texture
+
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        *body, last, fold_out = list(self)[: self.depth]
+        for layer in body:
+            x = layer(x)
+        image = fold_out(last(x))
+        return image if noise is None else torch.cat([image, image.detach() + self.texture(x.detach(), noise)], dim=1)
 
 
 class Texture(nn.Module):
-    """Mixes white noise into features by learnt weights, 0 at first: for fine texture, which no latent has room for.
+    """What an image has and its latent has no room for, drawn at full resolution: features of the decoder's finest
+    level [B, C, S/patch, S/patch] and white noise [B, 1, S, S] -> what is added to the image [B, 1, S, S].
 
-    After StyleGAN (Karras et al. 2019, section 3.2), but with one noise image [B, 1, S, S] for all resolutions:
-    features [B, C, S/fold, S/fold] see fold x fold of its pixels as so many channels.
+    The noise enters by a learnt weight for each channel (Karras et al. 2019, section 3.2). It learns from the
+    discriminator alone, and nothing before it learns from that.
     """
 
-    def __init__(self, fold: int, channels: int):
+    def __init__(self, width: int, channels: int, patch: int, blocks: int = 2):
         super().__init__()
-        self.fold, self.mix = fold, nn.Conv2d(fold**2, channels, 1, bias=False)
-        nn.init.zeros_(self.mix.weight)
+        self.up = nn.Sequential(nn.Conv2d(width, channels * patch**2, 3, padding=1), nn.PixelShuffle(patch))
+        self.mix = nn.Conv2d(1, channels, 1, bias=False)
+        self.blocks = nn.Sequential(*[ResidualBlock(channels, channels) for _ in range(blocks)])
+        self.out = nn.Sequential(group_norm(channels), nn.SiLU(), zero_init(nn.Conv2d(channels, 1, 3, padding=1)))
 
-    def forward(self, x: Tensor, texture: Tensor) -> Tensor:
-        return x + self.mix(F.pixel_unshuffle(texture, self.fold))
+    def forward(self, x: Tensor, noise: Tensor) -> Tensor:
+        return self.out(self.blocks(self.up(x) + self.mix(noise)))
 
 
 class VAE(nn.Module):
@@ -74,8 +86,8 @@ class VAE(nn.Module):
     latents by hand. The rotation turns the channels to their principal axes. Without it channels are correlated (0.8
     is usual), and the errors of the diffusion, which are equally large in all channels, would be larger than the small
     differences between such channels. Downsampling that the levels do not do is done by a space-to-depth stem, and
-    undone at the end of the decoder. With `texture`, the decoder also takes white noise, and draws from it what is too
-    fine for the latent; without that noise it gives the mean. ValueError on sizes that do not divide.
+    undone at the end of the decoder. `texture` are the channels of one more level, which draws from white noise what is
+    too fine for the latent; without that noise the decoder gives the mean. ValueError on sizes that do not divide.
     """
 
     latent_rotation: Tensor
@@ -90,7 +102,7 @@ class VAE(nn.Module):
         channels: Sequence[int] = (64, 128, 256),
         blocks: int = 2,
         attention: bool = True,
-        texture: bool = False,
+        texture: int = 0,
     ):
         super().__init__()
         self.config: dict[str, Any] = dict(
@@ -135,13 +147,11 @@ class VAE(nn.Module):
             for _ in range(blocks):
                 up.append(ResidualBlock(width, c))
                 width = c
-            if texture:
-                up.append(Texture(patch * 2**level, width))
             if level:
                 up.append(Upsample(width, channels[level - 1]))
                 width = channels[level - 1]
         up += [group_norm(width), nn.SiLU(), nn.Conv2d(width, patch**2, 3, padding=1), nn.PixelShuffle(patch)]
-        self.decoder = Decoder(*up)
+        self.decoder = Decoder(up, Texture(width, texture, patch) if texture else None)
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of q(z|x), before normalisation: each float32 [B, C, h, w]."""
@@ -151,13 +161,16 @@ class VAE(nn.Module):
         return mean, logvar.clamp(*LOGVAR_RANGE)
 
     def reconstruct(self, z: Tensor, texture: Tensor | None = None) -> Tensor:
-        """Latents before normalisation -> images, float32 [B, 1, S, S], not clamped to [-1, 1]."""
+        """Latents before normalisation -> images, float32 [B, 1, S, S], not clamped to [-1, 1].
+
+        With noise for the texture [B, 2, S, S]: without it and with it.
+        """
         z = z.contiguous(memory_format=torch.channels_last)
         with autocast(z, self.amp_dtype):
             return self.decoder(z, texture).float()
 
     def forward(self, x: Tensor, noise: Tensor, texture: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Images [B, 1, S, S] and standard normal noise [B, C, h, w] -> (reconstruction, mean, log-variance)."""
+        """Images [B, 1, S, S] and standard normal noise [B, C, h, w] -> (`reconstruct`, mean, log-variance)."""
         mean, logvar = self.posterior(x)
         return self.reconstruct(mean + (0.5 * logvar).exp() * noise, texture), mean, logvar
 
@@ -175,7 +188,7 @@ class VAE(nn.Module):
         """Normalised latents, and noise as `texture_noise` gives it or none -> images in [-1, 1]."""
         # The inverse of `encode`; the rotation is orthogonal, so its inverse is its transpose.
         z = z * self.latent_std[:, None, None] + self.latent_mean[:, None, None]
-        return self.reconstruct(rotate(self.latent_rotation.T, z), texture).clamp(-1, 1)
+        return self.reconstruct(rotate(self.latent_rotation.T, z), texture)[:, -1:].clamp(-1, 1)
 
     def texture_noise(self, seed: int, indices: Sequence[int]) -> Tensor | None:
         """What draws the texture of images number `indices` of `seed`: standard normal [B, 1, S, S], on this device.
@@ -266,7 +279,9 @@ def hinge_loss(of_real: Tensor, of_fake: Tensor) -> Tensor:
     return 0.5 * (F.relu(1 - of_real).mean() + F.relu(1 + of_fake).mean())
 
 
-def adversarial_gradient(discriminator: nn.Module, x_hat: Tensor, gradient: Tensor, weight: float | Tensor) -> Tensor:
+def adversarial_gradient(
+    discriminator: Callable[[Tensor], Tensor], x_hat: Tensor, gradient: Tensor, weight: float | Tensor
+) -> Tensor:
     """The gradient at x_hat [B, 1, S, S] that makes the discriminator score it as more real.
 
     For each image it is scaled to `weight`, a number or [B, 1, 1, 1], times the norm of `gradient`, the reconstruction

@@ -172,7 +172,7 @@ class Quality:
         self.cfg, self.device, self.side = cfg, pick_device(cfg.device), side
         splits, _ = load_splits(DataConfig(data=cfg.data, cache=cfg.cache), side)
         self.train, self.val = splits["train"], splits["val"]
-        self.judge = Judge(images_of(self.train), images_of(self.val), cfg.num_images, self.device)
+        self.judge = Judge(images_of(self.train, []), images_of(self.val, []), cfg.num_images, self.device)
         self.table = Table(Path(cfg.out) / f"quality-{cfg.what}.json")
         self.stamp = {
             "date": time.strftime("%Y-%m-%d"), "device": describe_hardware(self.device), "commit": git_commit(),
@@ -385,7 +385,7 @@ def study_draws(q: Quality) -> None:
         for draw_name in q.mine(list(DRAWS)):
             run = f"draw-{draw_name.replace(', ', '-').replace(' ', '-')}-seed{seed}"
             flags = [*SMALL_UNET, *DRAWS[draw_name], "--seed", seed]
-            q.unet(run, Path(q.cfg.vae_run) / "vae" / "best.safetensors", q.cfg.epochs or 8, *flags)
+            q.unet(run, Path(q.cfg.vae_run) / "vae" / "best.safetensors", q.cfg.epochs or 7, *flags)
             abar = load_run(Path(q.cfg.checkpoints) / run, "final", q.device)[0].scheduler.abar
             plans = [("logsnr", 10, "dpm++2m")]
             if draw_name == "flow":
