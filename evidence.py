@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from config import EvaluateConfig
 
 FEWEST = 128  # images that a Fréchet distance needs: twice the number of features, for a usable covariance
+JUDGE_STEPS = 300  # training steps of the two-sample test's CNN, of 32 images each
 # Possible values of each metric; intervals are cut to them. The kernel distance has no limits: its estimate is unbiased
 # and can be below 0.
 RANGES = {"precision": (0, 1), "recall": (0, 1), "coverage": (0, 1), "density": (0, math.inf), "frechet": (0, math.inf)}
@@ -289,8 +290,36 @@ def spectrum(e: Evidence) -> None:
     draw_spectrum(e.out / "spectrum.png", [m.numpy() for m in mean])
 
 
+@torch.no_grad()
+def reconstructed(e: Evidence, s: Images) -> Images | None:
+    """The images as they come back from the run's VAE, with texture; None without a VAE of their size."""
+    if e.vae is None or e.vae.config["image_size"] != s.pixels.shape[-1]:
+        return None
+    parts, done = [], 0
+    with progress_bar(len(s), what="held out, through the VAE") as bar:
+        for x in metrics.batches(s.pixels):
+            noise = e.vae.texture_noise(e.cfg.seed, range(done, done + len(x)))
+            parts.append(torch.from_numpy(to_uint8(e.vae.decode(e.vae.encode(2 * x.to(e.device) - 1)[0], noise))))
+            done += len(x)
+            bar.update(len(x))
+    return replace(s, pixels=torch.cat(parts))
+
+
+def with_matched_noise(made: Images, real: Images, seed: int) -> Images:
+    """Images with noise that is distributed as what they lack of the real ones: its spectrum, and its standard
+    deviation at each of 16 levels of brightness."""
+    x = made.images()[:, 0]
+    lacking = real.images()[:, 0] - x
+    noise = torch.randn(x.shape, generator=generator(seed, 21))
+    noise = torch.fft.ifft2(torch.fft.fft2(noise) * torch.fft.fft2(lacking).abs().square().mean(0).sqrt()).real
+    level = (x * 15.999).long()
+    sd = torch.tensor([lacking[level == i].std(correction=0).item() if (level == i).any() else 0 for i in range(16)])
+    noisy = x + sd[level] * noise / noise.std()
+    return replace(made, pixels=(noisy.clamp(0, 1) * 255).round().to(torch.uint8))
+
+
 def tell_apart(a: Images, b: Images, e: Evidence, bar: Callable[[int], object]) -> tuple[Tensor, Tensor]:
-    """Two-sample test: (accuracy, AUC), each [1 + resamples], of a small CNN that tells set b from set a.
+    """Two-sample test: (accuracy, AUC), each [1 + resamples], of a CNN (features.Judge) that tells set b from set a.
 
     Cross-validated over people: the people of both sets are halved, one CNN is trained on each half, and each is tested
     on the other. With a split by slice the CNN would recognise people, and could even tell real from real. `bar` is
@@ -316,8 +345,8 @@ def tell_apart(a: Images, b: Images, e: Evidence, bar: Callable[[int], object]) 
     accuracy, auc = [], []
     for fold in (0, 1):
         train, test = joined.take(np.flatnonzero(half == fold)), torch.from_numpy(np.flatnonzero(half != fold))
-        classifier = features.train_classifier(train.pixels, train.labels, 2, e.cfg.seed, e.device, 150, bar)
-        p, y, w = classifier(joined.pixels[test]), joined.labels[test], weights[test]
+        judge = features.train_judge(train.pixels, train.labels, e.cfg.seed, e.device, JUDGE_STEPS, bar)
+        p, y, w = judge(joined.pixels[test]), joined.labels[test], weights[test]
         right = ((p[:, 1] > 0.5).long() == y).double()
         # The mean over the two classes, so that 0.5 is chance even if the sets differ in size.
         accuracy.append((weighted_mean(right[y == 0], w[y == 0]) + weighted_mean(right[y == 1], w[y == 1])) / 2)
@@ -326,18 +355,24 @@ def tell_apart(a: Images, b: Images, e: Evidence, bar: Callable[[int], object]) 
 
 
 def two_sample(e: Evidence) -> None:
-    """Section two_sample: accuracy and AUC of a small CNN that tells generated images from training slices.
+    """Section two_sample: accuracy and AUC of a CNN that tells generated images from training slices.
 
-    0.5: they cannot be told apart. 1: told apart every time. The floor is held-out against training slices.
+    0.5: they cannot be told apart. 1: told apart every time. The floor is held-out against training slices. With a run
+    whose VAE has the images' size also the AUC of held-out slices that went through it, and of these with matched
+    noise: a control that looks worse to people and has to look worse to the CNN.
     """
     train, held_out, generated = e.sample_equally()
     if len(train) < 40:
         raise TooFew(f"two_sample needs at least 40 images of each set, and there are {len(train)}")
-    with progress_bar(4 * 150 * 32, what="two-sample test") as bar:
-        floor = tell_apart(train, held_out, e, bar.update)
-        found = tell_apart(train, generated, e, bar.update)
-    for name, values, floor_values in zip(("accuracy", "auc"), found, floor):
-        e.put("two_sample", name, values, floor_values, len(generated), 0, 1)
+    others, sets = reconstructed(e, held_out), [held_out, generated]
+    if others is not None:
+        sets += [others, with_matched_noise(others, held_out, e.cfg.seed)]
+    with progress_bar(len(sets) * 2 * JUDGE_STEPS * 32, what="two-sample test") as bar:
+        (accuracy_floor, floor), (accuracy, auc), *controls = (tell_apart(train, s, e, bar.update) for s in sets)
+    e.put("two_sample", "accuracy", accuracy, accuracy_floor, len(generated), 0, 1)
+    e.put("two_sample", "auc", auc, floor, len(generated), 0, 1)
+    for name, (_, values) in zip(("auc_of_reconstructed", "auc_of_reconstructed_noised"), controls):
+        e.put("two_sample", name, values, floor, len(held_out), 0, 1)
 
 
 def anatomical(e: Evidence) -> None:
@@ -555,13 +590,8 @@ def memorisation(e: Evidence) -> None:
     e.record("memorisation", "copy_rate", rate, floor, low, high, n)
 
     # A blurred image is closer to everything. How much of the copy rate can the VAE's blur explain?
-    if e.vae is not None and e.vae.config["image_size"] == e.train.pixels.shape[-1]:
-        with progress_bar(len(e.held_out), what="held out, through the VAE") as bar:
-            parts = []
-            for x in metrics.batches(e.held_out.pixels):
-                parts.append(torch.from_numpy(to_uint8(e.vae.decode(e.vae.encode(2 * x.to(e.device) - 1)[0]))))
-                bar.update(len(x))
-        copies = metrics.is_copy(detector.distances(torch.cat(parts))[0]).double()
+    if (made := reconstructed(e, e.held_out)) is not None:
+        copies = metrics.is_copy(detector.distances(made.pixels)[0]).double()
         rates = weighted_mean(copies, e.held_out.weights(cfg))
         e.put("memorisation", "copy_rate_of_reconstructed", rates, floor, len(copies), 0, 1)
 

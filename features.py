@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from device import autocast, pick_amp_dtype
 from utils import UserError
 
 # Features per image. Few enough that a few hundred images give a covariance matrix of full rank.
@@ -193,20 +194,24 @@ def train_predictor(
     return predict
 
 
-def train_classifier(
-    images: Tensor, labels: Tensor, classes: int, seed: int, device: torch.device, steps: int, progress: Progress,
-) -> Callable[[Tensor], Tensor]:  # fmt: skip
-    """Train a small CNN to classify the images and return it: uint8 [N, S, S] -> probabilities float64 [N, classes].
-
-    labels int64 [N]. Every batch has about 32 images, with equally many of each class however rare it is. Images larger
-    than 128 pixels are shrunk to 128. The global random state is left as it was.
-    """
+def equal_batches(labels: Tensor, classes: int) -> Callable[[torch.Generator], Tensor]:
+    """For `_train`: about 32 images a batch, with equally many of each class however rare it is. labels int64 [N]."""
     of_class = [torch.nonzero(labels == c)[:, 0] for c in range(classes)]
 
     def pick(g: torch.Generator) -> Tensor:
         share = -(-32 // classes)  # rounded up
         return torch.cat([rows[torch.randint(len(rows), (share,), generator=g)] for rows in of_class])
 
+    return pick
+
+
+def train_classifier(
+    images: Tensor, labels: Tensor, classes: int, seed: int, device: torch.device, steps: int, progress: Progress,
+) -> Callable[[Tensor], Tensor]:  # fmt: skip
+    """Train a small CNN to classify the images and return it: uint8 [N, S, S] -> probabilities float64 [N, classes].
+
+    labels int64 [N]. Images larger than 128 pixels are shrunk to 128. The global random state is left as it was.
+    """
     widths = (16, 32, 64, 64)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -218,5 +223,52 @@ def train_classifier(
         def loss(x: Tensor, index: Tensor) -> Tensor:
             return F.cross_entropy(network(x), labels[index].to(device), label_smoothing=0.1)
 
-        _train(network, images, pick, 128, loss, steps, 3e-3, seed, device, progress)
+        _train(network, images, equal_batches(labels, classes), 128, loss, steps, 3e-3, seed, device, progress)
     return lambda unseen: embed(network, unseen, 128, device, lambda n: None).softmax(1)
+
+
+class Judge(nn.Module):
+    """Whether an image is real, by its detail and as a whole: [B, 1, S, S] in [-1, 1] -> logits [B, 2].
+
+    Two CNNs whose logits add up. One sees the pixels as they are (in training, of a random quarter of the image), the
+    other the image at half the resolution. Both average what they find over all places.
+    """
+
+    def __init__(self, amp_dtype: torch.dtype | None):
+        super().__init__()
+        self.amp_dtype = amp_dtype
+
+        def cnn() -> nn.Sequential:
+            first = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+            down = [_down(a, b) for a, b in ((16, 32), (32, 64), (64, 64))]
+            return nn.Sequential(
+                first, *down, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(64, 2)
+            )  # fmt: skip
+
+        self.detail, self.whole = cnn(), cnn()
+
+    def forward(self, x: Tensor) -> Tensor:
+        part, half = x, x.shape[-1] // 2
+        if self.training:
+            top, left = torch.randint(half + 1, (2,)).tolist()
+            part = x[:, :, top : top + half, left : left + half].contiguous(memory_format=torch.channels_last)
+        with autocast(x, self.amp_dtype):
+            return (self.detail(part) + self.whole(F.avg_pool2d(x, 2))).float()
+
+
+def train_judge(
+    images: Tensor, labels: Tensor, seed: int, device: torch.device, steps: int, progress: Progress
+) -> Callable[[Tensor], Tensor]:
+    """Train a `Judge` to tell the two labels, int64 [N], apart: uint8 [N, S, S] -> probabilities float64 [N, 2].
+
+    Images larger than 256 pixels are shrunk to 256. The global random state is left as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        judge, side = Judge(pick_amp_dtype("auto", device)), min(256, images.shape[-1])
+
+        def loss(x: Tensor, index: Tensor) -> Tensor:
+            return F.cross_entropy(judge(x), labels[index].to(device), label_smoothing=0.1)
+
+        _train(judge, images, equal_batches(labels, 2), side, loss, steps, 3e-3, seed, device, progress)
+    return lambda unseen: embed(judge, unseen, side, device, lambda n: None).softmax(1)

@@ -92,9 +92,9 @@ def evaluate(vae: VAE, val: ADNIDataset, cfg: PretrainConfig, ranks: Ranks) -> d
             x_hat, shown = images[:, :1], images[:, -1:]
             loss = torch.stack(vae_loss(x_hat, x, mean, logvar, cfg.reconstruction, cfg.kl_weight)) * len(x)
             quality = [psnr(unit(x_hat), unit(x)).sum(), ssim(unit(x_hat), unit(x)).sum()]
-            of_shown, of_x = (10 * power_spectrum(unit(v)) for v in (shown, x))  # dB
+            of_shown, of_x = (10 * power_spectrum(unit(v).cpu()) for v in (shown, x))  # dB
             quality.append((of_shown - of_x)[:, of_x.shape[1] // 2 :].mean(1).sum())
-            total += torch.cat([loss, torch.stack(quality)]).cpu().double()
+            total += torch.tensor([*loss, *quality], dtype=torch.float64)
     names = ("loss", "reconstruction", "KL", "PSNR", "SSIM", "high frequencies, dB")
     return {f"{name}/val": value for name, value in zip(names, (ranks.sum(total) / len(val)).tolist())}
 
@@ -115,15 +115,16 @@ def backward(
         x = augment(x, u, cfg)
     fooling = discriminator_ddp is not None
     images, mean, logvar = network(x, noise, texture if fooling and cfg.texture else None)
-    x_hat, shown = images[:, :1], images[:, -1:]  # `shown` has texture, if there is any
+    x_hat = images[:, :1]
     loss, reconstruction, kl = vae_loss(x_hat, x, mean, logvar, cfg.reconstruction, cfg.kl_weight)
     numbers = [loss.detach(), reconstruction.detach(), kl.detach()]
     if discriminator_ddp is None:
         scaler.scale(weight * loss).backward()
         return torch.stack([*numbers, torch.zeros_like(kl)]).detach() * len(x)
     # The VAE: its loss, and what makes its images look more real. Texture may be anything finer than two pixels.
-    held = reconstruction
+    shown, held = x_hat, reconstruction
     if cfg.texture:
+        shown = images[:, 1:]
         held = reconstruction_loss(F.avg_pool2d(shown, 2), F.avg_pool2d(x, 2), cfg.reconstruction)
         loss = loss + held
     (gradient,) = torch.autograd.grad(held, shown, retain_graph=True)

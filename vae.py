@@ -199,7 +199,8 @@ class VAE(nn.Module):
             return None
         shape = (1, self.config["image_size"], self.config["image_size"])
         noise = torch.stack([torch.randn(shape, generator=generator(seed, 18, k)) for k in indices])
-        return noise.to(self.latent_mean.device)
+        device = self.latent_mean.device
+        return noise.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else noise.to(device)
 
     @torch.no_grad()
     def embed(self, x: Tensor) -> Tensor:

@@ -228,7 +228,7 @@ def main(cfg: PeersConfig) -> None:
     device, home = pick_device(cfg.device), Path(cfg.checkpoints)
     splits, _ = load_splits(DataConfig(data=cfg.data, cache=cfg.cache), SIDE)
     train, val = splits["train"], splits["val"]
-    judge = Judge(images_of(train), images_of(val), cfg.num_images, device)
+    judge = Judge(images_of(train, []), images_of(val, []), cfg.num_images, device)
     table = Table(Path(cfg.out) / "quality-peers.json")
     stamp = {
         "date": time.strftime("%Y-%m-%d"), "device": describe_hardware(device), "commit": git_commit(),

@@ -385,7 +385,7 @@ def study_draws(q: Quality) -> None:
         for draw_name in q.mine(list(DRAWS)):
             run = f"draw-{draw_name.replace(', ', '-').replace(' ', '-')}-seed{seed}"
             flags = [*SMALL_UNET, *DRAWS[draw_name], "--seed", seed]
-            q.unet(run, Path(q.cfg.vae_run) / "vae" / "best.safetensors", q.cfg.epochs or 7, *flags)
+            q.unet(run, Path(q.cfg.vae_run) / "vae" / "best.safetensors", q.cfg.epochs or 4, *flags)
             abar = load_run(Path(q.cfg.checkpoints) / run, "final", q.device)[0].scheduler.abar
             plans = [("logsnr", 10, "dpm++2m")]
             if draw_name == "flow":

@@ -142,6 +142,37 @@ def test_two_sample_test_is_at_chance_on_people_and_sure_of_damage(look, sets):
     assert soft["auc"]["ci_low"] > soft["auc"]["floor"]
 
 
+def test_matched_noise_is_distributed_as_what_is_missing(sets):
+    """The same spectrum and the same deviation where the image is dark and where it is bright; another sample."""
+    real, soft = sets[0], blurred(sets[0])
+    noisy = evidence.with_matched_noise(soft, real, seed=0)
+    x = soft.images()[:, 0].numpy()
+    missing, added = (s.images()[:, 0].numpy() - x for s in (real, noisy))
+    for where in ((x > 0.1) & (x < 0.3), x >= 0.3):
+        assert added[where].std() == pytest.approx(missing[where].std(), rel=0.15)
+    a, b = (np.log(np.square(np.abs(np.fft.fft2(v))).mean(0).ravel()[1:]) for v in (missing, added))
+    assert np.corrcoef(a, b)[0, 1] > 0.8
+    assert abs(np.corrcoef(missing.ravel(), added.ravel())[0, 1]) < 0.05
+
+
+@pytest.mark.full
+def test_grain_does_not_fool_the_judge(look, sets, tmp_path: Path):
+    """Reconstructions are told from real slices, and with noise of the same spectrum and strength still are."""
+    from vae import VAE
+
+    torch.manual_seed(0)
+    vae = VAE(SIDE, 8, 4, (16, 32), 1, False)
+    optimizer, x = torch.optim.Adam(vae.parameters(), lr=3e-3), 2 * sets[0].images() - 1
+    for _ in range(120):  # a VAE that blurs
+        rows = torch.randint(len(x), (16,))
+        (vae(x[rows], torch.randn(16, *vae.latent_shape))[0] - x[rows]).abs().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = look(evidence.two_sample, sets[2], vae=vae.eval())["two_sample"]
+    assert found["auc_of_reconstructed"]["value"] > 0.95 and found["auc_of_reconstructed_noised"]["value"] > 0.9
+    assert 0.25 < found["auc"]["value"] < 0.75
+
+
 def test_two_sample_test_needs_people_and_images(look, sets):
     with pytest.raises(metrics.TooFew, match="at least 4 people in each set, and one set has 2"):
         look(evidence.two_sample, sets[2], held_out=replace(sets[1], people=sets[1].people[:120:60].repeat(60)))

@@ -137,7 +137,18 @@ def test_a_vae_with_a_discriminator_resumes_to_the_same_weights(
     epochs: int, stops: tuple[int, int], phantoms: Path, tmp_path: Path
 ):
     """Stopped before the discriminator's start and after it; the encoder rests from there on, the decoder goes on."""
-    flags = [*TINY_VAE, *ADVERSARIAL, "--texture", "4", "--epochs", str(epochs), "--gif-every", "100", "--save-minutes", "0"]
+    flags = [
+        *TINY_VAE,
+        *ADVERSARIAL,
+        "--texture",
+        "4",
+        "--epochs",
+        str(epochs),
+        "--gif-every",
+        "100",
+        "--save-minutes",
+        "0",
+    ]
     run("pre_train.py", *where(tmp_path, phantoms, "whole"), *flags)
     parts = tmp_path / "parts" / "vae"
     for rows in stops:
@@ -362,6 +373,31 @@ def test_copies_are_drawn_again(six: Path, trained: Path, phantoms: Path, tmp_pa
     assert [r["index"] for r in again] == [r["index"] for r in rows]
 
 
+def test_a_finished_vae_gets_texture_and_all_else_stays(copied: Path, six: Path, phantoms: Path, tmp_path: Path):
+    """Encoder, latents and reconstructions are the base's to the last bit; its U-Net draws images with texture."""
+    flags = ["--texture", "4", "--adversarial", "1", "--lr", "1e-2", "--epochs", "1", "--ema-decay", "0.5"]
+    flags += ["--batch-size", "8", "--wandb", "disabled", "--device", "cpu"]
+    run("pre_train.py", *where(copied, phantoms, "textured"), *flags, "--base", "tiny")
+    before, after = (load_file(copied / name / "vae" / "best.safetensors") for name in ("tiny", "textured"))
+    assert {k for k in after if k not in before} == {k for k in after if k.startswith("decoder.texture.")}
+    assert all(torch.equal(v, after[k]) for k, v in before.items())
+    assert after["decoder.texture.out.2.weight"].any()
+    shutil.copytree(copied / "tiny" / "diffusion", copied / "textured" / "diffusion")
+    generate = ["--checkpoints", copied, "--run", "textured", "--num-images", "6", "--seed", "7"]
+    for out in ("once", "again"):
+        run("predict.py", *generate, "--out", tmp_path / out)
+    made, same, without = (images(folder) for folder in (tmp_path / "once", tmp_path / "again", six))
+    for name in NAMES:
+        assert np.array_equal(made[name], same[name]) and not np.array_equal(made[name], without[name])
+    for words, sentence in {
+        ("--base", "nobody", *flags): "--base nobody has no VAE",
+        ("--base", "tiny"): "say how wide",
+        ("--base", "textured", *flags): "take another name for --run",
+    }.items():
+        refused = run_any("pre_train.py", *where(copied, phantoms, "textured"), *words)
+        assert refused.returncode == 2 and sentence in refused.stderr and "Traceback" not in refused.stderr
+
+
 def test_reject_copies_needs_people(tmp_path: Path):
     few = phantom.make_dataset(tmp_path / "few", people=10, slices=4, size=32, progress=False)
     splits, _ = load_splits(DataConfig(data=str(few), cache=str(tmp_path / "cache")), 32)
@@ -391,9 +427,26 @@ def test_full_grid_weights_take_normal_and_every_fast_sampling(copied: Path, pha
     predict(copied, tmp_path / "fast", "--num-images", "1")
     record = json.loads((tmp_path / "fast" / "command.json").read_text())
     assert record["timesteps"] == [0, 5, 22, 73, 202, 410, 603, 757, 886, 999] and record["solver"] == "dpm++2m"
+    predict(copied, tmp_path / "heun", "--num-images", "1", "--grid", "flow", "--num-steps", "5", "--solver", "heun")
+    record = json.loads((tmp_path / "heun" / "command.json").read_text())
+    assert record["timesteps"] == [72, 185, 335, 521, 999] and record["solver"] == "heun"
     predict(copied, tmp_path / "five", "--num-images", "1", "--grid", "uniform", "--num-steps", "5", "--solver", "ddim")
     record = json.loads((tmp_path / "five" / "command.json").read_text())
     assert record["timesteps"] == [0, 250, 500, 749, 999] and record["eta"] == 0
+
+
+def test_rectified_flow_trains_and_draws(copied: Path, phantoms: Path, tmp_path: Path):
+    shutil.rmtree(copied / "tiny" / "diffusion")
+    flow = ["--grid", "full", "--prediction", "flow", "--log-snr", "0", "2", "--epochs", "2"]
+    run("train.py", *where(copied, phantoms), *TINY_UNET, *flow)
+    losses = [r["loss/val"] for r in read_jsonl(copied / "tiny" / "diffusion" / "metrics.jsonl")]
+    assert losses[1] < losses[0]
+    assert read_meta(copied / "tiny" / "diffusion" / "best.safetensors")["prediction"] == "flow"
+    predict(copied, tmp_path / "out", "--num-images", "1", "--grid", "flow", "--solver", "ddim")
+    refused = run_any(
+        "train.py", *where(copied, phantoms, "tiny"), *TINY_UNET, *flow, "--log-snr", "900", "1", "--fresh"
+    )
+    assert refused.returncode == 2 and "no timestep has a log-SNR near 900" in refused.stderr
 
 
 def test_the_vae_says_who_is_held_out_whatever_the_seed_of_the_training(phantoms: Path, tmp_path: Path):

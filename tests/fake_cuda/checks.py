@@ -85,7 +85,7 @@ def networks(dtype: torch.dtype | None, grid: str = "logsnr", steps: int = 10) -
     """A conditional U-Net and a VAE, tiny."""
     scheduler = NoiseScheduler_Fast_DDPM(num_steps=steps, grid=grid)
     model = StableDiffusion(UNet(2, 8, (8, 16), 1, (4,), (2, 0), dropout=0.1), scheduler)
-    return on_the_card(model, dtype), on_the_card(VAE(32, 4, 2, (8, 16), 1), dtype)
+    return on_the_card(model, dtype), on_the_card(VAE(32, 4, 2, (8, 16), 1, texture=4), dtype)
 
 
 def take_steps(
@@ -130,9 +130,10 @@ def check_a_step_of_pre_train_waits_for_nothing(
     dtype=DTYPES, on_the_host=(False, True), adversarial=(False, True), micro=(8, 3)
 ):
     vae, discriminator = networks(dtype)[1], on_the_card(PatchDiscriminator((8, 8, 8)), dtype)
-    cfg, device = PretrainConfig(adversarial=0.5, flip=True), torch.device("cuda")
+    cfg, device = PretrainConfig(adversarial=0.5, flip=True, texture=4), torch.device("cuda")
     optimizer, _ = pre_train.make_optimizer_and_schedule(cfg, vae, discriminator, None)
     scaler = make_scaler(dtype, device)
+    pre_train.learn_texture(vae, adversarial)
     if adversarial:
         pre_train.freeze_encoder(vae, EMA(vae, 0.9).module)
     call = partial(pre_train.backward, vae, discriminator, discriminator if adversarial else None, scaler, cfg)
