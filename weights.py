@@ -26,7 +26,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 # Raised when files of before can no longer be read (CHANGELOG.md).
 FORMAT = 1  # of weights
-STATE_FORMAT = 3  # of last.pt
+STATE_FORMAT = 4  # of last.pt
 
 
 def write_atomic(path: Path, data: bytes, keep: Path | None = None, flush: bool = True) -> None:
