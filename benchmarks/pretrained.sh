@@ -22,21 +22,22 @@ step() { # COMMAND...: what is interrupted by SIGTERM saves, leaves with 75 and 
 PY=${PY:-.venv/bin/python}
 DS="OpenNeuro ds002748 v1.0.5 (licence CC0; Bezmaternykh et al., Neural Plasticity 2021, 8846097), adults with depression and healthy volunteers, not known to have dementia:"
 what=${1:?real or phantoms}
+v=(--prediction v --loss-weight min_snr --log-snr None) # what `small` was then
 
 case $what in
 real)
   vae=(small --data "$DATA" --run real --image-size 256 --latent-channels 16 --channels 64 128 256 --no-attention
-       --adversarial 0.5 --adversarial-start 0.6 --texture --batch-size 16 --lr 8e-4 --epochs 16
+       --adversarial 0.5 --adversarial-start 0.6 --batch-size 16 --lr 8e-4 --epochs 16
        --evaluate-every 4 --gif-every 4 --compile off --wandb disabled)
   unet=(small --data "$DATA" --run real --attention 16 --dropout 0.1 --augment 6 --condition level age sex --batch-size 64 --lr 1e-3
-        --epochs 170 --evaluate-every 10 --sample-every 50 --wandb disabled)
+        "${v[@]}" --epochs 170 --evaluate-every 10 --sample-every 50 --wandb disabled)
   student=(--teacher real --run real-4 --trajectories 4096 --epochs 14 --batch-size 64 --lr 2e-4 --compile off --wandb disabled)
   out=checkpoints/pretrained notes="256x256, brains aligned with MNI152, z from -20 to 50 mm, adults of 19 to 55 years. Folds of the cortex are a little rougher than in people." ;;
 phantoms)
   DATA=phantom-1000
   vae=(small --data "$DATA" --run phantoms --batch-size 32 --lr 1e-3 --epochs 12 --gif-every 3 --compile off --wandb disabled)
   unet=(small --data "$DATA" --run phantoms --condition level age sex group --batch-size 32 --lr 1e-3 --epochs 60
-        --sample-every 15 --compile off --wandb disabled)
+        "${v[@]}" --sample-every 15 --compile off --wandb disabled)
   student=()
   DS="Procedural phantoms of phantom.py (no people and nobody's data: no licence restricts them): AD and NC are borrowed names."
   out=checkpoints/pretrained/phantoms notes="Classes, ages and sexes are those of drawings and say nothing about a disease or about people. 128x128." ;;

@@ -293,7 +293,8 @@ UNETS = {
     "patches of 2": ["--patch", "2", "--channels", "128", "256"],
     "twice as wide": ["--channels", "128", "256"],
 }
-SMALL_UNET = ["--channels", 64, 128, "--ema-decay", "0.9985", "--grid", "logsnr"]
+V = ["--prediction", "v", "--loss-weight", "min_snr", "--log-snr", "None"]  # what `small` was until these studies
+SMALL_UNET = ["--channels", 64, 128, "--ema-decay", "0.9985", "--grid", "logsnr", *V]
 TRAINED_ALREADY = {"base": "full-v-seed0", "eps": "full-eps"}  # by the samplers' question
 
 

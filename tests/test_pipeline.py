@@ -563,7 +563,7 @@ def test_presets_defaults_and_flags():
 
     assert parse(TrainConfig, []) == parse(TrainConfig, ["adni"])
     adni = parse(TrainConfig, ["adni"])
-    assert (adni.batch_size, adni.grid, adni.loss_weight) == (64, "full", "min_snr")
+    assert (adni.batch_size, adni.grid, adni.prediction, adni.log_snr) == (64, "full", "flow", (0, 2))
     origin = parse(TrainConfig, ["origin"])
     assert (origin.batch_size, origin.epochs, origin.lr, origin.warmup) == (16, 500, 1e-4, 0.1)
     assert (origin.grid, origin.num_steps, origin.prediction) == ("nonuniform", 10, "eps")
