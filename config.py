@@ -512,10 +512,10 @@ class SliceConfig:
 
 # What a preset does not name is what the defaults above are.
 PRESETS: dict[str, dict[type, dict]] = {
-    # 256²: one GPU. What paid in the studies of docs/results.md: cosine and discriminator for the VAE, rectified flow on
-    # all timesteps with logit-normal times for the U-Net. Batch 64 takes 4 GB in half precision. With this decay the
-    # average spans a tenth of the steps so far (EMA in loop.py), which is within what EDM2 (arXiv:2312.02696, section 3)
-    # found best.
+    # 256²: one GPU. What paid in the studies of docs/results.md: cosine and discriminator for the VAE, rectified flow
+    # on all timesteps with logit-normal times for the U-Net. Batch 64 takes 4 GB in half precision. With this decay
+    # the average spans a tenth of the steps so far (EMA in loop.py), which is within what EDM2 (arXiv:2312.02696,
+    # section 3) found best.
     "adni": {
         PretrainConfig: dict(epochs=60, lr=6e-4, kl_weight=1e-3, schedule="cosine", adversarial=0.2, flip=True),
         TrainConfig: dict(
