@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import cv2
@@ -97,17 +98,18 @@ def test_all_weights_together_are_small():
 
 
 def test_a_shipped_run_draws_what_the_run_draws(trained: Path, phantoms: Path, tmp_path: Path):
+    trained = Path(shutil.copytree(trained, tmp_path / "trained"))
+    shutil.rmtree(trained / "tiny" / "report", ignore_errors=True)  # of another test
     where = ["--checkpoints", trained, "--run", "tiny"]
     ship = [
         "benchmarks/ship.py", "--checkpoints", trained, "--run", "tiny", "--out", tmp_path / "runs" / "shipped",
         "--data", "Phantoms, procedural (licence: none needed).", "--notes", "A test.",
     ]  # fmt: skip
-    if not (trained / "tiny" / "report" / "report.json").exists():
-        refused = run_any(*ship)
-        assert refused.returncode == 2 and "evaluate.py" in refused.stderr
-        (trained / "tiny" / "report").mkdir(exist_ok=True)
-        numbers = {"value": 0.01, "floor": 0.02, "ci_low": 0.0, "ci_high": 0.03, "n": 100}
-        (trained / "tiny" / "report" / "report.json").write_text(json.dumps({"memorisation": {"copy_rate": numbers}}))
+    refused = run_any(*ship)
+    assert refused.returncode == 2 and "evaluate.py" in refused.stderr
+    (trained / "tiny" / "report").mkdir()
+    numbers = {"value": 0.01, "floor": 0.02, "ci_low": 0.0, "ci_high": 0.03, "n": 100}
+    (trained / "tiny" / "report" / "report.json").write_text(json.dumps({"memorisation": {"copy_rate": numbers}}))
     run(*ship)
     home = tmp_path / "runs" / "shipped"
     sizes = [sum(p.stat().st_size for p in f.glob("*/best.safetensors")) for f in (home, trained / "tiny")]
