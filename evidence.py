@@ -12,6 +12,7 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -123,6 +124,22 @@ class Evidence:
         """
         n, seed = min(len(self.train), len(self.held_out), len(self.generated), self.cfg.count), self.cfg.seed
         return self.train.sample(n, seed), self.held_out.sample(n, seed + 1), self.generated.sample(n, seed + 2)
+
+    @cached_property
+    @torch.no_grad()
+    def reconstructed(self) -> Images | None:
+        """The held-out slices as they come back from the run's VAE, with texture; None without a VAE of their size."""
+        s, parts, done = self.held_out, [], 0
+        if self.vae is None or self.vae.config["image_size"] != s.pixels.shape[-1]:
+            return None
+        with progress_bar(len(s), what="held out, through the VAE") as bar:
+            for x in metrics.batches(s.pixels):
+                noise = self.vae.texture_noise(self.cfg.seed, range(done, done + len(x)))
+                z, _ = self.vae.encode(2 * x.to(self.device) - 1)
+                parts.append(torch.from_numpy(to_uint8(self.vae.decode(z, noise))))
+                done += len(x)
+                bar.update(len(x))
+        return replace(s, pixels=torch.cat(parts))
 
     def require(self, metric: str, least: int, *sets: Images) -> None:
         """Raise TooFew if one of the sets has fewer than `least` images."""
@@ -290,21 +307,6 @@ def spectrum(e: Evidence) -> None:
     draw_spectrum(e.out / "spectrum.png", [m.numpy() for m in mean])
 
 
-@torch.no_grad()
-def reconstructed(e: Evidence, s: Images) -> Images | None:
-    """The images as they come back from the run's VAE, with texture; None without a VAE of their size."""
-    if e.vae is None or e.vae.config["image_size"] != s.pixels.shape[-1]:
-        return None
-    parts, done = [], 0
-    with progress_bar(len(s), what="held out, through the VAE") as bar:
-        for x in metrics.batches(s.pixels):
-            noise = e.vae.texture_noise(e.cfg.seed, range(done, done + len(x)))
-            parts.append(torch.from_numpy(to_uint8(e.vae.decode(e.vae.encode(2 * x.to(e.device) - 1)[0], noise))))
-            done += len(x)
-            bar.update(len(x))
-    return replace(s, pixels=torch.cat(parts))
-
-
 def with_matched_noise(made: Images, real: Images, seed: int) -> Images:
     """Images with noise that is distributed as what they lack of the real ones: its spectrum, and its standard
     deviation at each of 16 levels of brightness."""
@@ -364,8 +366,9 @@ def two_sample(e: Evidence) -> None:
     train, held_out, generated = e.sample_equally()
     if len(train) < 40:
         raise TooFew(f"two_sample needs at least 40 images of each set, and there are {len(train)}")
-    others, sets = reconstructed(e, held_out), [held_out, generated]
-    if others is not None:
+    sets = [held_out, generated]
+    if e.reconstructed is not None:
+        others = e.reconstructed.sample(len(held_out), e.cfg.seed + 1)  # of the same slices as `held_out`
         sets += [others, with_matched_noise(others, held_out, e.cfg.seed)]
     with progress_bar(len(sets) * 2 * JUDGE_STEPS * 32, what="two-sample test") as bar:
         (accuracy_floor, floor), (accuracy, auc), *controls = (tell_apart(train, s, e, bar.update) for s in sets)
@@ -590,8 +593,8 @@ def memorisation(e: Evidence) -> None:
     e.record("memorisation", "copy_rate", rate, floor, low, high, n)
 
     # A blurred image is closer to everything. How much of the copy rate can the VAE's blur explain?
-    if (made := reconstructed(e, e.held_out)) is not None:
-        copies = metrics.is_copy(detector.distances(made.pixels)[0]).double()
+    if e.reconstructed is not None:
+        copies = metrics.is_copy(detector.distances(e.reconstructed.pixels)[0]).double()
         rates = weighted_mean(copies, e.held_out.weights(cfg))
         e.put("memorisation", "copy_rate_of_reconstructed", rates, floor, len(copies), 0, 1)
 

@@ -291,7 +291,8 @@ def main(cfg: PretrainConfig) -> None:
         parts = {"discriminator": discriminator} if cfg.adversarial else {}
         run.track(4, model=vae, ema=ema, optimizer=optimizer, schedule=schedule, scaler=scaler, **parts)
         adversarial_from = round(cfg.adversarial_start * plan.steps) if cfg.adversarial else plan.steps
-        adversarial_from = 0 if base else adversarial_from
+        if base:  # nothing is to be learnt before
+            adversarial_from = 0
         state = run.resume(fingerprint, f"slices than {cfg.data} now holds")
         if run.finished:
             return

@@ -202,8 +202,8 @@ def datasheet(cfg: PredictConfig, rows: list[list], made: str) -> str:
     if cfg.reject_copies:
         copies = f"""Every image was compared with every training slice; {again:,} were copies and were generated again.
 `pixel_distance` and `latent_distance` in manifest.csv are the distances to the nearest training slice, between aligned
-thumbnails and between latents, in units of how close a slice of another person comes at least, in all but the closest
-1 % of the training slices: below 1 is a copy, and no image here is below 1."""
+thumbnails and between latents. Their unit is how close slices of two training people come (all but 2 % of the slices of
+all but 5 % of the people are further apart): below 1 is a copy, and no image here is below 1."""
     return f"""# Synthetic brain MRI slices
 
 {len(rows):,} generated images ({", ".join(f"{c} {n:,}" for c, n in counts.items())}). **Not for diagnosis.**

@@ -137,18 +137,8 @@ def test_a_vae_with_a_discriminator_resumes_to_the_same_weights(
     epochs: int, stops: tuple[int, int], phantoms: Path, tmp_path: Path
 ):
     """Stopped before the discriminator's start and after it; the encoder rests from there on, the decoder goes on."""
-    flags = [
-        *TINY_VAE,
-        *ADVERSARIAL,
-        "--texture",
-        "4",
-        "--epochs",
-        str(epochs),
-        "--gif-every",
-        "100",
-        "--save-minutes",
-        "0",
-    ]
+    flags = [*TINY_VAE, *ADVERSARIAL, "--texture", "4", "--epochs", str(epochs)]
+    flags += ["--gif-every", "100", "--save-minutes", "0"]
     run("pre_train.py", *where(tmp_path, phantoms, "whole"), *flags)
     parts = tmp_path / "parts" / "vae"
     for rows in stops:
