@@ -133,13 +133,6 @@ class PretrainConfig(DataConfig, StepsConfig):
     and costs some PSNR. 0: no discriminator."""
     adversarial_start: float = 0.5
     """Share of the training after which the discriminator begins. The encoder is frozen from then on."""
-    texture: int = 0
-    """Channels of one more level of the decoder, at full resolution, that draws from noise what is too fine for the
-    latent. It alone learns from the discriminator then. It is off in what is measured here; images that are generated
-    have it, image k always the same. 0: none."""
-    base: str = ""
-    """Add a --texture level to the finished VAE of this run (CHECKPOINTS/BASE/vae) and teach it alone: latents,
-    reconstructions and the U-Nets of that run stay as they are, and so do its sizes and the people held out."""
     kl_weight: float = 3e-4
     """Weight of the KL divergence, which is summed over the latent and divided by the number of image pixels."""
     shift: float = 0.0
@@ -207,11 +200,35 @@ class TrainConfig(SourceConfig, StepsConfig):
 
 
 @dataclass(frozen=True)
+class TextureConfig(SourceConfig, StepsConfig):
+    """Teach the images of a run the fine texture that its latents have no room for.
+
+    Any time after pre_train.py: latents, reconstructions and U-Net stay as they are, and every image that is generated
+    from then on is drawn with texture, image k always the same.
+    """
+
+    epochs: int = 20
+    """Passes over the training set."""
+    lr: float = 1e-3
+    """Peak learning rate of AdamW."""
+    channels: tuple[int, ...] = (32, 64, 128)
+    """Channels at each resolution level."""
+    blocks: int = 1
+    """Residual blocks per level."""
+    patch: int = 2
+    """Pixels along each side that are folded into channels. 2 makes the network four times cheaper."""
+    num_steps: int = 6
+    """Steps in which texture is drawn, the timesteps that are trained on."""
+    warmup: float = 0.05
+    """Share of the steps in which the learning rate rises; after that it falls as a cosine."""
+
+
+@dataclass(frozen=True)
 class DistilConfig(StepsConfig):
     """Teach a network to generate in 1 to 4 steps what a run trained with --grid full generates in many.
 
-    The student has the teacher's VAE and architecture, and starts from the teacher's weights. Every script can use the
-    student's run as any other.
+    The student has the teacher's VAE, texture and architecture, and starts from the teacher's weights. Every script can
+    use the student's run as any other.
     """
 
     run: str = "student"
@@ -544,6 +561,7 @@ PRESETS: dict[str, dict[type, dict]] = {
             run="small", channels=(128, 256), blocks=1, attention=(8,), grid="full", epochs=60, lr=7e-4,
             prediction="flow", log_snr=(0.0, 2.0), ema_decay=0.999, sample_every=5,
         ),
+        TextureConfig: dict(run="small", channels=(24, 48, 96), epochs=8, batch_size=8, ema_decay=0.998),
     },
     # Phantoms at 64²: a CPU, minutes. Latents of 8x8 cells, because that is all a U-Net can learn to fill so soon.
     "demo": {
@@ -557,6 +575,10 @@ PRESETS: dict[str, dict[type, dict]] = {
             batch_size=8, lr=2e-3, loss_weight="min_snr", ema_decay=0.998, wandb="disabled", sample_every=4,
             precision="fp32",
         ),
+        TextureConfig: dict(
+            run="demo", data="phantom", channels=(16, 32), epochs=2, batch_size=8, lr=2e-3, ema_decay=0.99,
+            wandb="disabled", precision="fp32",
+        ),
         PredictConfig: dict(run="demo", data="phantom"),
         EvaluateConfig: dict(run="demo", data="phantom", wandb="disabled"),
         TsneConfig: dict(run="demo", data="phantom", wandb="disabled"),
@@ -569,11 +591,12 @@ Config = TypeVar("Config")
 LIMITS: dict[str, tuple[float, float]] = {
     "seed": (0, 2**62), "epochs": (1, 10**9), "batch_size": (1, 10**6), "num_images": (1, 10**9),
     "image_size": (8, 4096), "latent_channels": (1, 1024), "blocks": (1, 64), "num_steps": (1, 1000),
-    "TrainConfig.num_steps": (2, 1000),  # for this class only: a student may take a single step
+    # For these classes only: a student may take a single step.
+    "TrainConfig.num_steps": (2, 1000), "TextureConfig.num_steps": (2, 100),
     "lr": (1e-12, 10), "weight_decay": (0, 10), "grad_clip": (0, 1e9), "ema_decay": (0, 1), "kl_weight": (0, 1e6),
     "val_fraction": (0, 0.9), "dropout": (0, 0.9), "class_dropout": (0, 1), "warmup": (0, 1), "eta": (0, 1),
     "shift": (0, 0.5), "rotate": (0, 180), "brightness": (0, 1), "sample_every": (1, 10**9), "gif_every": (1, 10**9),
-    "adversarial": (0, 100), "adversarial_start": (0, 1), "texture": (0, 2**10), "augment": (0, 1000),
+    "adversarial": (0, 100), "adversarial_start": (0, 1), "augment": (0, 1000),
     "evaluate_every": (1, 10**9),
     "norm_group": (1, 10**4), "patch": (1, 64), "micro_batch": (1, 10**6), "shards": (1, 10**6), "shard": (0, 10**6),
     "channels": (1, 2**14), "downsample": (1, 1024), "attention": (0, 4096), "in_channels": (1, 1024),
@@ -670,7 +693,7 @@ def check_arguments(make: Callable, given: object) -> dict[str, Any]:
         kind = known[name].annotation
         fits = isinstance(value, KINDS[kind]) and (kind == "bool" or not isinstance(value, bool))
         if kind == "Sequence[int]" and fits:
-            fits = all(type(v) is int for v in value) and (value != [] or known[name].default == ())
+            fits = all(type(v) is int for v in value) and (value != [] or name != "channels")
         if not fits:
             raise ValueError(f"{name} is {repr(value)[:40]}, which is not of type {kind}")
         if wrong := outside_limits(name, value):

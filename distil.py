@@ -225,6 +225,9 @@ def main(cfg: DistilConfig) -> None:
         # Network, average, optimiser, schedule.
         ranks, folder, fingerprint = run.ranks, run.folder, file_hash(teacher_file)
         ranks.run_on_rank0(lambda: write_atomic(vae_file, vae_bytes))
+        if (texture := home / "texture" / "best.safetensors").exists():
+            own_texture = Path(cfg.checkpoints) / cfg.run / "texture" / texture.name
+            ranks.run_on_rank0(lambda: write_atomic(own_texture, texture.read_bytes()))
         model = model.to(memory_format=torch.channels_last).to(device)
         teacher.amp_dtype = vae.amp_dtype = model.amp_dtype = pick_amp_dtype(cfg.precision, device)
         to_half(teacher.unet, teacher.amp_dtype)  # the student has begun with its weights

@@ -104,7 +104,8 @@ def open_run(cfg: StepsConfig, stage: str) -> Path:
 
 
 class Run:
-    """One stage ("vae" or "diffusion") of a run: its lock, folder, log and checkpoints, and the step it has reached.
+    """One stage ("vae", "diffusion" or "texture") of a run: its lock, folder, log and checkpoints, and the
+    step it has reached.
 
     It counts, saves, logs and closes. The script goes through these calls in this order:
 

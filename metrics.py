@@ -317,6 +317,15 @@ def power_spectrum(x: Tensor) -> Tensor:
     return mean[:, 1 : s // 2].clamp(min=1e-12 * power.sum(1, keepdim=True) + 1e-30).log10()
 
 
+def high_frequencies(x: Tensor, y: Tensor) -> Tensor:
+    """Power of x against that of y, both [N, 1, S, S], in the upper half of the frequencies: dB, float64 [N].
+
+    Below 0 is too smooth, above it too noisy.
+    """
+    of_x, of_y = (10 * power_spectrum(v.cpu()) for v in (x, y))
+    return (of_x - of_y)[:, of_x.shape[1] // 2 :].mean(1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Copies of training slices
 

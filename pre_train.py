@@ -10,7 +10,6 @@ from config import PretrainConfig, parse
 if __name__ == "__main__":
     cfg = parse(PretrainConfig)  # before torch is imported, so that --help answers at once
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from cluster import Ranks, StopSignal
-from dataset import SPLIT_RULES, ADNIDataset, carved_people, load_splits, phantom_drawing, split_rules, to_float
+from dataset import SPLIT_RULES, ADNIDataset, carved_people, load_splits, phantom_drawing, to_float
 from device import (
     describe_cost,
     eval_mode,
@@ -34,19 +33,11 @@ from device import (
     training_cost,
 )
 from loop import EMA, Gradients, Plan, Run, make_optimizer, make_scaler, optimise, rehearse
-from metrics import power_spectrum, psnr, ssim, unit
+from metrics import high_frequencies, psnr, ssim, unit
 from modules import CosineAnnealingWarmupScheduler
 from pictures import add_gif_frame, image_grid, to_uint8
 from utils import UserError, evenly_spaced, generator, run_script
-from vae import (
-    VAE,
-    PatchDiscriminator,
-    adversarial_gradient,
-    hinge_loss,
-    load_vae,
-    reconstruction_loss,
-    vae_loss,
-)
+from vae import VAE, PatchDiscriminator, adversarial_gradient, hinge_loss, load_vae, vae_loss
 from weights import load_weights, save_weights
 
 
@@ -74,26 +65,16 @@ def augment(x: Tensor, u: Tensor, cfg: PretrainConfig) -> Tensor:
     return x.clamp(0, 2) - 1
 
 
-def texture_shape(cfg: PretrainConfig) -> tuple[int, ...]:
-    """Of a slice's noise for the texture; of nothing that would be copied in each step where the decoder takes none."""
-    return (1, cfg.image_size, cfg.image_size) if cfg.texture else ()
-
-
 def evaluate(vae: VAE, val: ADNIDataset, cfg: PretrainConfig, ranks: Ranks) -> dict[str, float]:
-    """Means over the slices of people never trained on, with the posterior's mean as the latent.
-
-    Only the last, the power in the upper half of the frequencies against that of the slices, is with texture.
-    """
+    """Means over the slices of people never trained on, with the posterior's mean as the latent."""
     total = torch.zeros(6, dtype=torch.float64)
     with eval_mode(vae):
         for x in val.batches(cfg.batch_size, ranks.device, ranks.share):
             mean, logvar = vae.posterior(x)
-            images = vae.reconstruct(mean, vae.texture_noise(cfg.seed, range(len(x))))
-            x_hat, shown = images[:, :1], images[:, -1:]
+            x_hat = vae.reconstruct(mean)
             loss = torch.stack(vae_loss(x_hat, x, mean, logvar, cfg.reconstruction, cfg.kl_weight)) * len(x)
             quality = [psnr(unit(x_hat), unit(x)).sum(), ssim(unit(x_hat), unit(x)).sum()]
-            of_shown, of_x = (10 * power_spectrum(unit(v).cpu()) for v in (shown, x))  # dB
-            quality.append((of_shown - of_x)[:, of_x.shape[1] // 2 :].mean(1).sum())
+            quality.append(high_frequencies(unit(x_hat), unit(x)).sum())
             total += torch.tensor([*loss, *quality], dtype=torch.float64)
     names = ("loss", "reconstruction", "KL", "PSNR", "SSIM", "high frequencies, dB")
     return {f"{name}/val": value for name, value in zip(names, (ranks.sum(total) / len(val)).tolist())}
@@ -101,49 +82,39 @@ def evaluate(vae: VAE, val: ADNIDataset, cfg: PretrainConfig, ranks: Ranks) -> d
 
 def backward(
     network: nn.Module, discriminator: nn.Module, discriminator_ddp: nn.Module | None, scaler: torch.amp.GradScaler,
-    cfg: PretrainConfig, weight: float, x: Tensor, u: Tensor, noise: Tensor, strength: Tensor, texture: Tensor,
+    cfg: PretrainConfig, weight: float, x: Tensor, u: Tensor, noise: Tensor, strength: Tensor,
 ) -> Tensor:  # fmt: skip
     """Add the gradients of these slices, uint8 [B, S, S], times `weight`.
 
     Returns loss, reconstruction, KL and the discriminator's loss, each times B: [4]. u [B, 5] is for `augment`, noise
     [B, C, h, w] for the posterior. `discriminator_ddp` is the discriminator wrapped for DDP, None before the
     adversarial phase; `discriminator` is the same without the wrapper. `strength` [B] is the share of --adversarial
-    that counts so far. `texture` [B, 1, S, S] is noise for a decoder that takes it (else [B], and not read).
+    that counts so far.
     """
     x = to_float(x)
     if augments(cfg):
         x = augment(x, u, cfg)
-    fooling = discriminator_ddp is not None
-    images, mean, logvar = network(x, noise, texture if fooling and cfg.texture else None)
-    x_hat = images[:, :1]
+    x_hat, mean, logvar = network(x, noise)
     loss, reconstruction, kl = vae_loss(x_hat, x, mean, logvar, cfg.reconstruction, cfg.kl_weight)
-    numbers = [loss.detach(), reconstruction.detach(), kl.detach()]
     if discriminator_ddp is None:
         scaler.scale(weight * loss).backward()
-        return torch.stack([*numbers, torch.zeros_like(kl)]).detach() * len(x)
-    # The VAE: its loss, and what makes its images look more real. Texture may be anything finer than two pixels.
-    shown, held = x_hat, reconstruction
-    if cfg.texture:
-        shown = images[:, 1:]
-        held = reconstruction_loss(F.avg_pool2d(shown, 2), F.avg_pool2d(x, 2), cfg.reconstruction)
-        loss = loss + held
-    (gradient,) = torch.autograd.grad(held, shown, retain_graph=True)
+        return torch.stack([loss, reconstruction, kl, torch.zeros_like(kl)]).detach() * len(x)
+    # The VAE: its loss, and what makes its images look more real.
+    (gradient,) = torch.autograd.grad(reconstruction, x_hat, retain_graph=True)
     share = cfg.adversarial * strength.view(-1, 1, 1, 1)
-    adversarial = adversarial_gradient(lambda v: discriminator(v.clamp(-1, 1)), shown, gradient, share)
-    torch.autograd.backward([scaler.scale(weight * loss), shown], [None, scaler.scale(weight * adversarial)])
+    adversarial = adversarial_gradient(lambda v: discriminator(v.clamp(-1, 1)), x_hat, gradient, share)
+    torch.autograd.backward([scaler.scale(weight * loss), x_hat], [None, scaler.scale(weight * adversarial)])
     # The discriminator: real images against the VAE's.
-    hinge = hinge_loss(*discriminator_ddp(torch.cat([x, shown.detach().clamp(-1, 1)])).chunk(2))
+    hinge = hinge_loss(*discriminator_ddp(torch.cat([x, x_hat.detach().clamp(-1, 1)])).chunk(2))
     scaler.scale(weight * hinge).backward()
-    return torch.stack([*numbers, hinge.detach()]) * len(x)
+    return torch.stack([loss, reconstruction, kl, hinge]).detach() * len(x)
 
 
 def show_reconstructions(vae: VAE, x: Tensor, folder: Path, epoch: int, last: bool) -> None:
-    """Add a frame to FOLDER/reconstructions.gif: inputs above, reconstructions (with texture, too, if there is one)
-    below, error x4 at the bottom."""
+    """Add a frame to FOLDER/reconstructions.gif: inputs above, reconstructions below, error x4 at the bottom."""
     with eval_mode(vae):
-        images = vae.reconstruct(vae.posterior(x)[0], vae.texture_noise(0, range(len(x)))).clamp(-1, 1)
-    made = [to_uint8(images[:, [i]]) for i in range(images.shape[1])]
-    rows = np.concatenate([to_uint8(x), *made, to_uint8(4 * (images[:, :1] - x).abs() - 1)])
+        x_hat = vae.reconstruct(vae.posterior(x)[0]).clamp(-1, 1)
+    rows = np.concatenate([to_uint8(x), to_uint8(x_hat), to_uint8(4 * (x_hat - x).abs() - 1)])
     add_gif_frame(folder, "reconstructions", image_grid(rows, columns=len(x)), epoch, last)
 
 
@@ -153,44 +124,18 @@ def freeze_encoder(vae: VAE, average: VAE) -> None:
     vae.encoder.requires_grad_(False)
 
 
-def learn_texture(vae: VAE, yes: bool) -> None:
-    """Let the texture level learn, if there is one, or rest: DDP expects gradients of all that learns."""
-    if vae.config["texture"]:
-        vae.decoder.texture.requires_grad_(yes)
-
-
-def load_base(cfg: PretrainConfig) -> tuple[PretrainConfig, VAE | None]:
-    """Settings with the sizes and the people held out of --base, and that VAE; (cfg, None) without it.
-
-    UserError if there is no such VAE, or nothing to add to it.
-    """
-    if not cfg.base:
-        return cfg, None
-    if not cfg.texture:
-        raise UserError(f"--base {cfg.base}: say how wide the level is that it gets, with --texture 16, say")
-    if cfg.base == cfg.run:
-        raise UserError(f"--base {cfg.base} would be overwritten: take another name for --run")
-    file = Path(cfg.checkpoints) / cfg.base / "vae" / "best.safetensors"
-    if not file.exists():
-        raise UserError(f"--base {cfg.base} has no VAE ({file}): train it first, with --run {cfg.base}")
-    base, meta = load_vae(file, torch.device("cpu"))
-    sizes = {**base.config, "channels": tuple(base.config["channels"]), "texture": cfg.texture}
-    return replace(cfg, **sizes, **split_rules(meta)), base
-
-
 def save_with_latents(
-    run: Run, ema: EMA[VAE], splits: dict[str, ADNIDataset], cfg: PretrainConfig, device: torch.device,
-    base: VAE | None,
-) -> None:  # fmt: skip
+    run: Run, ema: EMA[VAE], splits: dict[str, ADNIDataset], cfg: PretrainConfig, device: torch.device
+) -> None:
     """Measure the latents of the training set, and write best and final weights with those statistics.
 
-    If the encoder is still the one of `base` or of an earlier end of this run, the statistics of then are kept to the
-    last bit, because a U-Net may have been trained on them. Prints those of the best weights, which scripts use.
+    If the encoder is still the one of an earlier end of this run, the statistics of then are kept to the last bit,
+    because a U-Net may have been trained on them. Prints those of the best weights, which scripts use.
     """
     train, split = splits["train"], {name: getattr(cfg, name) for name in SPLIT_RULES}
     facts = {"data": train.summary(), "held_out": carved_people(splits), "split": split, **phantom_drawing(cfg.data)}
     final_file, ranks = run.folder / "final.safetensors", run.ranks
-    earlier = load_vae(final_file, device)[0] if run.resumed and final_file.exists() else base
+    earlier = load_vae(final_file, device)[0] if run.resumed and final_file.exists() else None
     # The averaged weights of the best epoch, in a network of their own, beside those of the last epoch
     tensors, header = ranks.rank0_first(lambda: load_weights(run.folder / "best.safetensors", "vae"))
     best = VAE(**ema.module.config).to(memory_format=torch.channels_last).to(device)
@@ -207,25 +152,13 @@ def save_with_latents(
     print(f"latents: mean {mean}, standard deviation {std} per channel")
 
 
-def build_networks(cfg: PretrainConfig, base: VAE | None = None) -> tuple[VAE, PatchDiscriminator]:
-    """VAE and discriminator, initialised by the seed; with `base`, all but the texture is that VAE's, and frozen.
-
-    UserError on settings that do not fit together.
-    """
-    if cfg.texture and not cfg.adversarial:
-        raise UserError("--texture is learnt from the discriminator: add --adversarial 0.5, say")
+def build_networks(cfg: PretrainConfig) -> tuple[VAE, PatchDiscriminator]:
+    """VAE and discriminator, initialised by the seed. UserError on sizes that do not divide."""
     torch.manual_seed(cfg.seed)
     try:
-        vae = VAE(
-            cfg.image_size, cfg.downsample, cfg.latent_channels, cfg.channels, cfg.blocks, cfg.attention, cfg.texture
-        )
+        vae = VAE(cfg.image_size, cfg.downsample, cfg.latent_channels, cfg.channels, cfg.blocks, cfg.attention)
     except ValueError as e:
         raise UserError(f"{e}: change --image-size, --downsample or --channels") from None
-    if base:
-        own = {k: v for k, v in base.state_dict().items() if not k.startswith("decoder.texture.")}
-        vae.load_state_dict(own, strict=False)
-        vae.requires_grad_(False)
-    learn_texture(vae, bool(base))
     return vae, PatchDiscriminator()
 
 
@@ -250,14 +183,13 @@ def print_plan(
     """Say what a run would do: data, network, cost, and where it writes."""
     # A few steps on black images, with the discriminator if there is one. On a CPU a few say as much as a batch.
     n, dtype = plan.batch if device.type == "cuda" else min(plan.batch, 4), pick_amp_dtype(cfg.precision, device)
-    learn_texture(vae, True)
     vae = vae.to(memory_format=torch.channels_last).to(device)
     discriminator = discriminator.to(memory_format=torch.channels_last).to(device)
     vae.amp_dtype, discriminator.amp_dtype, scaler = dtype, dtype, make_scaler(dtype, device)
     optimizer, _ = make_optimizer_and_schedule(cfg, vae, discriminator, plan)
     modules, with_discriminator = ([vae, discriminator], discriminator) if cfg.adversarial else ([vae], None)
     call, side = partial(backward, vae, discriminator, with_discriminator, scaler, cfg), cfg.image_size
-    shapes: list[tuple[int, ...]] = [(n, 5), (n, *vae.latent_shape), (n,), (n, *texture_shape(cfg))]
+    shapes: list[tuple[int, ...]] = [(n, 5), (n, *vae.latent_shape), (n,)]
     tensors = [torch.zeros(n, side, side, dtype=torch.uint8, device=device)]
     tensors += [torch.zeros(*shape, device=device) for shape in shapes]
     seconds = rehearse(cfg, plan, modules, [vae.encoder, vae.decoder], call, tensors, optimizer, scaler)
@@ -270,8 +202,7 @@ def print_plan(
 
 
 def main(cfg: PretrainConfig) -> None:
-    cfg, base = load_base(cfg)
-    vae, discriminator = build_networks(cfg, base)
+    vae, discriminator = build_networks(cfg)
     stop, device = StopSignal(), pick_device(cfg.device)
     splits, fingerprint = load_splits(cfg, cfg.image_size)
     train, val, plan = splits["train"], splits["val"], Plan.of(cfg, len(splits["train"]))
@@ -291,8 +222,6 @@ def main(cfg: PretrainConfig) -> None:
         parts = {"discriminator": discriminator} if cfg.adversarial else {}
         run.track(4, model=vae, ema=ema, optimizer=optimizer, schedule=schedule, scaler=scaler, **parts)
         adversarial_from = round(cfg.adversarial_start * plan.steps) if cfg.adversarial else plan.steps
-        if base:  # nothing is to be learnt before
-            adversarial_from = 0
         state = run.resume(fingerprint, f"slices than {cfg.data} now holds")
         if run.finished:
             return
@@ -309,10 +238,7 @@ def main(cfg: PretrainConfig) -> None:
         def trial(n: int) -> None:
             x, noise = train.images[:1].expand(n, -1, -1).to(device), torch.zeros(n, *vae.latent_shape, device=device)
             u, with_discriminator = torch.zeros(n, 5, device=device), discriminator if cfg.adversarial else None
-            texture = torch.zeros(n, *texture_shape(cfg), device=device)
-            learn_texture(vae, bool(cfg.adversarial))
-            backward(network, discriminator, with_discriminator, scaler, cfg, 1.0, x, u, noise, u[:, 0], texture)
-            learn_texture(vae, bool(base))
+            backward(network, discriminator, with_discriminator, scaler, cfg, 1.0, x, u, noise, u[:, 0])
             vae.zero_grad()
             discriminator.zero_grad()
 
@@ -328,11 +254,10 @@ def main(cfg: PretrainConfig) -> None:
             modules = [vae, discriminator][: len(ddp)]
             return Gradients(call, modules, optimizer, scaler, cfg.grad_clip, ranks, plan.batch, run.micro, ddp)
 
-        gradients, fooling = make_gradients(network, None), False
+        gradients = make_gradients(network, None)
         order = shuffled_batches(len(train), plan.batch, run.step, cfg.seed, 1)
         batches = gather_batches([train.images], (index[run.rows] for index in order), device)
-        sizes = ((5,), (), texture_shape(cfg))
-        u, strength, texture = (torch.zeros(run.rows.stop - run.rows.start, *more, device=device) for more in sizes)
+        u, strength = (torch.zeros(run.rows.stop - run.rows.start, *more, device=device) for more in ((5,), ()))
 
         for epoch in run.epochs():
             for step in run.steps(epoch):
@@ -346,15 +271,12 @@ def main(cfg: PretrainConfig) -> None:
                 # The adversarial phase. The weight of a discriminator that knows nothing yet would do harm, so it
                 # grows over a tenth of the training.
                 if step >= adversarial_from:
-                    if cfg.texture:
-                        texture = torch.randn(plan.batch, *texture_shape(cfg), generator=g, device=device)[run.rows]
                     strength.fill_(min(1.0, (step - adversarial_from) / (0.1 * plan.steps)))
-                    if not fooling:
+                    if any(p.requires_grad for p in vae.encoder.parameters()):
                         freeze_encoder(vae, ema.module)
-                        learn_texture(vae, True)
-                        gradients, fooling = make_gradients(ranks.wrap_ddp(vae), discriminator_ddp), True
+                        gradients = make_gradients(ranks.wrap_ddp(vae), discriminator_ddp)
 
-                added, norm = gradients(x, u, noise, strength, texture)
+                added, norm = gradients(x, u, noise, strength)
                 optimise(vae, optimizer, ema, added)
                 if isinstance(schedule, CosineAnnealingWarmupScheduler):
                     schedule.step()
@@ -377,7 +299,7 @@ def main(cfg: PretrainConfig) -> None:
 
         # The end: write the state, then measure the latents, without which no U-Net can be trained.
         run.save()
-        save_with_latents(run, ema, splits, cfg, device, base)
+        save_with_latents(run, ema, splits, cfg, device)
     print(f"done: {folder / 'final.safetensors'}; reconstructions in {folder / 'reconstructions.png'}")
 
 

@@ -307,7 +307,7 @@ def finish_folder(request: Request, rows: dict[int, list], sampler: ImageSampler
             first = range(min(4, cfg.num_images))
             indices = [rows[k][3] for k in first]
             steps = sampler.steps(cfg.seed, indices, request.conditions[first])
-            decode = partial(sampler.vae.decode, texture=sampler.vae.texture_noise(cfg.seed, indices))
+            decode = partial(sampler.vae.decode, noise=sampler.vae.texture_noise(cfg.seed, indices))
             visualise_denoising_process(list(steps), decode, out)
         for torn in out.rglob(".*.tmp"):  # left by processes that were killed while they wrote
             torn.unlink(missing_ok=True)
@@ -405,6 +405,8 @@ def main(cfg: PredictConfig) -> None:
     for key in ("set", "sweep"):  # as folders have it that were begun before there were these flags
         if not command[key]:
             del command[key]
+    if vae.texture is not None:
+        command["texture"] = file_hash(folder / "texture" / "best.safetensors")
     claim_folder(out, {**command, **how, "checkpoint": checkpoint})
     made = how_made(cfg, model, meta, how, checkpoint)
     if cfg.sweep:

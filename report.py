@@ -25,7 +25,7 @@ import numpy as np
 from utils import UserError, evenly_spaced, git_commit, read_jsonl, run_script
 from weights import read_meta, write_atomic
 
-STAGES = {"vae": "VAE", "diffusion": "U-Net"}  # folder of the run -> heading
+STAGES = {"vae": "VAE", "diffusion": "U-Net", "texture": "Texture"}  # folder of the run -> heading
 MAX_FRAMES = 24  # most pictures in a slider: every one of them is inside the page, and a browser loads all at once
 BY_TIMESTEP = "loss by timestep, "  # metrics.jsonl keys: this, then "train/t=202" or "val/t=202"
 
@@ -181,12 +181,14 @@ def stage(folder: Path, people: bool) -> str:
     if by_timestep := plot_by_timestep(rows):
         text.append(picture(by_timestep, "Loss by timestep", kind="plot"))
 
-    # pictures over the epochs: the VAE's show real slices of people, the U-Net's only generated ones
+    # pictures over the epochs: the U-Net's show only generated slices, all others those of people, too
     frames = [p for p in sorted(folder.glob("frames/*.png")) if p.stem.isdecimal()]
-    shows_people = folder.name == "vae"
-    if frames and (people or not shows_people):
-        what = "Slices, their reconstructions, and the error" if shows_people else "The same seeds"
-        text.append(slider(frames, what))
+    shown = {
+        "vae": "Slices, their reconstructions, and the error", "diffusion": "The same seeds",
+        "texture": "Slices, their reconstructions, and those with texture",
+    }  # fmt: skip
+    if frames and (people or folder.name == "diffusion"):
+        text.append(slider(frames, shown[folder.name]))
     if (strip := folder / "denoising.png").exists():
         text.append(picture(strip.read_bytes(), "Denoising: x_t above, the estimate of the clean image below"))
 

@@ -21,7 +21,7 @@ from metrics import CopyDetector, TooFew
 from modules import StableDiffusion, invert, load_diffusion, make_grid, sample, sample_steps, start_noise
 from pictures import to_pixels
 from utils import UserError, generator, progress_bar
-from vae import VAE, load_vae
+from vae import VAE, load_texture, load_vae
 from weights import file_hash
 
 
@@ -30,6 +30,7 @@ def load_run(
 ) -> tuple[StableDiffusion, VAE, dict[str, Any], Path]:
     """(diffusion, VAE, header of the diffusion's file, that file) of a run; `weights` is "best" or "final".
 
+    The VAE has the run's texture, if there is one.
     UserError if the two do not belong together. Precision "auto" is half precision on a GPU and float32 on a CPU, where
     image k then is the same for every batch size.
     """
@@ -39,6 +40,9 @@ def load_run(
     if not belongs_to(model, meta, vae, vae_file):
         raise UserError(f"{unet_file} was trained on the latents of another VAE than {vae_file}: run train.py --fresh")
     model.amp_dtype = vae.amp_dtype = sampling_dtype(precision, device)
+    if (texture_file := folder / "texture" / "best.safetensors").exists():
+        vae.texture = load_texture(texture_file, vae, device)
+        vae.texture.amp_dtype = vae.amp_dtype
     return model, vae, meta, unet_file
 
 
@@ -109,7 +113,11 @@ class ImageSampler:
         texture, noise = vae.texture_noise(0, [0] * batch), [generator(0)] * batch
         to_half(model.unet, model.amp_dtype)
         to_half(vae.decoder, vae.amp_dtype)
-        compile_networks(compile, [model.unet, vae.decoder], lambda: self._images(x, y, texture, noise), self.device)
+        networks = [model.unet, vae.decoder]
+        if vae.texture is not None:
+            to_half(vae.texture.unet, vae.amp_dtype)
+            networks.append(vae.texture.unet)
+        compile_networks(compile, networks, lambda: self._images(x, y, texture, noise), self.device)
         if self.device.type == "cuda" and not how.get("eta"):
             try:
                 self.replay = Replay(self._images, x, y, *([] if texture is None else [texture]))

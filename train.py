@@ -244,11 +244,10 @@ def show_samples(
             x, _ = start_noise(cfg.seed, mine, vae.latent_shape)
             y = draw_rows(model.attributes, {}, cfg.seed, mine).to(device)
             steps = list(sample_steps(model.denoiser(y), x.to(device), model.scheduler))
-            images[mine.start : mine.stop] = vae.decode(steps[-1][1], vae.texture_noise(cfg.seed, mine))
+            images[mine.start : mine.stop] = vae.decode(steps[-1][1])
         ranks.sum(images)
         if ranks.is_main:
-            decode = partial(vae.decode, texture=vae.texture_noise(cfg.seed, mine[:4]))
-            visualise_denoising_process([(t, x_t[:4], x0[:4]) for t, x_t, x0 in steps], decode, folder)
+            visualise_denoising_process([(t, x_t[:4], x0[:4]) for t, x_t, x0 in steps], vae.decode, folder)
             add_gif_frame(folder, "samples", image_grid(to_uint8(images)), epoch, last)
     # Slices to compare with, the same at every call
     g = generator(cfg.seed, 7)

@@ -19,10 +19,13 @@ from device import autocast
 from metrics import ms_ssim, ssim
 from modules import (
     AttentionBlock,
+    NoiseScheduler_Fast_DDPM,
     ResidualBlock,
+    StableDiffusion,
+    UNet,
     Upsample,
     group_norm,
-    zero_init,
+    sample,
 )
 from utils import UserError, generator
 from weights import build_network, load_into, load_weights
@@ -40,42 +43,57 @@ class Encoder(nn.Sequential):
 
 
 class Decoder(nn.Sequential):
-    """Latents before normalisation -> images [B, 1, S, S].
+    """Latents before normalisation -> images [B, 1, S, S]."""
 
-    With white noise [B, 1, S, S] for the `texture`, if there is one: [B, 2, S, S], the images without it and with it.
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class Texture(StableDiffusion):
+    """Draws what an image has and its latent has no room for: a Fast-DDPM at full resolution.
+
+    What it generates is the residual, slice - reconstruction, both float [B, 1, S, S] in [-1, 1], in units of `scale`
+    (its root mean square over the training slices). The reconstruction is its condition, and `num_steps` equal steps of
+    rectified flow lead from white noise to the residual. A decoder trained by L1 and SSIM answers with the mean of all
+    images that a latent may stand for, which is smooth; this draws one of them. Where the reconstruction is black,
+    there is neither noise nor texture. ValueError on sizes that do not divide.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], texture: Texture | None = None):
-        super().__init__(*layers)
-        self.depth = len(layers)
-        if texture is not None:
-            self.texture = texture
+    scale: Tensor
 
-    def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
-        *body, last, fold_out = list(self)[: self.depth]
-        for layer in body:
-            x = layer(x)
-        image = fold_out(last(x))
-        return image if noise is None else torch.cat([image, image.detach() + self.texture(x.detach(), noise)], dim=1)
+    def __init__(
+        self, image_size: int = 256, channels: Sequence[int] = (32, 64, 128), blocks: int = 1, patch: int = 2,
+        num_steps: int = 6,
+    ):  # fmt: skip
+        unet = UNet(2, image_size, channels, blocks, (), norm_group=8, patch=patch)
+        super().__init__(unet, NoiseScheduler_Fast_DDPM(num_steps=num_steps, grid="flow"), "flow")
+        self.config: dict[str, Any] = dict(
+            image_size=image_size, channels=list(channels), blocks=blocks, patch=patch, num_steps=num_steps
+        )
+        self.register_buffer("scale", torch.ones(()))
+
+    def network(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        """The raw output of the U-Net, float32, for noisy residuals x at timesteps t [B] of reconstructions y."""
+        assert y is not None
+        return super().network(torch.cat([x, y], dim=1), t, None)[:, :1]  # as many channels come out as go in
+
+    def forward(self, z: Tensor, t: Tensor, noise: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Squared error of the velocity, averaged per image, float32 [B], and the estimate of z, for slices z of
+        reconstructions y, both [B, 1, S, S], at timesteps t [B]."""
+        assert y is not None
+        brain = not_black(y)
+        return super().forward(brain * (z - y) / self.scale, t, brain * noise, y)
+
+    def draw(self, image: Tensor, noise: Tensor) -> Tensor:
+        """Reconstructions and white noise, both [B, 1, S, S] -> the images that they become, in [-1, 1]."""
+        brain = not_black(image)
+        residual = sample(self.denoiser(image), brain * noise, self.scheduler)
+        return (image + self.scale * brain * residual).clamp(-1, 1)
 
 
-class Texture(nn.Module):
-    """What an image has and its latent has no room for, drawn at full resolution: features of the decoder's finest
-    level [B, C, S/patch, S/patch] and white noise [B, 1, S, S] -> what is added to the image [B, 1, S, S].
-
-    The noise enters by a learnt weight for each channel (Karras et al. 2019, section 3.2). It learns from the
-    discriminator alone, and nothing before it learns from that.
-    """
-
-    def __init__(self, width: int, channels: int, patch: int, blocks: int = 2):
-        super().__init__()
-        self.up = nn.Sequential(nn.Conv2d(width, channels * patch**2, 3, padding=1), nn.PixelShuffle(patch))
-        self.mix = nn.Conv2d(1, channels, 1, bias=False)
-        self.blocks = nn.Sequential(*[ResidualBlock(channels, channels) for _ in range(blocks)])
-        self.out = nn.Sequential(group_norm(channels), nn.SiLU(), zero_init(nn.Conv2d(channels, 1, 3, padding=1)))
-
-    def forward(self, x: Tensor, noise: Tensor) -> Tensor:
-        return self.out(self.blocks(self.up(x) + self.mix(noise)))
+def not_black(x: Tensor) -> Tensor:
+    """1 where images in [-1, 1] round to a grey level above 0, else 0."""
+    return (x >= -1 + 1 / 255).to(x.dtype)
 
 
 class VAE(nn.Module):
@@ -86,8 +104,8 @@ class VAE(nn.Module):
     latents by hand. The rotation turns the channels to their principal axes. Without it channels are correlated (0.8
     is usual), and the errors of the diffusion, which are equally large in all channels, would be larger than the small
     differences between such channels. Downsampling that the levels do not do is done by a space-to-depth stem, and
-    undone at the end of the decoder. `texture` are the channels of one more level, which draws from white noise what is
-    too fine for the latent; without that noise the decoder gives the mean. ValueError on sizes that do not divide.
+    undone at the end of the decoder. `texture` may be set to what draws fine detail on decoded images; it is no part of
+    the VAE's weights. ValueError on sizes that do not divide.
     """
 
     latent_rotation: Tensor
@@ -102,12 +120,11 @@ class VAE(nn.Module):
         channels: Sequence[int] = (64, 128, 256),
         blocks: int = 2,
         attention: bool = True,
-        texture: int = 0,
     ):
         super().__init__()
         self.config: dict[str, Any] = dict(
             image_size=image_size, downsample=downsample, latent_channels=latent_channels, channels=list(channels),
-            blocks=blocks, attention=attention, texture=texture,
+            blocks=blocks, attention=attention,
         )  # fmt: skip
         # What the levels do not halve, the stem does, by folding patch x patch pixels into channels.
         patch, rest = divmod(downsample, 2 ** (len(channels) - 1))
@@ -116,6 +133,7 @@ class VAE(nn.Module):
         if image_size % downsample:
             raise ValueError(f"an image of {image_size} pixels cannot be divided by {downsample}")
         self.amp_dtype: torch.dtype | None = None
+        self.texture: Texture | None = None
         # Of the latents of the training set; set once, at the end of pre-training. Until then they do nothing.
         self.register_buffer("latent_rotation", torch.eye(latent_channels))
         self.register_buffer("latent_mean", torch.zeros(latent_channels))
@@ -151,7 +169,7 @@ class VAE(nn.Module):
                 up.append(Upsample(width, channels[level - 1]))
                 width = channels[level - 1]
         up += [group_norm(width), nn.SiLU(), nn.Conv2d(width, patch**2, 3, padding=1), nn.PixelShuffle(patch)]
-        self.decoder = Decoder(up, Texture(width, texture, patch) if texture else None)
+        self.decoder = Decoder(*up)
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of q(z|x), before normalisation: each float32 [B, C, h, w]."""
@@ -160,19 +178,16 @@ class VAE(nn.Module):
             mean, logvar = self.encoder(x).float().chunk(2, dim=1)  # one half of the channels each
         return mean, logvar.clamp(*LOGVAR_RANGE)
 
-    def reconstruct(self, z: Tensor, texture: Tensor | None = None) -> Tensor:
-        """Latents before normalisation -> images, float32 [B, 1, S, S], not clamped to [-1, 1].
-
-        With noise for the texture [B, 2, S, S]: without it and with it.
-        """
+    def reconstruct(self, z: Tensor) -> Tensor:
+        """Latents before normalisation -> images, float32 [B, 1, S, S], not clamped to [-1, 1]."""
         z = z.contiguous(memory_format=torch.channels_last)
         with autocast(z, self.amp_dtype):
-            return self.decoder(z, texture).float()
+            return self.decoder(z).float()
 
-    def forward(self, x: Tensor, noise: Tensor, texture: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images [B, 1, S, S] and standard normal noise [B, C, h, w] -> (`reconstruct`, mean, log-variance)."""
         mean, logvar = self.posterior(x)
-        return self.reconstruct(mean + (0.5 * logvar).exp() * noise, texture), mean, logvar
+        return self.reconstruct(mean + (0.5 * logvar).exp() * noise), mean, logvar
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Images -> (mean, std) of the normalised latents: mean + std * noise is a sample of the posterior.
@@ -184,18 +199,19 @@ class VAE(nn.Module):
         variance = rotate(self.latent_rotation.square(), logvar.exp())
         return (rotate(self.latent_rotation, mean) - m) / s, variance.sqrt() / s
 
-    def decode(self, z: Tensor, texture: Tensor | None = None) -> Tensor:
-        """Normalised latents, and noise as `texture_noise` gives it or none -> images in [-1, 1]."""
+    def decode(self, z: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Normalised latents -> images in [-1, 1]: the mean, or with `texture_noise` what the texture makes of it."""
         # The inverse of `encode`; the rotation is orthogonal, so its inverse is its transpose.
         z = z * self.latent_std[:, None, None] + self.latent_mean[:, None, None]
-        return self.reconstruct(rotate(self.latent_rotation.T, z), texture)[:, -1:].clamp(-1, 1)
+        image = self.reconstruct(rotate(self.latent_rotation.T, z)).clamp(-1, 1)
+        return image if self.texture is None or noise is None else self.texture.draw(image, noise)
 
     def texture_noise(self, seed: int, indices: Sequence[int]) -> Tensor | None:
         """What draws the texture of images number `indices` of `seed`: standard normal [B, 1, S, S], on this device.
 
-        None for a decoder that takes none. Image k depends on (seed, k) alone.
+        None without a texture. Image k depends on (seed, k) alone.
         """
-        if not self.config["texture"]:
+        if self.texture is None:
             return None
         shape = (1, self.config["image_size"], self.config["image_size"])
         noise = torch.stack([torch.randn(shape, generator=generator(seed, 18, k)) for k in indices])
@@ -213,10 +229,11 @@ class VAE(nn.Module):
 
     def latent_hash(self) -> str:
         """12 hex digits of the encoder's weights, to which a diffusion belongs. The decoder may be trained further."""
-        digest = hashlib.sha256()
-        for _, v in sorted(self.encoder.state_dict().items()):
-            digest.update(v.float().cpu().contiguous().numpy())
-        return digest.hexdigest()[:12]
+        return hash_of(self.encoder)
+
+    def image_hash(self) -> str:
+        """12 hex digits of the encoder's and the decoder's weights, to which a texture belongs."""
+        return hash_of(self.encoder, self.decoder)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -248,6 +265,15 @@ class VAE(nn.Module):
         self.latent_rotation.copy_(axes)
         self.latent_mean.copy_(axes @ mean)
         self.latent_std.copy_(variance.flip(0).clamp(min=0).sqrt())
+
+
+def hash_of(*modules: nn.Module) -> str:
+    """12 hex digits of the SHA-256 of all weights."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for _, v in sorted(module.state_dict().items()):
+            digest.update(v.float().cpu().contiguous().numpy())
+    return digest.hexdigest()[:12]
 
 
 def rotate(matrix: Tensor, z: Tensor) -> Tensor:
@@ -349,6 +375,10 @@ def load_vae(path: Path, device: torch.device) -> tuple[VAE, dict]:
     tensors, meta = load_weights(path, "vae")
     if not meta.get("finished"):
         raise UserError(f"{path} is of a VAE still in training: run the same pre_train.py command again")
+    # Files of 2026-11-27 could hold a texture as a level of the decoder, which never paid.
+    tensors = {name: v for name, v in tensors.items() if not name.startswith("decoder.texture.")}
+    if isinstance(meta.get("model"), dict):
+        meta["model"].pop("texture", None)
     try:
         vae = build_network(VAE, meta.get("model"), tensors)
     except ValueError as e:
@@ -360,3 +390,22 @@ def load_vae(path: Path, device: torch.device) -> tuple[VAE, dict]:
     if not bool((vae.latent_std > 0).all()):
         raise UserError(f"{path} holds latents without any spread: train the VAE again")
     return vae.to(memory_format=torch.channels_last).to(device).eval().requires_grad_(False), meta
+
+
+def load_texture(path: Path, vae: VAE, device: torch.device) -> Texture:
+    """The texture of a .safetensors file, ready to draw on what this VAE decodes.
+
+    UserError on a file that is damaged, of another kind, learnt from the images of another VAE, or that this version
+    cannot build.
+    """
+    tensors, meta = load_weights(path, "texture")
+    if meta.get("vae") != vae.image_hash():
+        raise UserError(f"{path} was trained on the images of another VAE: run texture.py --fresh, or remove it")
+    try:
+        texture = build_network(Texture, meta.get("model"), tensors)
+        # Its timesteps are not among the tensors, and were on the meta device, too.
+        texture.scheduler = NoiseScheduler_Fast_DDPM(**texture.scheduler.config)
+    except ValueError as e:
+        raise UserError(f"{path} describes a texture that this version cannot build: {str(e)[:200]}") from None
+    load_into(texture, tensors, path)
+    return texture.to(memory_format=torch.channels_last).to(device).eval().requires_grad_(False)

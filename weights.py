@@ -167,7 +167,7 @@ def weights_digest(meta: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def load_weights(path: Path, kind: str) -> tuple[dict[str, Tensor], dict]:
-    """(state dict in float32, header) of a file of this kind, "vae" or "diffusion".
+    """(state dict in float32, header) of a file of this kind: "vae", "diffusion" or "texture".
 
     UserError if the file is damaged, of another kind or version, or holds numbers that are not finite. Its checksum is
     compared if it has one (the first files had none), and class names are always checked, because folders get them.

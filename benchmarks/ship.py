@@ -1,6 +1,6 @@
 """Make a run into weights to be published: python benchmarks/ship.py --run NAME --out checkpoints/pretrained ...
 
-Writes the best weights of both stages in half precision and README.md, the model card: what it was trained on, how, and
+Writes the best weights of all stages in half precision and README.md, the model card: what it was trained on, how, and
 every number of the run's report (evaluate.py comes first). People's slices are not in any of it.
 """
 
@@ -21,7 +21,7 @@ from evaluate import ABOUT, rows_of  # noqa: E402
 from sampling import load_run  # noqa: E402
 from utils import UserError, read_jsonl, run_script  # noqa: E402
 from vae import load_vae  # noqa: E402
-from weights import save_weights, write_atomic  # noqa: E402
+from weights import read_meta, save_weights, write_atomic  # noqa: E402
 
 HEAD = [["", "value", "95 % interval", "floor", "n"], ["---"] * 5]
 LIMITS = """
@@ -65,16 +65,20 @@ def main(cfg: ShipConfig) -> None:
         raise UserError(f"{home / 'report'} has no report: python evaluate.py --run {cfg.run} comes first")
     model, vae, meta, _ = load_run(home, cfg.weights, torch.device("cpu"))
     _, vae_meta = load_vae(home / "vae" / "best.safetensors", torch.device("cpu"))
-    for p in [*model.parameters(), *vae.parameters()]:  # the latents' mean and deviation stay as they are
+    texture, vae.texture = vae.texture, None
+    texture_meta = read_meta(home / "texture" / "best.safetensors") if texture is not None else {"config": {}}
+    for p in (p for m in (model, vae, texture) if m is not None for p in m.parameters()):  # buffers stay as they are
         p.data = p.data.half()
-    for m in (vae_meta, meta):  # folders are nobody's business
+    for m in (vae_meta, meta, texture_meta):  # folders are nobody's business
         m["config"] |= {"data": Path(m["config"].get("data", "")).name, "cache": "cache", "checkpoints": "checkpoints"}
     save_weights(out / "vae" / "best.safetensors", vae, vae_meta)
     meta = {**meta, "vae": vae.latent_hash()}
     save_weights(out / "diffusion" / "best.safetensors", model, meta)
+    if texture is not None:
+        save_weights(out / "texture" / "best.safetensors", texture, {**texture_meta, "vae": vae.image_hash()})
 
     size = sum(p.stat().st_size for p in out.glob("*/best.safetensors")) / 1e6
-    counts = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (vae, model)]
+    counts = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (vae, model, texture) if m is not None]
     own, reconstruction, side = meta["scheduler"], vae_meta["metrics"], vae.config["image_size"]
     steps = "" if own["grid"] == "full" else f" of {own['num_steps']} steps"
     times = [training(home / k, m["config"]["batch_size"]) for k, m in (("vae", vae_meta), ("diffusion", meta))]
@@ -90,6 +94,15 @@ def main(cfg: ShipConfig) -> None:
         f"PSNR {reconstruction['PSNR/val']:.2f} dB, SSIM {reconstruction['SSIM/val']:.4f} |",
         f"| U-Net | {counts[1]:.1f} M parameters, {meta['prediction']}-prediction on the {own['grid']} grid{steps}; "
         f"{times[1]}; the weights are of epoch {meta['epoch']} |",
+        *(
+            [
+                f"| texture | {counts[2]:.1f} M parameters, {texture.config['num_steps']} steps; "
+                f"{training(home / 'texture', texture_meta['config']['batch_size'])}; on people never trained on "
+                f"{texture_meta['metrics']['high frequencies, dB/val']:.1f} dB in the upper half of the frequencies |"
+            ]
+            if texture is not None
+            else []
+        ),
         f"| classes | {', '.join(meta['classes'])} |",
         f"| conditioned on | {'; '.join(map(str, model.attributes)) or 'nothing'} |",
         f"| hardware | {meta['hardware']} |",

@@ -1,0 +1,184 @@
+"""Texture: what is drawn on decoded images, and texture.py as people run it."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import run, run_any, start
+from safetensors.torch import load_file
+from test_distil import flags as distil_flags
+from test_pipeline import images, same_weights, where
+from test_vae import normal, tiny_vae
+
+from sampling import load_run
+from utils import read_jsonl
+from vae import Texture
+from weights import read_meta, save_weights
+
+TINY_TEXTURE = (
+    "--channels 8 16 --num-steps 4 --batch-size 4 --lr 5e-3 --ema-decay 0.9 --precision fp32 --compile off "
+    "--wandb disabled"
+).split()
+
+
+def tiny_texture(side: int = 16) -> Texture:
+    """A texture that was not trained, but whose output is not 0 either."""
+    torch.manual_seed(3)
+    texture = Texture(side, (8, 16), num_steps=3).eval().requires_grad_(False)
+    torch.nn.init.normal_(texture.unet.out.weight, std=0.1)
+    texture.scale.fill_(0.2)
+    return texture
+
+
+def test_the_loss_is_the_error_of_the_flow_of_the_residual():
+    """x_t = alpha r + sigma eps with r = (slice - reconstruction) / scale, and eps - r as the target, in float64."""
+    texture, y = tiny_texture(), (normal(4, 1, 16, 16) / 3).clamp(-0.9, 1)
+    y[:, :, :5] = -1
+    noise, t = normal(4, 1, 16, 16, seed=1), texture.scheduler.timesteps[[0, 1, 2, 2]]
+    x = y + 0.3 * normal(4, 1, 16, 16, seed=2)
+    loss, estimate = texture(x, t, noise, y)
+    abar = texture.scheduler.abar[t.numpy()][:, None, None, None]
+    alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)
+    r, eps = ((x - y) / 0.2).double().numpy(), noise.double().numpy()
+    r[:, :, :5] = eps[:, :, :5] = 0
+    x_t = alpha * r + sigma * eps
+    out = texture.unet(torch.cat([torch.tensor(x_t, dtype=torch.float32), y], 1), t)[:, :1].double().numpy()
+    np.testing.assert_allclose(loss, ((out - (eps - r)) ** 2).mean((1, 2, 3)), rtol=1e-4)
+    np.testing.assert_allclose(estimate, (x_t - sigma * out) / (alpha + sigma), atol=1e-4)
+
+
+def test_a_network_that_knows_the_residual_draws_it():
+    """Whatever the noise, the flow then ends at the slice itself."""
+    texture, x, y = tiny_texture(), *(normal(2, 1, 16, 16, seed=k).clamp(-3, 3) / 4 for k in (1, 2))
+
+    def knows(both: torch.Tensor, t: torch.Tensor, _: None) -> torch.Tensor:
+        alpha, sigma = texture.scheduler.alpha_sigma(t)
+        r = (x - both[:, 1:]) / texture.scale
+        return ((both[:, :1] - alpha * r) / sigma - r).repeat(1, 2, 1, 1)
+
+    texture.unet.forward = knows
+    torch.testing.assert_close(texture.draw(y, normal(2, 1, 16, 16, seed=3)), x, atol=1e-4, rtol=0)
+
+
+def test_texture_is_of_the_image_and_off_where_nobody_asks_for_it():
+    """Noise by (seed, k) alone; black stays black; the decoder's mean does not depend on it."""
+    vae, z = tiny_vae(), normal(3, 2, 4, 4)
+    plain = vae.decode(z)
+    assert vae.texture_noise(5, [0]) is None
+    vae.texture = tiny_texture(vae.config["image_size"])
+    noise = vae.texture_noise(5, [0, 1, 7])
+    assert noise.shape == plain.shape and torch.equal(noise[2:], vae.texture_noise(5, [7]))
+    assert not torch.equal(noise[0], vae.texture_noise(6, [0])[0])
+    assert torch.equal(vae.decode(z), plain)
+    drawn = vae.decode(z, noise)
+    assert (drawn - plain).abs().mean() > 1e-3 and drawn.abs().max() <= 1
+    torch.testing.assert_close(vae.decode(z[1:2], noise[1:2]), drawn[1:2])
+    image = plain.clone()
+    image[:, :, ::2] = -1
+    drawn = vae.texture.draw(image, noise)
+    assert (drawn[:, :, ::2] == -1).all() and not torch.equal(drawn[:, :, 1::2], image[:, :, 1::2])
+
+
+@pytest.fixture(scope="module")
+def textured(trained: Path, phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoints folder of the finished run `tiny`, which has learnt texture for six epochs."""
+    home = Path(shutil.copytree(trained, tmp_path_factory.mktemp("textured") / "checkpoints"))
+    run("texture.py", *where(home, phantoms), *TINY_TEXTURE, "--epochs", "6")
+    return home
+
+
+def test_texture_is_learnt_and_all_else_stays(textured: Path, trained: Path, tmp_path: Path):
+    """VAE and U-Net are the files of before; images of the same seed are other ones, always the same."""
+    for stage in ("vae", "diffusion"):
+        files = [home / "tiny" / stage / "best.safetensors" for home in (trained, textured)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    folder = textured / "tiny" / "texture"
+    log = read_jsonl(folder / "metrics.jsonl")
+    assert [row["epoch"] for row in log] == [*range(1, 7)]
+    # A network that answers 0 has a loss of more than 2: that of the noise and of the residual.
+    assert log[-1]["loss/val"] < log[0]["loss/val"] < 2.5 and log[-1]["loss/train"] < 0.8 * log[0]["loss/train"]
+    # At first what is drawn is mostly noise.
+    name = "high frequencies, dB/val"
+    assert abs(log[-1][name]) < abs(log[0][name]) and log[0]["PSNR/val"] < log[-1]["PSNR/val"]
+    shown = cv2.imread(str(folder / "texture.png"), 0)
+    assert shown.std() > 5
+    generate = ["--checkpoints", textured, "--run", "tiny", "--num-images", "6", "--seed", "7"]
+    for out in ("once", "again"):
+        run("predict.py", *generate, "--out", tmp_path / out)
+    run("predict.py", "--checkpoints", trained, *generate[2:], "--out", tmp_path / "without")
+    made, same, without = (images(tmp_path / name) for name in ("once", "again", "without"))
+    assert made.keys() == same.keys() == without.keys() and len(made) == 6
+    for name in made:
+        assert np.array_equal(made[name], same[name]) and not np.array_equal(made[name], without[name])
+    # A folder that was begun without texture is not filled up with it.
+    mixed = run_any("predict.py", *generate, "--num-images", "8", "--out", tmp_path / "without")
+    assert mixed.returncode == 2 and "holds the images of another command" in mixed.stderr
+
+
+def test_an_interrupted_training_resumes_to_the_same_weights(textured: Path, phantoms: Path, tmp_path: Path):
+    home = Path(shutil.copytree(textured, tmp_path / "checkpoints"))
+    shutil.rmtree(home / "tiny" / "texture")
+    command = [*where(home, phantoms), *TINY_TEXTURE, "--epochs", "6", "--save-minutes", "0"]
+    process = start("texture.py", *command)
+    log = home / "tiny" / "texture" / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 1):
+        pass
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode == 75
+    assert "resuming" in run("texture.py", *command).stdout
+    for name in ("best.safetensors", "final.safetensors"):
+        assert same_weights(home / "tiny" / "texture" / name, textured / "tiny" / "texture" / name)
+    assert "is finished" in run("texture.py", *command).stdout
+
+
+def test_a_student_has_its_teachers_texture(textured: Path, phantoms: Path, tmp_path: Path):
+    home = Path(shutil.copytree(textured, tmp_path / "checkpoints"))
+    shutil.rmtree(home / "tiny" / "diffusion")
+    full = "--channels 8 --blocks 1 --attention --grid full --epochs 1 --precision fp32 --compile off".split()
+    run("train.py", *where(home, phantoms), *full, "--wandb", "disabled", "--sample-every", "9")
+    shutil.move(home / "tiny", home / "t")
+    run("distil.py", *distil_flags(home, "s"))
+    model, vae, _, _ = load_run(home / "s", "best", torch.device("cpu"))
+    teacher = load_file(home / "t" / "texture" / "best.safetensors")
+    assert all(torch.equal(v, teacher[k].float()) for k, v in vae.texture.state_dict().items())
+
+
+def test_what_cannot_be_done_is_said(textured: Path, phantoms: Path, tmp_path: Path):
+    def refused(script: str, *args: str | Path) -> str:
+        done = run_any(script, *args)
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+        return done.stderr
+
+    home = Path(shutil.copytree(textured, tmp_path / "checkpoints"))
+    flags = [*TINY_TEXTURE, "--epochs", "6"]
+    assert "run nobody has no VAE" in refused("texture.py", *where(home, phantoms, "nobody"), *flags)
+    assert "change --channels or --patch" in refused("texture.py", *where(home, phantoms), *flags, "--patch", "3")
+    assert "--num-steps 1 is not between" in refused("texture.py", *where(home, phantoms), *flags, "--num-steps", "1")
+    assert "other settings (num_steps 4 -> 5)" in refused(
+        "texture.py", *where(home, phantoms), *flags, "--num-steps", "5"
+    )
+    # A decoder that was trained further decodes to other images.
+    file = home / "tiny" / "vae" / "best.safetensors"
+    _, vae, _, _ = load_run(home / "tiny", "best", torch.device("cpu"))
+    vae.texture = None
+    next(vae.decoder.parameters()).data += 1e-3
+    save_weights(file, vae, read_meta(file))
+    words = ["--checkpoints", home, "--run", "tiny", "--out", tmp_path / "out"]
+    assert "trained on the images of another VAE: run texture.py --fresh" in refused("predict.py", *words)
+    assert "was started on the images of another VAE" in refused("texture.py", *where(home, phantoms), *flags)
+    # A damaged file
+    own = home / "tiny" / "texture" / "best.safetensors"
+    own.write_bytes(own.read_bytes()[:-7])
+    assert "is not a safetensors file of this project" in refused("predict.py", *words)
+
+
+def test_a_dry_run_says_what_it_would_do(textured: Path, phantoms: Path):
+    out = run("texture.py", *where(textured, phantoms, "tiny"), *TINY_TEXTURE, "--dry-run").stdout
+    assert "texture   0.0 M parameters" in out and "writes to" in out and "about" in out

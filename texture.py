@@ -1,0 +1,241 @@
+"""Teach the images of a run fine texture: python texture.py [demo|small|adni] --data DIR --run NAME. Again: it resumes.
+
+The network is `Texture` in vae.py, the bookkeeping of the run in loop.py.
+"""
+
+from __future__ import annotations
+
+from config import TextureConfig, parse
+
+if __name__ == "__main__":
+    cfg = parse(TextureConfig)  # before torch is imported, so that --help answers at once
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cluster import Ranks, StopSignal
+from dataset import ADNIDataset, carved_people, load_splits_by_rules, phantom_drawing, split_rules, to_float
+from device import (
+    allocate_rows,
+    describe_cost,
+    eval_mode,
+    gather_batches,
+    pick_amp_dtype,
+    pick_device,
+    shuffled_batches,
+    to_device_if_it_fits,
+    training_cost,
+)
+from loop import EMA, Gradients, Plan, Run, make_optimizer, make_scaler, optimise, rehearse
+from metrics import high_frequencies, psnr, ssim, unit
+from modules import CosineAnnealingWarmupScheduler, UNet
+from pictures import add_gif_frame, image_grid, to_uint8
+from utils import UserError, evenly_spaced, generator, progress_bar, run_script
+from vae import VAE, Texture, load_vae
+
+
+class Pairs:
+    """All slices of a split, and what the VAE makes of each (one sample of its posterior).
+
+    Public: `images` and `reconstructions`, uint8 [N, S, S], on the device if they fit.
+    """
+
+    def __init__(self, vae: VAE, data: ADNIDataset, batch: int, ranks: Ranks, cfg: TextureConfig, what: str):
+        # Grey levels are fine enough: rounding adds an error of 0.3 to a residual of several.
+        self.images, self.reconstructions = data.images, allocate_rows(data.images.shape, torch.uint8, Path(cfg.cache))
+        bounds, bar = ranks.row_bounds(len(data), batch), progress_bar(len(data), what=what)
+        starts = range(bounds[ranks.rank], bounds[ranks.rank + 1], batch)
+        with eval_mode(vae), bar:
+            for i, x in zip(starts, data.batches(batch, ranks.device, ranks.share)):
+                noise = torch.randn(len(x), *vae.latent_shape, generator=generator(cfg.seed, 26, i))
+                made, _, _ = vae(x, noise.to(ranks.device))
+                self.reconstructions[i : i + len(x)] = torch.from_numpy(to_uint8(made))
+                bar.update(len(x) * ranks.size)
+        ranks.all_gather_rows(self.reconstructions, bounds)
+        self.device = ranks.device
+        self.images, self.reconstructions = (
+            to_device_if_it_fits(t, ranks.device) for t in (self.images, self.reconstructions)
+        )
+
+    def residual_size(self) -> float:
+        """Root mean square of slice - reconstruction, both in [-1, 1]. UserError if they are all alike."""
+        squares = [
+            (to_float(x) - to_float(y)).square().sum(dtype=torch.float64)
+            for x, y in zip(self.images.split(64), self.reconstructions.split(64))
+        ]
+        size = float(torch.stack(squares).sum() / self.images.numel()) ** 0.5
+        if not size:
+            raise UserError("the VAE's reconstructions are equal to the slices: there is no texture to be learnt")
+        return size
+
+
+def backward(
+    network: nn.Module, scaler: torch.amp.GradScaler, weight: float, x: Tensor, y: Tensor, t: Tensor, noise: Tensor
+) -> Tensor:
+    """Add the gradients of the mean loss, times `weight`, of slices x and reconstructions y, uint8 [B, S, S].
+
+    `network` is a Texture, perhaps wrapped for DDP. Returns the sum of the losses.
+    """
+    loss, _ = network(to_float(x), t, noise, to_float(y))
+    scaler.scale(weight * loss.mean()).backward()
+    return loss.detach().sum()
+
+
+def step_randomness(texture: Texture, batch: int, g: torch.Generator) -> list[Tensor]:
+    """All random numbers of a step: timesteps int64 [B], and noise [B, 1, S, S]."""
+    side = texture.config["image_size"]
+    t = texture.scheduler.sample_timesteps(batch, g)
+    return [t, torch.randn(batch, 1, side, side, generator=g, device=g.device)]
+
+
+def evaluate(texture: Texture, val: Pairs, cfg: TextureConfig, ranks: Ranks) -> dict[str, float]:
+    """Loss of people held out, always with the same noise; and of 64 of their slices, drawn with texture: PSNR, SSIM
+    and power in the upper half of the frequencies."""
+    total = torch.zeros(2, dtype=torch.float64)
+    shown = torch.tensor(evenly_spaced(len(val.images), 64))
+    quality = torch.zeros(4, dtype=torch.float64)
+    with eval_mode(texture):
+        for source, index in (("loss", torch.arange(len(val.images))), ("pictures", shown)):
+            order = index.split(16)
+            order = order[ranks.share(len(order))]
+            for rows, (x, y) in zip(order, gather_batches([val.images, val.reconstructions], order, val.device)):
+                t, noise = step_randomness(texture, len(x), generator(cfg.seed, 22, int(rows[0]), device=val.device))
+                if source == "loss":
+                    loss = texture(to_float(x), t, noise, to_float(y))[0].sum().item()
+                    total += torch.tensor([loss, len(x)], dtype=torch.float64)
+                else:
+                    drawn, real = unit(texture.draw(to_float(y), noise)), unit(to_float(x))
+                    values = [f(drawn, real).sum().item() for f in (psnr, ssim, high_frequencies)]
+                    quality += torch.tensor([*values, len(x)], dtype=torch.float64)
+    (loss, n), (*means, count) = ranks.sum(total).tolist(), ranks.sum(quality).tolist()
+    names = ("PSNR/val", "SSIM/val", "high frequencies, dB/val")
+    return {"loss/val": loss / n} | {name: value / count for name, value in zip(names, means)}
+
+
+def show_texture(texture: Texture, val: Pairs, cfg: TextureConfig, folder: Path, epoch: int, last: bool) -> None:
+    """Add a frame to FOLDER/texture.gif: slices of people held out, their reconstructions, and those with texture."""
+    index = torch.tensor(evenly_spaced(len(val.images), 6))
+    x, y = next(gather_batches([val.images, val.reconstructions], [index], val.device))
+    with eval_mode(texture):
+        _, noise = step_randomness(texture, len(x), generator(cfg.seed, 23, device=val.device))
+        drawn = texture.draw(to_float(y), noise)
+    rows = np.concatenate([to_uint8(to_float(x)), to_uint8(to_float(y)), to_uint8(drawn)])
+    add_gif_frame(folder, "texture", image_grid(rows, columns=len(x)), epoch, last)
+
+
+def build_texture(cfg: TextureConfig, image_size: int) -> Texture:
+    """The network for images of this size, initialised by the seed. UserError on sizes that do not divide."""
+    torch.manual_seed(cfg.seed)
+    try:
+        return Texture(image_size, cfg.channels, cfg.blocks, cfg.patch, cfg.num_steps)
+    except ValueError as e:
+        raise UserError(f"{e}: change --channels or --patch") from None
+
+
+def print_plan(
+    cfg: TextureConfig, texture: Texture, splits: dict[str, ADNIDataset], plan: Plan, device: torch.device
+) -> None:
+    """Say what a run would do: data, network, cost, and where it writes."""
+    # A few steps on black images. On a CPU a few say as much as a batch.
+    n, dtype = plan.batch if device.type == "cuda" else min(plan.batch, 4), pick_amp_dtype(cfg.precision, device)
+    texture = texture.to(memory_format=torch.channels_last).to(device)
+    texture.amp_dtype, scaler, side = dtype, make_scaler(dtype, device), texture.config["image_size"]
+    black = torch.zeros(n, side, side, dtype=torch.uint8, device=device)
+    tensors = [black, black, *step_randomness(texture, n, generator(0, device=device))]
+    call, optimizer = partial(backward, texture, scaler), make_optimizer(texture.parameters(), cfg)
+    seconds = rehearse(cfg, plan, [texture], [texture.unet], call, tensors, optimizer, scaler)
+    network, x = UNet(**texture.unet.config).to(device), torch.zeros(1, 2, side, side, device=device)
+    cost = training_cost(network, x, torch.zeros(1, dtype=torch.int64, device=device), amp_dtype=dtype)
+    print(f"train on  {splits['train'].summary()}\nvalidate  {splits['val'].summary()}")
+    print(describe_cost("texture", *cost, plan.batch, cfg.epochs, plan.steps, device, dtype, seconds))
+    print(f"writes to {Path(cfg.checkpoints) / cfg.run / 'texture'}")
+
+
+def main(cfg: TextureConfig) -> None:
+    # The VAE decides what is to be drawn and which people are held out.
+    stop, device = StopSignal(), pick_device(cfg.device)
+    vae_file = Path(cfg.checkpoints) / cfg.run / "vae" / "best.safetensors"
+    if not vae_file.exists():
+        raise UserError(f"run {cfg.run} has no VAE ({vae_file}): train it first with python pre_train.py, same --run")
+    vae, vae_meta = load_vae(vae_file, device)
+    splits, fingerprint = load_splits_by_rules(cfg.data, cfg.cache, vae_meta, vae.config["image_size"])
+    train, val, plan = splits["train"], splits["val"], Plan.of(cfg, len(splits["train"]))
+    texture = build_texture(cfg, vae.config["image_size"])
+    if cfg.dry_run:
+        return print_plan(cfg, texture, splits, plan, device)
+
+    with Run(cfg, "texture", plan, stop, device) as run:
+        # Network, average, optimiser, schedule.
+        ranks, folder = run.ranks, run.folder
+        texture = texture.to(memory_format=torch.channels_last).to(device)
+        texture.amp_dtype = pick_amp_dtype(cfg.precision, device)
+        vae.amp_dtype = texture.amp_dtype
+        ema, scaler = EMA(texture, cfg.ema_decay), make_scaler(texture.amp_dtype, device)
+        optimizer = make_optimizer(texture.parameters(), cfg)
+        schedule = CosineAnnealingWarmupScheduler(optimizer, max(1, round(cfg.warmup * plan.steps)), plan.steps)
+
+        # Resume, or begin.
+        run.track(1, model=texture, ema=ema, optimizer=optimizer, schedule=schedule, scaler=scaler)
+        run.extra = {"vae": vae.image_hash()}
+        state = run.resume(fingerprint, f"slices than {cfg.data} now holds")
+        if state and state["vae"] != vae.image_hash():
+            raise UserError(f"{folder} was started on the images of another VAE than {vae_file}: use --fresh")
+        if run.finished:
+            return
+
+        # Reconstruct all slices once. A residual of size 1 is what the network is to generate.
+        pairs = Pairs(vae, train, cfg.batch_size, ranks, cfg, "reconstructing training slices")
+        val_pairs = Pairs(vae, val, cfg.batch_size, ranks, cfg, "reconstructing validation slices")
+        for module in (texture, ema.module):
+            module.scale.fill_(pairs.residual_size())
+
+        # A step of n images whose result is thrown away: it shows what fits the memory and what can be compiled.
+        network = ranks.wrap_ddp(texture)
+        call = partial(backward, network, scaler)
+
+        def trial(n: int) -> None:
+            x, y = (t[:1].expand(n, -1, -1).to(device) for t in (pairs.images, pairs.reconstructions))
+            call(1.0, x, y, *step_randomness(texture, n, generator(0, device=device)))
+            texture.zero_grad()
+
+        meta = {
+            "kind": "texture", "model": texture.config, "vae": vae.image_hash(), "data": train.summary(),
+            "held_out": carved_people(splits), "split": split_rules(vae_meta), **phantom_drawing(cfg.data),
+        }  # fmt: skip
+        run.begin(meta, texture, [texture.unet], [network], trial)
+        gradients = Gradients(
+            call, [texture], optimizer, scaler, cfg.grad_clip, ranks, plan.batch, run.micro, [network]
+        )  # fmt: skip
+        order = shuffled_batches(len(train), plan.batch, run.step, cfg.seed, 24)
+        batches = gather_batches([pairs.images, pairs.reconstructions], (index[run.rows] for index in order), device)
+
+        for epoch in run.epochs():
+            for step in run.steps(epoch):
+                x, y = next(batches)
+                # Every step has its own random numbers, by (seed, step), so resuming needs no state of a generator.
+                g = generator(cfg.seed, 25, step, device=device)
+                added, norm = gradients(x, y, *(r[run.rows] for r in step_randomness(texture, plan.batch, g)))
+                optimise(texture, optimizer, ema, added)
+                schedule.step()
+                run.took(added, norm)
+
+            if not run.evaluates(epoch):
+                continue
+
+            # Evaluate the averaged weights, and show what they draw.
+            numbers = {"loss/train": run.means()[0] / plan.batch, **evaluate(ema.module, val_pairs, cfg, ranks)}
+            if ranks.is_main:
+                show_texture(ema.module, val_pairs, cfg, folder, epoch, run.is_last(epoch))
+            run.end_epoch(numbers, ema.module, pictures=["texture.gif"], people=True)
+
+        run.save()
+        run.save_final(ema.module)
+    print(f"done: {folder / 'final.safetensors'}; slices, reconstructions and texture in {folder / 'texture.png'}")
+
+
+if __name__ == "__main__":
+    run_script(main, cfg)
