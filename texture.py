@@ -41,7 +41,8 @@ from vae import VAE, Texture, load_vae
 class Pairs:
     """All slices of a split, and what the VAE makes of each (one sample of its posterior).
 
-    Public: `images` and `reconstructions`, uint8 [N, S, S], on the device if they fit.
+    Public: `images` and `reconstructions`, uint8 [N, S, S], on the device if they fit; `residual`, the root mean square
+    of their difference in images of [-1, 1].
     """
 
     def __init__(self, vae: VAE, data: ADNIDataset, batch: int, ranks: Ranks, cfg: TextureConfig, what: str):
@@ -56,21 +57,13 @@ class Pairs:
                 self.reconstructions[i : i + len(x)] = torch.from_numpy(to_uint8(made))
                 bar.update(len(x) * ranks.size)
         ranks.all_gather_rows(self.reconstructions, bounds)
+        both = zip(self.images.split(64), self.reconstructions.split(64))
+        squares = torch.stack([(to_float(x) - to_float(y)).double().square().sum() for x, y in both])
+        self.residual = float(squares.sum() / self.images.numel()) ** 0.5
         self.device = ranks.device
         self.images, self.reconstructions = (
             to_device_if_it_fits(t, ranks.device) for t in (self.images, self.reconstructions)
         )
-
-    def residual_size(self) -> float:
-        """Root mean square of slice - reconstruction, both in [-1, 1]. UserError if they are all alike."""
-        squares = [
-            (to_float(x) - to_float(y)).square().sum(dtype=torch.float64)
-            for x, y in zip(self.images.split(64), self.reconstructions.split(64))
-        ]
-        size = float(torch.stack(squares).sum() / self.images.numel()) ** 0.5
-        if not size:
-            raise UserError("the VAE's reconstructions are equal to the slices: there is no texture to be learnt")
-        return size
 
 
 def backward(
@@ -191,7 +184,7 @@ def main(cfg: TextureConfig) -> None:
         pairs = Pairs(vae, train, cfg.batch_size, ranks, cfg, "reconstructing training slices")
         val_pairs = Pairs(vae, val, cfg.batch_size, ranks, cfg, "reconstructing validation slices")
         for module in (texture, ema.module):
-            module.scale.fill_(pairs.residual_size())
+            module.scale.fill_(max(pairs.residual, 1e-4))  # a VAE that reconstructs everything leaves nothing to draw
 
         # A step of n images whose result is thrown away: it shows what fits the memory and what can be compiled.
         network = ranks.wrap_ddp(texture)

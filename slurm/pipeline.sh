@@ -3,6 +3,7 @@
 # Submits VAE, U-Net, images and evaluation as a chain: each starts when the one before has finished well, and when one
 # fails the rest is cancelled. Flags that are given here go to all four; those of one stage go into a variable:
 #   TRAIN="--epochs 100" PREDICT="--num-images 4000" slurm/pipeline.sh small --run my-run --data slices
+# With TEXTURE="--epochs 10", say, texture.py runs before images are generated.
 set -euo pipefail
 source slurm/site.env
 preset=adni
@@ -26,6 +27,7 @@ submit() { # STAGE [args]
 {
     submit pre_train "$@" ${PRE_TRAIN-}
     submit train "$@" ${TRAIN-}
+    [[ -z ${TEXTURE-} ]] || submit texture "$@" $TEXTURE
     submit predict "$@" --run "$run" --num-images 1000 --out "$images" ${PREDICT-}
     submit evaluate "$@" --run "$run" --images "$images" --out "$checkpoints/$run/report" ${EVALUATE-}
 }

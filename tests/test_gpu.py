@@ -20,7 +20,7 @@ from modules import NoiseScheduler_Fast_DDPM, StableDiffusion, UNet
 from sampling import ImageSampler
 from train import backward, step_randomness
 from utils import generator, read_jsonl
-from vae import VAE
+from vae import VAE, Texture
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")
 DEVICE = torch.device("cuda")
@@ -59,6 +59,7 @@ def networks() -> tuple[StableDiffusion, VAE]:
     torch.manual_seed(0)
     vae = VAE(64, 4, 4, (32, 64), 1)
     model = StableDiffusion(UNet(4, 16, (32, 64), 1, (8,), (2, 0)), NoiseScheduler_Fast_DDPM())
+    vae.texture = Texture(64, (16, 32), num_steps=2)
     for p in [*vae.parameters(), *model.parameters()]:
         p.data += 0.05 * torch.randn(p.shape)
     return tuple(m.cuda().to(memory_format=torch.channels_last) for m in (model, vae))

@@ -11,7 +11,7 @@ import pytest
 from conftest import ENVIRONMENT, ROOT, made_once, python
 
 FILES = sorted(p.stem for p in ROOT.glob("*.py"))
-SCRIPTS = {"pre_train", "train", "distil", "predict", "edit", "evaluate", "tsne", "app"}
+SCRIPTS = {"pre_train", "train", "texture", "distil", "predict", "edit", "evaluate", "tsne", "app"}
 PAGES = sorted(
     [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
     + [p for folder in ("docs", "benchmarks", "checkpoints", "visualisations") for p in (ROOT / folder).rglob("*.md")]

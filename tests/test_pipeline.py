@@ -137,7 +137,7 @@ def test_a_vae_with_a_discriminator_resumes_to_the_same_weights(
     epochs: int, stops: tuple[int, int], phantoms: Path, tmp_path: Path
 ):
     """Stopped before the discriminator's start and after it; the encoder rests from there on, the decoder goes on."""
-    flags = [*TINY_VAE, *ADVERSARIAL, "--texture", "4", "--epochs", str(epochs)]
+    flags = [*TINY_VAE, *ADVERSARIAL, "--epochs", str(epochs)]
     flags += ["--gif-every", "100", "--save-minutes", "0"]
     run("pre_train.py", *where(tmp_path, phantoms, "whole"), *flags)
     parts = tmp_path / "parts" / "vae"
@@ -156,11 +156,6 @@ def test_a_vae_with_a_discriminator_resumes_to_the_same_weights(
     start_at = epochs * 4 // 10
     assert [r["epoch"] for r in log if "discriminator/train" in r] == list(range(start_at + 1, epochs + 1))
     assert 0.05 < log[start_at]["discriminator/train"] < 1.5 and log[-1]["learning rate"] < 1e-5
-    # noise has become a part of the images, of each its own
-    vae, _ = load_vae(tmp_path / "whole" / "vae" / "best.safetensors", torch.device("cpu"))
-    z = torch.zeros(2, *vae.latent_shape)
-    plain, drawn = vae.decode(z), vae.decode(z, vae.texture_noise(0, [0, 1]))
-    assert torch.equal(plain[0], plain[1]) and not torch.equal(drawn[0], drawn[1])
     # with a discriminator the last weights are the best, whatever the validation loss
     assert same_weights(
         tmp_path / "whole" / "vae" / "best.safetensors", tmp_path / "whole" / "vae" / "final.safetensors"
@@ -363,31 +358,6 @@ def test_copies_are_drawn_again(six: Path, trained: Path, phantoms: Path, tmp_pa
     assert [r["index"] for r in again] == [r["index"] for r in rows]
 
 
-def test_a_finished_vae_gets_texture_and_all_else_stays(copied: Path, six: Path, phantoms: Path, tmp_path: Path):
-    """Encoder, latents and reconstructions are the base's to the last bit; its U-Net draws images with texture."""
-    flags = ["--texture", "4", "--adversarial", "1", "--lr", "1e-2", "--epochs", "1", "--ema-decay", "0.5"]
-    flags += ["--batch-size", "8", "--wandb", "disabled", "--device", "cpu"]
-    run("pre_train.py", *where(copied, phantoms, "textured"), *flags, "--base", "tiny")
-    before, after = (load_file(copied / name / "vae" / "best.safetensors") for name in ("tiny", "textured"))
-    assert {k for k in after if k not in before} == {k for k in after if k.startswith("decoder.texture.")}
-    assert all(torch.equal(v, after[k]) for k, v in before.items())
-    assert after["decoder.texture.out.2.weight"].any()
-    shutil.copytree(copied / "tiny" / "diffusion", copied / "textured" / "diffusion")
-    generate = ["--checkpoints", copied, "--run", "textured", "--num-images", "6", "--seed", "7"]
-    for out in ("once", "again"):
-        run("predict.py", *generate, "--out", tmp_path / out)
-    made, same, without = (images(folder) for folder in (tmp_path / "once", tmp_path / "again", six))
-    for name in NAMES:
-        assert np.array_equal(made[name], same[name]) and not np.array_equal(made[name], without[name])
-    for words, sentence in {
-        ("--base", "nobody", *flags): "--base nobody has no VAE",
-        ("--base", "tiny"): "say how wide",
-        ("--base", "textured", *flags): "take another name for --run",
-    }.items():
-        refused = run_any("pre_train.py", *where(copied, phantoms, "textured"), *words)
-        assert refused.returncode == 2 and sentence in refused.stderr and "Traceback" not in refused.stderr
-
-
 def test_reject_copies_needs_people(tmp_path: Path):
     few = phantom.make_dataset(tmp_path / "few", people=10, slices=4, size=32, progress=False)
     splits, _ = load_splits(DataConfig(data=str(few), cache=str(tmp_path / "cache")), 32)
@@ -546,6 +516,7 @@ def test_presets_defaults_and_flags():
         PredictConfig,
         PretrainConfig,
         ReportConfig,
+        TextureConfig,
         TrainConfig,
         TsneConfig,
         parse,
@@ -565,7 +536,7 @@ def test_presets_defaults_and_flags():
     for preset in PRESETS:
         assert parse(TrainConfig, [preset, "--grid", "full"]).grid == "full"
         # A preset that is named is the run's name, for whichever script.
-        for config in (PretrainConfig, PredictConfig, EvaluateConfig, TsneConfig, ReportConfig):
+        for config in (PretrainConfig, TextureConfig, PredictConfig, EvaluateConfig, TsneConfig, ReportConfig):
             assert parse(config, [preset]).run == preset
         assert parse(AppConfig, [preset]).run == (preset,)
         student = parse(DistilConfig, [preset])

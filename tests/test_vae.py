@@ -17,7 +17,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 import metrics
 from config import PretrainConfig
 from loop import Plan
-from pre_train import augment, build_networks, make_optimizer_and_schedule
+from pre_train import augment, make_optimizer_and_schedule
 from utils import UserError
 from vae import (
     LOGVAR_RANGE,
@@ -184,35 +184,6 @@ def test_measuring_again_does_not_compound():
     mean, std = vae.latent_mean.clone(), vae.latent_std.clone()
     vae.measure_latents([x])
     assert torch.equal(mean, vae.latent_mean) and torch.equal(std, vae.latent_std)
-
-
-def test_texture_is_of_the_image_and_off_where_nobody_asks_for_it():
-    """Noise by (seed, k) alone, which changes nothing at first; the decoder's mean does not depend on it."""
-    torch.manual_seed(0)
-    fresh = VAE(16, 4, 2, (8, 16), 1, texture=8)
-    z = normal(3, 2, 4, 4)
-    noise = fresh.texture_noise(5, [0, 1, 7])
-    assert noise.shape == (3, 1, 16, 16) and torch.equal(noise[2:], fresh.texture_noise(5, [7]))
-    assert not torch.equal(noise[0], fresh.texture_noise(6, [0])[0])
-    torch.testing.assert_close(fresh.decode(z, noise), fresh.decode(z))  # its last weights are 0
-    vae = tiny_vae(texture=8)
-    assert (vae.decode(z, noise) - vae.decode(z)).abs().mean() > 1e-3
-    torch.testing.assert_close(vae.decode(z[1:2], noise[1:2]), vae.decode(z, noise)[1:2])
-    both = vae.reconstruct(z, noise)
-    torch.testing.assert_close(both[:, :1], vae.reconstruct(z))
-    # The discriminator teaches the texture alone, and the reconstruction all else.
-    for image, learns in ((both[:, 1:], "decoder.texture."), (both[:, :1], "decoder.")):
-        grads = torch.autograd.grad(image.sum(), [*vae.parameters()], retain_graph=True, allow_unused=True)
-        moved = {name for (name, _), g in zip(vae.named_parameters(), grads) if g is not None and g.any()}
-        assert moved and all(name.startswith(learns) for name in moved)
-        assert any("texture" in name for name in moved) == (learns == "decoder.texture.")
-    assert tiny_vae().texture_noise(5, [0]) is None
-    assert not [name for name in tiny_vae().state_dict() if "texture" in name]
-
-
-def test_texture_needs_a_discriminator():
-    with pytest.raises(UserError, match="--texture is learnt from the discriminator: add --adversarial"):
-        build_networks(PretrainConfig(texture=8))
 
 
 def test_encode_and_decode_are_inverse_scalings():

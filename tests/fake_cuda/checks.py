@@ -36,6 +36,7 @@ import distil  # noqa: E402
 import evaluate  # noqa: E402
 import pre_train  # noqa: E402
 import predict  # noqa: E402
+import texture  # noqa: E402
 import train  # noqa: E402
 import tsne  # noqa: E402
 from cluster import Ranks  # noqa: E402
@@ -45,6 +46,7 @@ from config import (  # noqa: E402
     EvaluateConfig,
     PredictConfig,
     PretrainConfig,
+    TextureConfig,
     TrainConfig,
     TsneConfig,
     parse,
@@ -54,7 +56,7 @@ from loop import EMA, Gradients, NonFiniteWatch, find_micro_batch, make_optimize
 from modules import Lookahead, NoiseScheduler_Fast_DDPM, StableDiffusion, UNet  # noqa: E402
 from sampling import ImageSampler  # noqa: E402
 from utils import UserError, generator  # noqa: E402
-from vae import VAE, PatchDiscriminator  # noqa: E402
+from vae import VAE, PatchDiscriminator, Texture  # noqa: E402
 
 FOLDER = Path(sys.argv[1])
 DTYPES = (None, torch.bfloat16, torch.float16)
@@ -82,10 +84,12 @@ def on_the_card(module: nn.Module, dtype: torch.dtype | None) -> Any:
 
 
 def networks(dtype: torch.dtype | None, grid: str = "logsnr", steps: int = 10) -> tuple[StableDiffusion, VAE]:
-    """A conditional U-Net and a VAE, tiny."""
+    """A conditional U-Net, and a VAE with texture, tiny."""
     scheduler = NoiseScheduler_Fast_DDPM(num_steps=steps, grid=grid)
     model = StableDiffusion(UNet(2, 8, (8, 16), 1, (4,), (2, 0), dropout=0.1), scheduler)
-    return on_the_card(model, dtype), on_the_card(VAE(32, 4, 2, (8, 16), 1, texture=4), dtype)
+    vae = VAE(32, 4, 2, (8, 16), 1)
+    vae.texture = on_the_card(Texture(32, (8, 16), num_steps=2), dtype)
+    return on_the_card(model, dtype), on_the_card(vae, dtype)
 
 
 def take_steps(
@@ -129,11 +133,11 @@ def check_a_step_of_train_waits_for_nothing(
 def check_a_step_of_pre_train_waits_for_nothing(
     dtype=DTYPES, on_the_host=(False, True), adversarial=(False, True), micro=(8, 3)
 ):
-    vae, discriminator = networks(dtype)[1], on_the_card(PatchDiscriminator((8, 8, 8)), dtype)
-    cfg, device = PretrainConfig(adversarial=0.5, flip=True, texture=4), torch.device("cuda")
+    vae = on_the_card(VAE(32, 4, 2, (8, 16), 1), dtype)
+    discriminator = on_the_card(PatchDiscriminator((8, 8, 8)), dtype)
+    cfg, device = PretrainConfig(adversarial=0.5, flip=True), torch.device("cuda")
     optimizer, _ = pre_train.make_optimizer_and_schedule(cfg, vae, discriminator, None)
     scaler = make_scaler(dtype, device)
-    pre_train.learn_texture(vae, adversarial)
     if adversarial:
         pre_train.freeze_encoder(vae, EMA(vae, 0.9).module)
     call = partial(pre_train.backward, vae, discriminator, discriminator if adversarial else None, scaler, cfg)
@@ -142,14 +146,28 @@ def check_a_step_of_pre_train_waits_for_nothing(
     )
     images = torch.zeros(64, 32, 32, dtype=torch.uint8)
     u, strength = torch.zeros(8, 5, device=device), torch.zeros(8, device=device)
-    texture = torch.zeros(8, 1, vae.config["image_size"], vae.config["image_size"], device=device)
 
     def inputs(step: int, batch: list[Tensor]) -> list[Tensor]:
         g = generator(0, step, device=device)
         noise = torch.randn(8, *vae.latent_shape, generator=g, device=device)
-        return [*batch, u, noise, strength.fill_(step / 10), texture]
+        return [*batch, u, noise, strength.fill_(step / 10)]
 
     take_steps(gradients, vae, optimizer, [images if on_the_host else images.to(device)], inputs)
+    assert (gradients.replay is not None) == (micro == 8), "no graph was recorded"
+
+
+def check_a_step_of_texture_waits_for_nothing(dtype=DTYPES, on_the_host=(False, True), micro=(8, 3)):
+    model, cfg, device = on_the_card(Texture(32, (8, 16), num_steps=2), dtype), TextureConfig(), torch.device("cuda")
+    optimizer, scaler = make_optimizer(model.parameters(), cfg), make_scaler(dtype, device)
+    gradients = Gradients(
+        partial(texture.backward, model, scaler), [model], optimizer, scaler, 1.0, Ranks(device), 8, micro
+    )
+    tensors = [torch.zeros(64, 32, 32, dtype=torch.uint8, device="cpu" if on_the_host else device)] * 2
+
+    def inputs(step: int, batch: list[Tensor]) -> list[Tensor]:
+        return [*batch, *texture.step_randomness(model, 8, generator(0, step, device=device))]
+
+    take_steps(gradients, model, optimizer, tensors, inputs)
     assert (gradients.replay is not None) == (micro == 8), "no graph was recorded"
 
 
@@ -185,7 +203,7 @@ def check_the_sampler_is_a_graph_that_waits_for_nothing(
         pixels, z = sampler(0, range(3), torch.zeros(3, 2))
         assert count("graphs") == before + 1
     assert (pixels.shape, z.shape, pixels.is_cuda) == ((3, 32, 32), (3, 2, 8, 8), True)
-    weights = {p.dtype for m in (model.unet, vae.decoder) for p in m.parameters() if p.ndim == 4}
+    weights = {p.dtype for m in (model.unet, vae.decoder, vae.texture) for p in m.parameters() if p.ndim == 4}
     assert weights == {dtype or torch.float32}, "the weights are converted anew in every call"
 
 
@@ -314,6 +332,15 @@ def check_train_from_start_to_end(more=((), ("--lookahead", "--precision", "fp16
     assert not waits.found, waits.found
 
 
+def check_texture_from_start_to_end(more=((), ("--micro-batch", "5"))):
+    run = f"textured{'-'.join(more)}"
+    shutil.copytree(FOLDER / "checkpoints" / "full" / "vae", FOLDER / "checkpoints" / run / "vae")
+    flags = ["--run", run, "--channels", "8", "16", "--num-steps", "2"]
+    with Waits(texture) as waits:
+        texture.main(parse(TextureConfig, [*WHERE, *DATA, *TINY, *flags, *more]))
+    assert not waits.found, waits.found
+
+
 def check_distil_from_start_to_end():
     flags = "--teacher full --run student --trajectories 96 --teacher-steps 8 --num-steps 2".split()
     with Waits(distil) as waits:
@@ -327,7 +354,8 @@ def check_a_dry_run_times_steps_as_a_graph():
     flags = "--run none --image-size 32 --downsample 4 --latent-channels 2 --channels 8 16 --blocks 1".split()
     pre_train.main(parse(PretrainConfig, [*WHERE, *DATA, *TINY, *flags, "--adversarial", "1", "--dry-run"]))
     distil.main(parse(DistilConfig, [*WHERE, "--teacher", "full", "--run", "none", "--compile", "off", "--dry-run"]))
-    assert count("graphs") >= before + 3
+    texture.main(parse(TextureConfig, [*WHERE, *DATA, *TINY, "--run", "full", "--channels", "8", "16", "--dry-run"]))
+    assert count("graphs") >= before + 4
 
 
 def check_predict_from_start_to_end(more=((), ("--guidance", "2"), ("--solver", "ddim", "--eta", "1"))):
