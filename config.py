@@ -159,6 +159,9 @@ class TrainConfig(SourceConfig, StepsConfig):
     augment: int = 0
     """Augmentation: variants of every training slice beside itself, turned, scaled, shifted, bent and with another
     contrast, each a little, as people differ. All are encoded once, at the start."""
+    augment_every: int = 0
+    """Epochs after which --augment draws other variants. A thread encodes them while the training goes on, from the end
+    of the first epoch of the ones before. 0: never."""
     channels: tuple[int, ...] = (128, 256, 512)
     """Channels at each resolution level."""
     blocks: int = 2
@@ -596,7 +599,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "lr": (1e-12, 10), "weight_decay": (0, 10), "grad_clip": (0, 1e9), "ema_decay": (0, 1), "kl_weight": (0, 1e6),
     "val_fraction": (0, 0.9), "dropout": (0, 0.9), "class_dropout": (0, 1), "warmup": (0, 1), "eta": (0, 1),
     "shift": (0, 0.5), "rotate": (0, 180), "brightness": (0, 1), "sample_every": (1, 10**9), "gif_every": (1, 10**9),
-    "adversarial": (0, 100), "adversarial_start": (0, 1), "augment": (0, 1000),
+    "adversarial": (0, 100), "adversarial_start": (0, 1), "augment": (0, 1000), "augment_every": (0, 10**9),
     "evaluate_every": (1, 10**9),
     "norm_group": (1, 10**4), "patch": (1, 64), "micro_batch": (1, 10**6), "shards": (1, 10**6), "shard": (0, 10**6),
     "channels": (1, 2**14), "downsample": (1, 1024), "attention": (0, 4096), "in_channels": (1, 1024),

@@ -12,7 +12,9 @@ if __name__ == "__main__":
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -76,29 +78,88 @@ class Latents:
     """All slices of a split as mean and std of their posteriors, float16, so that every visit samples them anew.
 
     Public: `moments` [N, V, 2 (mean, std), C, h, w] and `conditions` float32 [N, A], both on the device if they fit. V
-    counts the variants of a slice: itself, mirrored, and those of --augment.
+    counts the variants of a slice: itself, mirrored, and those of --augment. These are drawn anew every
+    --augment-every epochs, at first for `epoch`. Used as a context manager, it ends the thread that encodes them.
     """
 
     def __init__(
-        self, vae: VAE, data: ADNIDataset, conditions: Tensor, batch: int, ranks: Ranks, cfg: TrainConfig, what: str
-    ):
+        self, vae: VAE, data: ADNIDataset, conditions: Tensor, batch: int, ranks: Ranks, cfg: TrainConfig, what: str,
+        epoch: int = 1,
+    ):  # fmt: skip
         # Half precision rounds a latent of size 1 by 5e-4, far less than the posterior's std. With all of them in
         # memory, a training step needs neither images nor VAE.
-        mirrored, variants = 1 + cfg.flip, (1 + cfg.flip) * (1 + cfg.augment)
-        shape = (len(data), variants, 2, *vae.latent_shape)
-        self.moments = allocate_rows(shape, torch.float16, Path(cfg.cache))
-        bounds, bar = ranks.row_bounds(len(data), batch), progress_bar(len(data), what=what)
-        starts = range(bounds[ranks.rank], bounds[ranks.rank + 1], batch)
-        with eval_mode(vae), bar:
-            for i, x in zip(starts, data.batches(batch, ranks.device, ranks.share)):
-                for v in range(variants):
-                    other = vary(x, generator(cfg.seed, 19, v, i)) if v >= mirrored else x
-                    other = other.flip(3) if v % mirrored else other
-                    self.moments[i : i + len(x), v] = torch.stack(vae.encode(other), dim=1).cpu()
-                bar.update(len(x) * ranks.size)
-        ranks.all_gather_rows(self.moments, bounds)
+        self.vae, self.data, self.batch, self.ranks, self.cfg = vae, data, batch, ranks, cfg
+        self.bounds, self.plain = ranks.row_bounds(len(data), batch), 1 + cfg.flip  # plain: the slice itself, mirrored
+        self.draw, self.ended = self.draw_of(epoch), False
+        self.coming: Future[Tensor] | None = None
+        self.pool = ThreadPoolExecutor(1)
+        with progress_bar(len(data), what=what) as bar:
+            self.moments = self._encode(range(self.plain * (1 + cfg.augment)), self.draw, bar.update)
+        ranks.all_gather_rows(self.moments, self.bounds)
         self.moments, self.device = to_device_if_it_fits(self.moments, ranks.device), ranks.device
         self.conditions = conditions.to(self.moments.device)
+
+    def __enter__(self) -> Latents:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.ended = True
+        self.pool.shutdown()
+
+    def _encode(self, variants: range, draw: int, encoded: Callable[[int], object]) -> Tensor:
+        """[N, len(variants), 2, C, h, w] on the host, of which this rank's rows are filled."""
+        rows = allocate_rows(
+            (len(self.data), len(variants), 2, *self.vae.latent_shape), torch.float16, Path(self.cfg.cache)
+        )
+        starts = range(self.bounds[self.ranks.rank], self.bounds[self.ranks.rank + 1], self.batch)
+        with eval_mode(self.vae):
+            for i, x in zip(starts, self.data.batches(self.batch, self.ranks.device, self.ranks.share)):
+                for place, v in enumerate(variants):
+                    # The first draw has the numbers of before there were others.
+                    g = generator(self.cfg.seed, 19, v, i, *([draw] if draw else []))
+                    other = vary(x, g) if v >= self.plain else x
+                    other = other.flip(3) if v % self.plain else other
+                    rows[i : i + len(x), place] = torch.stack(self.vae.encode(other), dim=1).cpu()
+                if self.ended:
+                    break
+                encoded(len(x) * self.ranks.size)
+        return rows
+
+    def draw_of(self, epoch: int) -> int:
+        """Which draw of variants belongs to an epoch, counted from 0."""
+        every = self.cfg.augment_every if self.cfg.augment else 0
+        return (epoch - 1) // every if every else 0
+
+    def begin_next_draw(self, epoch: int) -> None:
+        """At the end of an epoch: let a thread encode the variants of the next draw, if the training will see one."""
+        following = self.draw + 1
+        if self.coming or not any(self.draw_of(e) == following for e in range(epoch + 1, self.cfg.epochs + 1)):
+            return
+
+        def encode() -> Tensor:
+            if self.device.type != "cuda":
+                return self._encode(variants, following, lambda n: None)
+            # A stream of its own fills what gaps the training leaves.
+            with torch.cuda.device(self.device), torch.cuda.stream(stream):
+                return self._encode(variants, following, lambda n: None)
+
+        variants = range(self.plain, self.moments.shape[1])
+        if self.device.type == "cuda":
+            stream = torch.cuda.Stream(self.device)
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+        self.coming = self.pool.submit(encode)
+
+    def redraw(self, epoch: int) -> bool:
+        """Put the variants in place that belong to this epoch; returns whether they are other ones than before."""
+        if self.draw_of(epoch) == self.draw:
+            return False
+        self.begin_next_draw(epoch - 1)
+        assert self.coming
+        rows = self.coming.result()
+        self.ranks.all_gather_rows(rows, self.bounds)
+        self.moments[:, self.plain :] = rows.to(self.moments.device)
+        self.draw, self.coming = self.draw + 1, None
+        return True
 
     def __len__(self) -> int:
         return len(self.moments)
@@ -337,7 +398,7 @@ def main(cfg: TrainConfig) -> None:
     if cfg.dry_run:
         return print_plan(cfg, vae, model, splits, plan, device)
 
-    with Run(cfg, "diffusion", plan, stop, device) as run:
+    with Run(cfg, "diffusion", plan, stop, device) as run, ExitStack() as stack:
         # Network, average, optimiser, schedule.
         ranks, folder, timesteps = run.ranks, run.folder, model.scheduler.timesteps
         model = model.to(memory_format=torch.channels_last).to(device)
@@ -364,11 +425,14 @@ def main(cfg: TrainConfig) -> None:
             return
 
         # Encode all slices once. Validation slices have no variants.
-        latents = Latents(vae, train, conditions["train"], cfg.batch_size, ranks, cfg, "encoding training slices")
-        plain = replace(cfg, flip=False, augment=0)
-        val_latents = Latents(
-            vae, val, conditions["val"], cfg.batch_size, ranks, plain, "encoding validation slices"
-        )  # fmt: skip
+        def encode(name: str, cfg: TrainConfig, what: str) -> Latents:
+            epoch = next(run.epochs(), cfg.epochs)
+            return stack.enter_context(
+                Latents(vae, splits[name], conditions[name], cfg.batch_size, ranks, cfg, what, epoch)
+            )
+
+        latents = encode("train", cfg, "encoding training slices")
+        val_latents = encode("val", replace(cfg, flip=False, augment=0), "encoding validation slices")
 
         # A step of n images whose result is thrown away: it shows what fits the memory and what can be compiled.
         network = ranks.wrap_ddp(model)
@@ -390,10 +454,15 @@ def main(cfg: TrainConfig) -> None:
         gradients = Gradients(
             call, [model], optimizer, scaler, cfg.grad_clip, ranks, plan.batch, run.micro, [network]
         )  # fmt: skip
-        order = shuffled_batches(len(train), plan.batch, run.step, cfg.seed, 3)
-        batches = latents.batches(index[run.rows] for index in order)
 
+        def visit() -> Iterator[list[Tensor]]:
+            order = shuffled_batches(len(train), plan.batch, run.step, cfg.seed, 3)
+            return latents.batches(index[run.rows] for index in order)
+
+        batches = visit()
         for epoch in run.epochs():
+            if latents.redraw(epoch):
+                batches = visit()  # because the old ones may have been read ahead
             for step in run.steps(epoch):
                 moments, y = next(batches)
                 # Every step has its own random numbers, by (seed, step), so resuming needs no state of a generator.
@@ -403,6 +472,7 @@ def main(cfg: TrainConfig) -> None:
                 optimise(model, optimizer, ema, added)
                 schedule.step()
                 run.took(added, norm)
+            latents.begin_next_draw(epoch)
 
             if not run.evaluates(epoch):
                 continue

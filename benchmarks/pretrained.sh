@@ -31,6 +31,7 @@ real)
        --evaluate-every 4 --gif-every 4 --compile off --wandb disabled)
   unet=(small --data "$DATA" --run real --attention 16 --dropout 0.1 --augment 6 --condition level age sex --batch-size 64 --lr 1e-3
         "${v[@]}" --epochs 170 --evaluate-every 10 --sample-every 50 --wandb disabled)
+  texture=(small --data "$DATA" --run real --epochs 6 --evaluate-every 2 --wandb disabled)
   student=(--teacher real --run real-4 --trajectories 4096 --epochs 14 --batch-size 64 --lr 2e-4 --compile off --wandb disabled)
   out=checkpoints/pretrained notes="256x256, brains aligned with MNI152, z from -20 to 50 mm, adults of 19 to 55 years. Folds of the cortex are a little rougher than in people." ;;
 phantoms)
@@ -38,7 +39,7 @@ phantoms)
   vae=(small --data "$DATA" --run phantoms --batch-size 32 --lr 1e-3 --epochs 12 --gif-every 3 --compile off --wandb disabled)
   unet=(small --data "$DATA" --run phantoms --condition level age sex group --batch-size 32 --lr 1e-3 --epochs 60
         "${v[@]}" --sample-every 15 --compile off --wandb disabled)
-  student=()
+  texture=() student=()
   DS="Procedural phantoms of phantom.py (no people and nobody's data: no licence restricts them): AD and NC are borrowed names."
   out=checkpoints/pretrained/phantoms notes="Classes, ages and sexes are those of drawings and say nothing about a disease or about people. 128x128." ;;
 *) echo "real or phantoms, not $what" >&2; exit 2 ;;
@@ -50,9 +51,10 @@ publish() { # RUN OUT
 }
 step $PY pre_train.py "${vae[@]}"
 step $PY train.py "${unet[@]}"
+if ((${#texture[@]})); then step $PY texture.py "${texture[@]}"; fi
 publish "$what" $out
 if ((${#student[@]})); then
   step $PY distil.py "${student[@]}"
   publish real-4 $out/student
-  rm -r $out/student/vae && ln -s ../vae $out/student/vae # it is its teacher's
+  for part in vae texture; do rm -rf $out/student/$part && ln -s ../$part $out/student/$part; done # its teacher's
 fi

@@ -1,8 +1,8 @@
 """Which choices pay: VAE, U-Net, grids and samplers, each trained and scored on the same people (docs/results.md).
 
-python benchmarks/quality.py vae|unet|samplers|draws|students --data DIR. Rows go to docs/results/quality-WHAT.json as
-they are measured; the same command again goes on, and two of them at once share the work (--part 0 --parts 2). `tables`
-prints the rows that are there as Markdown.
+python benchmarks/quality.py vae|unet|samplers|draws|variants|students --data DIR. Rows go to
+docs/results/quality-WHAT.json as they are measured; the same command again goes on, and two of them at once share the
+work (--part 0 --parts 2). `tables` prints the rows that are there as Markdown.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from metrics import psnr, ssim, unit  # noqa: E402
 from modules import make_grid  # noqa: E402
 from pictures import image_grid, png_bytes, to_uint8  # noqa: E402
 from sampling import ImageSampler, load_run  # noqa: E402
-from utils import git_commit  # noqa: E402
+from utils import git_commit, read_jsonl  # noqa: E402
 from vae import VAE, load_vae  # noqa: E402
 from weights import save_weights, write_atomic  # noqa: E402
 
@@ -45,7 +45,7 @@ from weights import save_weights, write_atomic  # noqa: E402
 class QualityConfig:
     """Train and score the variants of one question."""
 
-    what: Annotated[Literal["vae", "unet", "samplers", "draws", "students", "tables"], tyro.conf.Positional]
+    what: Annotated[Literal["vae", "unet", "samplers", "draws", "variants", "students", "tables"], tyro.conf.Positional]
     """Which question."""
     data: str = os.environ.get("ADNI_ROOT", "data")
     """Folder of slices; people of val/ are the judges."""
@@ -54,7 +54,7 @@ class QualityConfig:
     checkpoints: str = "checkpoints/study"
     """Folder for the variants' runs."""
     vae_run: str = "checkpoints/pretrained"
-    """Run whose VAE the U-Nets of `unet`, `samplers`, `draws` and `students` are trained on."""
+    """Run whose VAE the U-Nets of all other questions are trained on."""
     epochs: int = 0
     """Epochs of each training; 0: what docs/results.md was measured with."""
     num_images: int = 320
@@ -398,6 +398,30 @@ def study_draws(q: Quality) -> None:
                 q.generated(name, run, make_grid(grid, steps, abar).tolist(), solver)
 
 
+# Variants of the training slices, for few people and many epochs: what keeps a network from learning them by heart.
+VARIANTS = {
+    "none": [],
+    "dropout 0.1": ["--dropout", "0.1"],
+    "3": ["--augment", 3],
+    "3, others every 5 epochs": ["--augment", 3, "--augment-every", 5],
+}
+
+
+def study_variants(q: Quality) -> None:
+    """Every kind of variants, at an equal number of steps: the lowest and the last loss of people held out, the loss in
+    training, and images of the last weights."""
+    for kind in q.mine(list(VARIANTS)):
+        run = f"variants-{kind.replace(', ', '-').replace(' ', '-')}"
+        flags = [*SMALL_UNET, *DRAWS["flow"], *VARIANTS[kind], "--evaluate-every", 5]
+        q.unet(run, Path(q.cfg.vae_run) / "vae" / "best.safetensors", q.cfg.epochs or 40, *flags)
+        log = read_jsonl(Path(q.cfg.checkpoints) / run / "diffusion" / "metrics.jsonl")
+        best, last = min(log, key=lambda r: r["loss/val"]), log[-1]
+        losses = {"loss_val": last["loss/val"], "best_loss_val": best["loss/val"], "loss_train": last["loss/train"]}
+        grid = make_grid("logsnr", 10, load_run(Path(q.cfg.checkpoints) / run, "final", q.device)[0].scheduler.abar)
+        facts = {"best_epoch": best["epoch"], "people": len({*q.train.people})}
+        q.generated(kind, run, grid.tolist(), "dpm++2m", **facts, **{k: round(v, 4) for k, v in losses.items()})
+
+
 def study_students(q: Quality) -> None:
     """Students of 4, 2 and 1 steps of the full grid's first run, beside their teacher in as many steps and in ten."""
     teacher = "full-v-seed0"
@@ -418,6 +442,7 @@ def study_students(q: Quality) -> None:
 
 COLUMNS = {
     "PSNR": "PSNR", "SSIM": "SSIM", "reconstruction_high_frequencies_db": "its high freq., dB", "loss_val": "loss",
+    "best_loss_val": "lowest", "best_epoch": "in epoch", "loss_train": "in training",
     "frechet_vgg": "Fréchet VGG", "frechet_ae": "Fréchet AE", "kernel_vgg": "kernel VGG", "kernel_ae": "kernel AE",
     "precision_vgg": "precision", "recall_vgg": "recall", "precision_ae": "precision AE", "recall_ae": "recall AE",
     "high_frequencies_db": "high freq., dB", "two_sample_accuracy": "two-sample", "two_sample_auc": "AUC",
@@ -455,7 +480,10 @@ def main(cfg: QualityConfig) -> None:
         return study_vae(Quality(cfg, 64))
     vae, _ = load_vae(Path(cfg.vae_run) / "vae" / "best.safetensors", torch.device("cpu"))
     q = Quality(cfg, vae.config["image_size"])
-    studies = {"unet": study_unet, "samplers": study_samplers, "draws": study_draws, "students": study_students}
+    studies = {
+        "unet": study_unet, "samplers": study_samplers, "draws": study_draws, "variants": study_variants,
+        "students": study_students,
+    }  # fmt: skip
     studies[cfg.what](q)
 
 

@@ -20,10 +20,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import phantom
-from config import DataConfig
+from cluster import Ranks
+from config import DataConfig, TrainConfig
 from dataset import SPLIT_RULES, carved_people, load_splits, load_splits_as_trained, read_images
 from pictures import image_grid
 from sampling import copy_detector
+from train import Latents
 from utils import UserError, read_jsonl
 from vae import VAE, load_vae
 from weights import file_hash, load_state, read_meta, save_state
@@ -175,7 +177,7 @@ def test_unet_interrupted_anywhere_resumes_to_the_same_weights(
 ):
     # Dropout, Lookahead, mirroring and other variants: all that is random or has a memory of its own.
     flags = [*where(copied, phantoms), *TINY_UNET, "--epochs", "10", "--dropout", "0.1", "--lookahead", "--flip"]
-    flags += ["--augment", "1", "--evaluate-every", "4"]
+    flags += ["--augment", "1", "--augment-every", "3", "--evaluate-every", "4"]
     folder = copied / "tiny" / "diffusion"
     shutil.rmtree(folder)
     process = start("train.py", *flags, "--save-minutes", "0")  # writes last.pt at every step
@@ -192,6 +194,46 @@ def test_unet_interrupted_anywhere_resumes_to_the_same_weights(
     assert "resuming" not in run("train.py", *flags).stdout
     assert same_weights(interrupted, folder / "final.safetensors")
     assert [r["epoch"] for r in read_jsonl(folder / "metrics.jsonl")] == [4, 8, 10]
+
+
+def test_variants_are_drawn_anew_every_few_epochs(trained: Path, phantoms: Path, tmp_path: Path):
+    """By a thread, from the end of the first epoch on; in an epoch they are the same for a run that begins there."""
+    vae, _ = load_vae(trained / "tiny" / "vae" / "best.safetensors", torch.device("cpu"))
+    data = load_splits(DataConfig(data=str(phantoms), cache=str(tmp_path)), 32)[0]["train"]
+    cfg = TrainConfig(augment=2, augment_every=3, flip=True, epochs=7, cache=str(tmp_path))
+
+    def latents(epoch: int) -> Latents:
+        return Latents(vae, data, torch.zeros(len(data), 0), 16, Ranks(torch.device("cpu")), cfg, "encoding", epoch)
+
+    with latents(1) as found:
+        first = found.moments.clone()
+        for epoch in range(1, 8):
+            before = found.moments.clone()
+            assert found.redraw(epoch) == (epoch in (4, 7))
+            assert torch.equal(found.moments, before) == (epoch not in (4, 7))
+            with latents(epoch) as fresh:
+                assert torch.equal(found.moments, fresh.moments), epoch
+            found.begin_next_draw(epoch)
+            assert (found.coming is None) == (epoch == 7), "nobody would see the draw after the last"
+        assert torch.equal(found.moments[:, :2], first[:, :2])  # the slices themselves, and mirrored
+        for v in range(2, 6):
+            assert not torch.equal(found.moments[:, v], first[:, v])
+
+
+def test_a_draw_of_variants_that_fails_ends_the_training_and_one_that_is_not_needed_ends_with_it(
+    trained: Path, phantoms: Path, tmp_path: Path
+):
+    vae, _ = load_vae(trained / "tiny" / "vae" / "best.safetensors", torch.device("cpu"))
+    data = load_splits(DataConfig(data=str(phantoms), cache=str(tmp_path / "cache")), 32)[0]["train"]
+    cfg = TrainConfig(augment=1, augment_every=1, cache=str(tmp_path))
+    with Latents(vae, data, torch.zeros(len(data), 0), 4, Ranks(torch.device("cpu")), cfg, "encoding") as latents:
+        latents.begin_next_draw(1)
+    assert latents.coming.done()  # leaving waits for a batch at most
+    latents = Latents(vae, data, torch.zeros(len(data), 0), 4, Ranks(torch.device("cpu")), cfg, "encoding")
+    vae.encoder[0] = torch.nn.Identity()
+    latents.begin_next_draw(1)
+    with latents, pytest.raises(RuntimeError):
+        latents.redraw(2)
 
 
 def test_torn_last_file_falls_back_to_the_one_before(copied: Path, phantoms: Path):

@@ -324,7 +324,14 @@ def check_pre_train_from_start_to_end(more=((), ("--adversarial", "0.5", "--flip
     assert not waits.found, waits.found
 
 
-def check_train_from_start_to_end(more=((), ("--lookahead", "--precision", "fp16"), ("--micro-batch", "5"))):
+def check_train_from_start_to_end(
+    more=(
+        (),
+        ("--lookahead", "--precision", "fp16"),
+        ("--micro-batch", "5"),
+        ("--augment", "1", "--augment-every", "1"),
+    ),
+):
     run = f"tiny{'-'.join(more)}"
     shutil.copytree(FOLDER / "checkpoints" / "full" / "vae", FOLDER / "checkpoints" / run / "vae")
     with Waits(train) as waits:
