@@ -38,6 +38,10 @@ TINY_UNET = (
     "--channels 8 16 --blocks 1 --attention 4 --batch-size 16 --lr 2e-3 --grid logsnr --loss-weight uniform "
     "--ema-decay 0.999 --precision fp32 --compile off --wandb disabled"
 ).split()
+TINY_TEXTURE = (
+    "--channels 8 16 --num-steps 4 --batch-size 4 --lr 5e-3 --ema-decay 0.9 --precision fp32 --compile off "
+    "--wandb disabled"
+).split()
 
 
 PATIENCE = 1200  # seconds that a healthy process may take on the slowest machine: a limit only for what hangs

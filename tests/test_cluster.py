@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PATIENCE, ROOT, TINY_UNET, TINY_VAE, run, run_any, start
+from conftest import PATIENCE, ROOT, TINY_TEXTURE, TINY_UNET, TINY_VAE, run, run_any, start
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -124,6 +124,18 @@ def test_two_ranks_and_a_discriminator_are_one(phantoms: Path, tmp_path: Path):
     )
     torch.testing.assert_close(one.decode(one.encode(x)[0]), two.decode(one.encode(x)[0]), rtol=1e-4, atol=1e-4)
     rows = [utils.read_jsonl(tmp_path / n / "tiny" / "vae" / "metrics.jsonl")[-1] for n in ("one", "two")]
+    for key in rows[0].keys() - {"images per s"}:
+        assert rows[0][key] == pytest.approx(rows[1][key], rel=1e-3), key
+
+
+@pytest.mark.full
+def test_two_ranks_teach_the_texture_of_one(trained: Path, phantoms: Path, tmp_path: Path):
+    for name in ("one", "two"):
+        shutil.copytree(trained / "tiny" / "vae", tmp_path / name / "tiny" / "vae")
+    flags = [*TINY_TEXTURE, "--batch-size", "16", "--epochs", "2"]
+    run("texture.py", *where(tmp_path / "one", phantoms), *flags)
+    run_ranks("texture.py", *where(tmp_path / "two", phantoms), *flags, "--micro-batch", "5")
+    rows = [utils.read_jsonl(tmp_path / n / "tiny" / "texture" / "metrics.jsonl")[-1] for n in ("one", "two")]
     for key in rows[0].keys() - {"images per s"}:
         assert rows[0][key] == pytest.approx(rows[1][key], rel=1e-3), key
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, ROOT, TINY_UNET, TINY_VAE, run
+from conftest import PATIENCE, ROOT, TINY_TEXTURE, TINY_UNET, TINY_VAE, run
 from safetensors.torch import load_file
 
 SINFO = ["sinfo", "-h", "-N", "-o", "%N"]
@@ -94,7 +94,7 @@ def chain(project: Path, data: Path, **stages: str) -> dict[str, str]:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     jobs = dict(line.split() for line in done.stdout.splitlines())
-    assert list(jobs) == ["pre_train", "train", "predict", "evaluate"]
+    assert list(jobs) == ["pre_train", "train", *["texture"] * ("TEXTURE" in stages), "predict", "evaluate"]
     return jobs
 
 
@@ -102,10 +102,11 @@ def test_the_whole_pipeline_and_an_array_that_is_one_job(project: Path, phantoms
     jobs = chain(
         project, phantoms,
         PRE_TRAIN=" ".join(TINY_VAE) + " --epochs 2", TRAIN=" ".join(TINY_UNET) + " --epochs 2",
-        PREDICT="--num-images 30 --batch-size 4", EVALUATE="--resamples 20 --no-training-pictures",
+        TEXTURE=" ".join(TINY_TEXTURE) + " --epochs 1", PREDICT="--num-images 30 --batch-size 4",
+        EVALUATE="--resamples 20 --no-training-pictures",
     )  # fmt: skip
     ended = wait_for(jobs["evaluate"], *ENDED)
-    for stage in ("pre_train", "train", "predict"):
+    for stage in ("pre_train", "train", "texture", "predict"):
         assert show(jobs[stage])["JobState"] == "COMPLETED", log(project)
     # 16 slices to hold out are too few for some of the evidence: the job says so, and fails so that Slurm sees it
     assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "2:0") and "at least 20 images" in log(

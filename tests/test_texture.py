@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import run, run_any, start
+from conftest import TINY_TEXTURE, run, run_any, start
 from safetensors.torch import load_file
 from test_distil import flags as distil_flags
 from test_pipeline import images, same_weights, where
@@ -20,11 +20,6 @@ from sampling import load_run
 from utils import read_jsonl
 from vae import Texture
 from weights import read_meta, save_weights
-
-TINY_TEXTURE = (
-    "--channels 8 16 --num-steps 4 --batch-size 4 --lr 5e-3 --ema-decay 0.9 --precision fp32 --compile off "
-    "--wandb disabled"
-).split()
 
 
 def tiny_texture(side: int = 16) -> Texture:
