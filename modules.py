@@ -247,6 +247,7 @@ def make_grid(grid: str, num_steps: int, alphas_cumprod: np.ndarray) -> np.ndarr
     logsnr: the timesteps nearest to equal steps in log-SNR, both ends included.
     flow: nearest to equal steps of s = sigma / (alpha + sigma), the time of rectified flow, from noise down to, but
     without, the clean image.
+    fine: the same, with shorter steps near the clean image (Esser et al. 2024, eq. 23, with a shift of 1/2).
     nonuniform: as published for Fast-DDPM (arXiv 2405.14802, section 3.2).
     uniform: evenly spaced, both ends included.
     full: all timesteps, whatever num_steps says.
@@ -274,9 +275,10 @@ def make_grid(grid: str, num_steps: int, alphas_cumprod: np.ndarray) -> np.ndarr
     elif grid == "logsnr":
         logsnr = np.log(alphas_cumprod) - np.log1p(-alphas_cumprod)  # falls with t
         ts = np.abs(logsnr[None] - np.linspace(logsnr[0], logsnr[-1], num_steps)[:, None]).argmin(1)
-    elif grid == "flow":
+    elif grid in ("flow", "fine"):
         s = 1 / (1 + np.sqrt(alphas_cumprod / (1 - alphas_cumprod)))  # grows with t
-        ts = np.abs(s[None] - np.linspace(0, s[-1], num_steps + 1)[1:, None]).argmin(1)
+        wanted = np.linspace(0, s[-1], num_steps + 1)[1:, None]
+        ts = np.abs(s[None] - (wanted if grid == "flow" else wanted / (2 - wanted))).argmin(1)
     else:
         raise ValueError(f"there is no grid '{grid}': take logsnr, flow, nonuniform, uniform or full")
     # Near t = 0 a step of log-SNR can be smaller than a timestep, and neighbours then round to the same one: move the

@@ -39,7 +39,10 @@ from vae import VAE, Texture, load_vae
 
 
 class Pairs:
-    """All slices of a split, and what the VAE makes of each (one sample of its posterior).
+    """All slices of a split, and what the VAE makes of each: of a sample of its posterior, with up to --latent-noise.
+
+    A U-Net's latents are not quite right, and such noise looks like what is wrong with them: edges and tissue are rough.
+    A texture that knows it draws them as they should be, too (noise conditioning augmentation, Ho et al. 2022).
 
     Public: `images` and `reconstructions`, uint8 [N, S, S], on the device if they fit; `residual`, the root mean square
     of their difference in images of [-1, 1].
@@ -52,8 +55,11 @@ class Pairs:
         starts = range(bounds[ranks.rank], bounds[ranks.rank + 1], batch)
         with eval_mode(vae), bar:
             for i, x in zip(starts, data.batches(batch, ranks.device, ranks.share)):
-                noise = torch.randn(len(x), *vae.latent_shape, generator=generator(cfg.seed, 26, i))
-                made, _, _ = vae(x, noise.to(ranks.device))
+                g = generator(cfg.seed, 26, i)
+                noise = torch.randn(2, len(x), *vae.latent_shape, generator=g).to(ranks.device)
+                level = cfg.latent_noise * torch.rand(len(x), 1, 1, 1, generator=g).to(ranks.device)
+                mean, std = vae.encode(x)
+                made = vae.decode(mean + std * noise[0] + level * noise[1])
                 self.reconstructions[i : i + len(x)] = torch.from_numpy(to_uint8(made))
                 bar.update(len(x) * ranks.size)
         ranks.all_gather_rows(self.reconstructions, bounds)
