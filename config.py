@@ -223,8 +223,8 @@ class TextureConfig(SourceConfig, StepsConfig):
     num_steps: int = 6
     """Steps in which texture is drawn, the timesteps that are trained on."""
     latent_noise: float = 0.2
-    """Largest standard deviation of noise on the latents whose reconstructions it learns from, different for each: a
-    U-Net's latents, too, are not quite right, and where their images are rough it learns to draw what should be there."""
+    """Largest standard deviation of noise on the latents whose reconstructions it learns from, different for each. The
+    latents of a U-Net are not quite right either, and where such images are rough it learns what should be there."""
     warmup: float = 0.05
     """Share of the steps in which the learning rate rises; after that it falls as a cosine."""
 
@@ -600,7 +600,8 @@ LIMITS: dict[str, tuple[float, float]] = {
     # For these classes only: a student may take a single step.
     "TrainConfig.num_steps": (2, 1000), "TextureConfig.num_steps": (2, 100),
     "lr": (1e-12, 10), "weight_decay": (0, 10), "grad_clip": (0, 1e9), "ema_decay": (0, 1), "kl_weight": (0, 1e6),
-    "val_fraction": (0, 0.9), "dropout": (0, 0.9), "class_dropout": (0, 1), "warmup": (0, 1), "latent_noise": (0, 1), "eta": (0, 1),
+    "val_fraction": (0, 0.9), "dropout": (0, 0.9), "class_dropout": (0, 1), "warmup": (0, 1), "eta": (0, 1),
+    "latent_noise": (0, 1),
     "shift": (0, 0.5), "rotate": (0, 180), "brightness": (0, 1), "sample_every": (1, 10**9), "gif_every": (1, 10**9),
     "adversarial": (0, 100), "adversarial_start": (0, 1), "augment": (0, 1000), "augment_every": (0, 10**9),
     "evaluate_every": (1, 10**9),

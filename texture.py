@@ -39,10 +39,10 @@ from vae import VAE, Texture, load_vae
 
 
 class Pairs:
-    """All slices of a split, and what the VAE makes of each: of a sample of its posterior, with up to --latent-noise.
+    """All slices of a split, and what the VAE makes of each, from a sample of its posterior and up to --latent-noise.
 
-    A U-Net's latents are not quite right, and such noise looks like what is wrong with them: edges and tissue are rough.
-    A texture that knows it draws them as they should be, too (noise conditioning augmentation, Ho et al. 2022).
+    That noise looks like what is wrong with the latents of a U-Net: edges and tissue are rough. A texture that has seen
+    it draws there, too, what should be there (conditioning augmentation, Ho et al. 2021, arXiv:2106.15282).
 
     Public: `images` and `reconstructions`, uint8 [N, S, S], on the device if they fit; `residual`, the root mean square
     of their difference in images of [-1, 1].

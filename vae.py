@@ -53,8 +53,8 @@ class Texture(StableDiffusion):
     """Draws what an image has and its latent has no room for: a Fast-DDPM at full resolution.
 
     What it generates is the residual, slice - reconstruction, both float [B, 1, S, S] in [-1, 1], in units of `scale`
-    (its root mean square over the training slices). The reconstruction is its condition, and `num_steps` steps of rectified
-    flow lead from white noise to the residual. A decoder trained by L1 and SSIM answers with the mean of all
+    (its root mean square over the training slices). The reconstruction is its condition, and `num_steps` steps of
+    rectified flow lead from white noise to the residual. A decoder trained by L1 and SSIM answers with the mean of all
     images that a latent may stand for, which is smooth; this draws one of them. Where the reconstruction is black,
     there is neither noise nor texture. ValueError on sizes that do not divide.
     """
