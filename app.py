@@ -158,11 +158,12 @@ class Run:
         *_, (_, latents, _) = self.steps(*args, **kwargs)
         return self.images(latents, seed, [0] * len(latents))
 
-    def strip(self, seen: list[tuple[Tensor, Tensor]], seed: int) -> np.ndarray:
+    @torch.no_grad()
+    def strip(self, seen: list[tuple[Tensor, Tensor]]) -> np.ndarray:
         """One picture of (x_t, x0) at up to ten steps: x_t above, the estimate of the clean image below."""
         keep = evenly_spaced(len(seen), 10)
         latents = (torch.cat([seen[i][row] for i in keep]) for row in (0, 1))
-        x_t, x0 = (self.images(z, seed, [0] * len(z))[:, None] for z in latents)
+        x_t, x0 = (to_uint8(self.vae.decode(z))[:, None] for z in latents)  # texture would not be seen at this size
         return denoising_strip(x_t, x0)
 
 
@@ -253,7 +254,7 @@ class Studio:
         for done, (_, latents, x0) in enumerate(run.steps(x, noise, y, how, guidance), 1):
             seen.append((latents[:1].clone(), x0[:1].clone()))
             if done < total and time.time() - shown > 0.25:
-                yield run.strip(seen, seed), gr.skip(), f"Step {done} of {total}", gr.skip()
+                yield run.strip(seen), gr.skip(), f"Step {done} of {total}", gr.skip()
                 shown = time.time()
         images = run.images(latents, seed, range(count))
         seconds = time.time() - start
@@ -277,7 +278,7 @@ class Studio:
                 gallery.append((slice_, f"nearest training slice: {near:.2f}{' (a copy?)' * (near < 1)}"))
         words += " Distances: two people hardly ever come below 1." if detector else f" {run.why_none}"
         file = gr.DownloadButton(value=self.archive(run, images, rows, how, guidance), interactive=True)
-        yield run.strip(seen, seed), gallery, words, file
+        yield run.strip(seen), gallery, words, file
 
     def archive(self, run: Run, images: np.ndarray, rows: list[list], how: dict, guidance: float) -> str:
         """Write a ZIP of the images as PNG with a manifest and a note, without training slices; returns its path."""

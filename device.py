@@ -230,6 +230,19 @@ def gather_batches(tensors: Sequence[Tensor], order: Iterable[Tensor], device: t
             yield [p.to(device, non_blocking=True) for p in parts]
 
 
+@contextmanager
+def side_stream(device: torch.device) -> Iterator[None]:
+    """Inside, what this thread asks of a GPU goes into a stream of its own, which fills the gaps that others leave."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            yield
+
+
 def read_ahead(make: Callable[[Any], Any], items: Iterable[Any], depth: int = 3) -> Iterator[Any]:
     """Yield make(item) in order; a thread makes up to `depth` of them ahead of time."""
     with ThreadPoolExecutor(1) as pool:

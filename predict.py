@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -307,8 +306,7 @@ def finish_folder(request: Request, rows: dict[int, list], sampler: ImageSampler
             first = range(min(4, cfg.num_images))
             indices = [rows[k][3] for k in first]
             steps = sampler.steps(cfg.seed, indices, request.conditions[first])
-            decode = partial(sampler.vae.decode, noise=sampler.vae.texture_noise(cfg.seed, indices))
-            visualise_denoising_process(list(steps), decode, out)
+            visualise_denoising_process(list(steps), sampler.vae.decode, out)  # texture would double their time
         for torn in out.rglob(".*.tmp"):  # left by processes that were killed while they wrote
             torn.unlink(missing_ok=True)
         shown = [read_image(out / request.files[k], side) for k in range(min(cfg.num_images, 64))]

@@ -34,6 +34,7 @@ from device import (
     pick_amp_dtype,
     pick_device,
     shuffled_batches,
+    side_stream,
     to_device_if_it_fits,
     training_cost,
 )
@@ -137,16 +138,9 @@ class Latents:
             return
 
         def encode() -> Tensor:
-            if self.device.type != "cuda":
-                return self._encode(variants, following, lambda n: None)
-            # A stream of its own fills what gaps the training leaves.
-            with torch.cuda.device(self.device), torch.cuda.stream(stream):
-                return self._encode(variants, following, lambda n: None)
+            with side_stream(self.device):
+                return self._encode(range(self.plain, self.moments.shape[1]), following, lambda n: None)
 
-        variants = range(self.plain, self.moments.shape[1])
-        if self.device.type == "cuda":
-            stream = torch.cuda.Stream(self.device)
-            stream.wait_stream(torch.cuda.current_stream(self.device))
         self.coming = self.pool.submit(encode)
 
     def redraw(self, epoch: int) -> bool:

@@ -189,6 +189,7 @@ def main(cfg: PicturesConfig) -> None:
         "vae/reconstructions.png": "real_reconstructions.png",
         "vae/reconstructions.gif": "real_reconstructions.gif",
         "diffusion/samples.gif": "real_training.gif",
+        "texture/texture.png": "real_texture.png",
         "tsne/tsne.png": "real_tsne.png",
     }
     for source, name in pictures.items():
