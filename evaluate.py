@@ -52,8 +52,9 @@ the floor, images are more alike than people are.""",
 how alike strangers are.""",
     "spectrum": """Mean distance of the radial power spectra from the training slices' in dB, and the signed
 difference in the upper half of the frequencies: below 0 is too smooth, above it too noisy.""",
-    "two_sample": """A small CNN tells generated from training slices, on people and samples it was not trained on:
-0.5 is indistinguishable, 1 is told apart every time.""",
+    "two_sample": """A CNN tells generated from training slices, on people and samples it was not trained on: 0.5 is
+indistinguishable, 1 is told apart every time. auc_of_reconstructed: the same for held-out slices that went through the
+run's VAE, and texture if there is one; noised: with noise of the residual's spectrum, which must not fool it.""",
     "anatomy": """Standardised difference (Cohen's d, generated - training) and earth mover's distance (in standard
 deviations of the training slices) of what thresholds measure.""",
     "effects": """How anatomy follows what images were asked to show: coefficients of a linear model on all attributes,
@@ -66,8 +67,8 @@ The floor is the same CNN on people held out.""",
     "class_fidelity": """AUC, on people held out, of a CNN trained on real, on generated, on both; real_to_generated
 is the AUC on generated images of the one trained on real. The floor is train_on_real.""",
     "memorisation": """copy_rate is the share of generated images closer to a training slice, in pixels or in latents,
-than the 1st percentile of people held out; its floor is what each person held out gets by the threshold of the
-others. copy_rate_of_reconstructed is the rate of held-out slices that went through the run's VAE: what unsharpness
+than slices of two training people are, in all but a few people; its floor is the same share of people held out: false
+alarms. copy_rate_of_reconstructed is the rate of held-out slices that went through the run's VAE: what unsharpness
 alone explains. Distances are means, in units of the threshold.""",
     "membership": """AUC, by person, of telling who was trained on by the U-Net's denoising loss, over all of up to ten
 timesteps and at each: 0.5 is what should be, 1 would tell everybody. n counts people.""",
