@@ -10,6 +10,7 @@ from config import TextureConfig, parse
 if __name__ == "__main__":
     cfg = parse(TextureConfig)  # before torch is imported, so that --help answers at once
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from metrics import high_frequencies, psnr, ssim, unit
 from modules import CosineAnnealingWarmupScheduler, UNet
 from pictures import add_gif_frame, image_grid, to_uint8
 from utils import UserError, evenly_spaced, generator, progress_bar, run_script
-from vae import VAE, Texture, load_vae
+from vae import VAE, Texture, load_vae_of_run
 
 
 class Pairs:
@@ -94,22 +95,24 @@ def step_randomness(texture: Texture, batch: int, g: torch.Generator) -> list[Te
 def evaluate(texture: Texture, val: Pairs, cfg: TextureConfig, ranks: Ranks) -> dict[str, float]:
     """Loss of people held out, always with the same noise; and of 64 of their slices, drawn with texture: PSNR, SSIM
     and power in the upper half of the frequencies."""
-    total = torch.zeros(2, dtype=torch.float64)
-    shown = torch.tensor(evenly_spaced(len(val.images), 64))
-    quality = torch.zeros(4, dtype=torch.float64)
+    total, quality = torch.zeros(2, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+
+    def batches(index: Tensor) -> Iterator[tuple[Tensor, Tensor, list[Tensor]]]:
+        """(slices, reconstructions, both [B, 1, S, S], and random numbers) of this rank's share of these."""
+        order = index.split(16)
+        order = order[ranks.share(len(order))]
+        for rows, (x, y) in zip(order, gather_batches([val.images, val.reconstructions], order, val.device)):
+            g = generator(cfg.seed, 22, int(rows[0]), device=val.device)
+            yield to_float(x), to_float(y), step_randomness(texture, len(x), g)
+
     with eval_mode(texture):
-        for source, index in (("loss", torch.arange(len(val.images))), ("pictures", shown)):
-            order = index.split(16)
-            order = order[ranks.share(len(order))]
-            for rows, (x, y) in zip(order, gather_batches([val.images, val.reconstructions], order, val.device)):
-                t, noise = step_randomness(texture, len(x), generator(cfg.seed, 22, int(rows[0]), device=val.device))
-                if source == "loss":
-                    loss = texture(to_float(x), t, noise, to_float(y))[0].sum().item()
-                    total += torch.tensor([loss, len(x)], dtype=torch.float64)
-                else:
-                    drawn, real = unit(texture.draw(to_float(y), noise)), unit(to_float(x))
-                    values = [f(drawn, real).sum().item() for f in (psnr, ssim, high_frequencies)]
-                    quality += torch.tensor([*values, len(x)], dtype=torch.float64)
+        for x, y, (t, noise) in batches(torch.arange(len(val.images))):
+            total += torch.tensor([texture(x, t, noise, y)[0].sum().item(), len(x)], dtype=torch.float64)
+        # Drawing takes a call of the network for each step, so of some slices only.
+        for x, y, (_, noise) in batches(torch.tensor(evenly_spaced(len(val.images), 64))):
+            drawn = unit(texture.draw(y, noise))
+            values = [f(drawn, unit(x)).sum().item() for f in (psnr, ssim, high_frequencies)]
+            quality += torch.tensor([*values, len(x)], dtype=torch.float64)
     (loss, n), (*means, count) = ranks.sum(total).tolist(), ranks.sum(quality).tolist()
     names = ("PSNR/val", "SSIM/val", "high frequencies, dB/val")
     return {"loss/val": loss / n} | {name: value / count for name, value in zip(names, means)}
@@ -157,10 +160,7 @@ def print_plan(
 def main(cfg: TextureConfig) -> None:
     # The VAE decides what is to be drawn and which people are held out.
     stop, device = StopSignal(), pick_device(cfg.device)
-    vae_file = Path(cfg.checkpoints) / cfg.run / "vae" / "best.safetensors"
-    if not vae_file.exists():
-        raise UserError(f"run {cfg.run} has no VAE ({vae_file}): train it first with python pre_train.py, same --run")
-    vae, vae_meta = load_vae(vae_file, device)
+    vae, vae_meta, vae_file = load_vae_of_run(Path(cfg.checkpoints) / cfg.run, device)
     splits, fingerprint = load_splits_by_rules(cfg.data, cfg.cache, vae_meta, vae.config["image_size"])
     train, val, plan = splits["train"], splits["val"], Plan.of(cfg, len(splits["train"]))
     texture = build_texture(cfg, vae.config["image_size"])

@@ -52,7 +52,7 @@ from modules import (
 from pictures import add_gif_frame, image_grid, to_uint8, visualise_denoising_process
 from sampling import typical_latents
 from utils import UserError, evenly_spaced, generator, progress_bar, run_script
-from vae import VAE, load_vae
+from vae import VAE, load_vae_of_run
 
 
 def vary(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -380,10 +380,7 @@ def print_plan(
 def main(cfg: TrainConfig) -> None:
     # The VAE decides what the latents are and which people are held out.
     stop, device = StopSignal(), pick_device(cfg.device)
-    vae_file = Path(cfg.checkpoints) / cfg.run / "vae" / "best.safetensors"
-    if not vae_file.exists():
-        raise UserError(f"run {cfg.run} has no VAE ({vae_file}): train it first with python pre_train.py, same --run")
-    vae, vae_meta = load_vae(vae_file, device)
+    vae, vae_meta, vae_file = load_vae_of_run(Path(cfg.checkpoints) / cfg.run, device)
     splits, fingerprint = load_splits_by_rules(cfg.data, cfg.cache, vae_meta, vae.config["image_size"])
     train, val, plan = splits["train"], splits["val"], Plan.of(cfg, len(splits["train"]))
     attributes = learn_attributes(cfg, train)

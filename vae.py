@@ -392,6 +392,14 @@ def load_vae(path: Path, device: torch.device) -> tuple[VAE, dict]:
     return vae.to(memory_format=torch.channels_last).to(device).eval().requires_grad_(False), meta
 
 
+def load_vae_of_run(folder: Path, device: torch.device) -> tuple[VAE, dict, Path]:
+    """(VAE, header, file) of a run, for a training that builds on it. UserError if there is none, and as `load_vae`."""
+    path = folder / "vae" / "best.safetensors"
+    if not path.exists():
+        raise UserError(f"run {folder.name} has no VAE ({path}): train it first with python pre_train.py, same --run")
+    return *load_vae(path, device), path
+
+
 def load_texture(path: Path, vae: VAE, device: torch.device) -> Texture:
     """The texture of a .safetensors file, ready to draw on what this VAE decodes.
 

@@ -82,6 +82,14 @@ def main(cfg: ShipConfig) -> None:
     own, reconstruction, side = meta["scheduler"], vae_meta["metrics"], vae.config["image_size"]
     steps = "" if own["grid"] == "full" else f" of {own['num_steps']} steps"
     times = [training(home / k, m["config"]["batch_size"]) for k, m in (("vae", vae_meta), ("diffusion", meta))]
+    about_texture = []
+    if texture is not None:
+        took = training(home / "texture", texture_meta["config"]["batch_size"])
+        power = texture_meta["metrics"]["high frequencies, dB/val"]
+        about_texture.append(
+            f"| texture | {counts[2]:.1f} M parameters, {texture.config['num_steps']} steps; {took}; on people never "
+            f"trained on {power:.1f} dB in the upper half of the frequencies |"
+        )
     report = json.loads((home / "report" / "report.json").read_text())
     lines = [
         "# Model card", "",
@@ -94,15 +102,7 @@ def main(cfg: ShipConfig) -> None:
         f"PSNR {reconstruction['PSNR/val']:.2f} dB, SSIM {reconstruction['SSIM/val']:.4f} |",
         f"| U-Net | {counts[1]:.1f} M parameters, {meta['prediction']}-prediction on the {own['grid']} grid{steps}; "
         f"{times[1]}; the weights are of epoch {meta['epoch']} |",
-        *(
-            [
-                f"| texture | {counts[2]:.1f} M parameters, {texture.config['num_steps']} steps; "
-                f"{training(home / 'texture', texture_meta['config']['batch_size'])}; on people never trained on "
-                f"{texture_meta['metrics']['high frequencies, dB/val']:.1f} dB in the upper half of the frequencies |"
-            ]
-            if texture is not None
-            else []
-        ),
+        *about_texture,
         f"| classes | {', '.join(meta['classes'])} |",
         f"| conditioned on | {'; '.join(map(str, model.attributes)) or 'nothing'} |",
         f"| hardware | {meta['hardware']} |",
