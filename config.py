@@ -220,11 +220,11 @@ class TextureConfig(SourceConfig, StepsConfig):
     """Residual blocks per level."""
     patch: int = 2
     """Pixels along each side that are folded into channels. 2 makes the network four times cheaper."""
-    num_steps: int = 6
+    num_steps: int = 8
     """Steps in which texture is drawn, the timesteps that are trained on."""
-    latent_noise: float = 0.2
-    """Largest standard deviation of noise on the latents whose reconstructions it learns from, different for each. The
-    latents of a U-Net are not quite right either, and where such images are rough it learns what should be there."""
+    noise: float = 0.5
+    """Deviation of the noise that hides what is to be drawn anew, of images in [-1, 1]. More of it hides larger faults
+    and leaves more to draw."""
     warmup: float = 0.05
     """Share of the steps in which the learning rate rises; after that it falls as a cosine."""
 
@@ -601,7 +601,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "TrainConfig.num_steps": (2, 1000), "TextureConfig.num_steps": (2, 100),
     "lr": (1e-12, 10), "weight_decay": (0, 10), "grad_clip": (0, 1e9), "ema_decay": (0, 1), "kl_weight": (0, 1e6),
     "val_fraction": (0, 0.9), "dropout": (0, 0.9), "class_dropout": (0, 1), "warmup": (0, 1), "eta": (0, 1),
-    "latent_noise": (0, 1),
+    "TextureConfig.noise": (0.25, 2),
     "shift": (0, 0.5), "rotate": (0, 180), "brightness": (0, 1), "sample_every": (1, 10**9), "gif_every": (1, 10**9),
     "adversarial": (0, 100), "adversarial_start": (0, 1), "augment": (0, 1000), "augment_every": (0, 10**9),
     "evaluate_every": (1, 10**9),

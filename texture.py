@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from cluster import Ranks, StopSignal
 from dataset import ADNIDataset, carved_people, load_splits_by_rules, phantom_drawing, split_rules, to_float
 from device import (
-    allocate_rows,
     describe_cost,
     eval_mode,
     gather_batches,
@@ -35,52 +34,18 @@ from loop import EMA, Gradients, Plan, Run, make_optimizer, make_scaler, optimis
 from metrics import high_frequencies, psnr, ssim, unit
 from modules import CosineAnnealingWarmupScheduler, UNet
 from pictures import add_gif_frame, image_grid, to_uint8
-from utils import UserError, evenly_spaced, generator, progress_bar, run_script
+from utils import UserError, evenly_spaced, generator, run_script
 from vae import VAE, Texture, load_vae_of_run
 
 
-class Pairs:
-    """All slices of a split, and what the VAE makes of each, from a sample of its posterior and up to --latent-noise.
-
-    That noise looks like what is wrong with the latents of a U-Net: edges and tissue are rough. A texture that has seen
-    it draws there, too, what should be there (conditioning augmentation, Ho et al. 2021, arXiv:2106.15282).
-
-    Public: `images` and `reconstructions`, uint8 [N, S, S], on the device if they fit; `residual`, the root mean square
-    of their difference in images of [-1, 1].
-    """
-
-    def __init__(self, vae: VAE, data: ADNIDataset, batch: int, ranks: Ranks, cfg: TextureConfig, what: str):
-        # Grey levels are fine enough: rounding adds an error of 0.3 to a residual of several.
-        self.images, self.reconstructions = data.images, allocate_rows(data.images.shape, torch.uint8, Path(cfg.cache))
-        bounds, bar = ranks.row_bounds(len(data), batch), progress_bar(len(data), what=what)
-        starts = range(bounds[ranks.rank], bounds[ranks.rank + 1], batch)
-        with eval_mode(vae), bar:
-            for i, x in zip(starts, data.batches(batch, ranks.device, ranks.share)):
-                g = generator(cfg.seed, 26, i)
-                noise = torch.randn(2, len(x), *vae.latent_shape, generator=g).to(ranks.device)
-                level = cfg.latent_noise * torch.rand(len(x), 1, 1, 1, generator=g).to(ranks.device)
-                mean, std = vae.encode(x)
-                made = vae.decode(mean + std * noise[0] + level * noise[1])
-                self.reconstructions[i : i + len(x)] = torch.from_numpy(to_uint8(made))
-                bar.update(len(x) * ranks.size)
-        ranks.all_gather_rows(self.reconstructions, bounds)
-        both = zip(self.images.split(64), self.reconstructions.split(64))
-        squares = torch.stack([(to_float(x) - to_float(y)).double().square().sum() for x, y in both])
-        self.residual = float(squares.sum() / self.images.numel()) ** 0.5
-        self.device = ranks.device
-        self.images, self.reconstructions = (
-            to_device_if_it_fits(t, ranks.device) for t in (self.images, self.reconstructions)
-        )
-
-
 def backward(
-    network: nn.Module, scaler: torch.amp.GradScaler, weight: float, x: Tensor, y: Tensor, t: Tensor, noise: Tensor
+    network: nn.Module, scaler: torch.amp.GradScaler, weight: float, x: Tensor, t: Tensor, noise: Tensor
 ) -> Tensor:
-    """Add the gradients of the mean loss, times `weight`, of slices x and reconstructions y, uint8 [B, S, S].
+    """Add the gradients of the mean loss, times `weight`, of slices x, uint8 [B, S, S].
 
     `network` is a Texture, perhaps wrapped for DDP. Returns the sum of the losses.
     """
-    loss, _ = network(to_float(x), t, noise, to_float(y))
+    loss, _ = network(to_float(x), t, noise)
     scaler.scale(weight * loss.mean()).backward()
     return loss.detach().sum()
 
@@ -92,24 +57,34 @@ def step_randomness(texture: Texture, batch: int, g: torch.Generator) -> list[Te
     return [t, torch.randn(batch, 1, side, side, generator=g, device=g.device)]
 
 
-def evaluate(texture: Texture, val: Pairs, cfg: TextureConfig, ranks: Ranks) -> dict[str, float]:
-    """Loss of people held out, always with the same noise; and of 64 of their slices, drawn with texture: PSNR, SSIM
-    and power in the upper half of the frequencies."""
+@torch.no_grad()
+def reconstruct(vae: VAE, data: ADNIDataset, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(slices, what the VAE makes of them), each uint8 [N, S, S], of up to `count` slices evenly spaced."""
+    index = torch.tensor(evenly_spaced(len(data), count))
+    made = [vae.decode(vae.encode(data.batch(part, device))[0]) for part in index.split(16)]
+    return data.images[index], torch.from_numpy(to_uint8(torch.cat(made)))
+
+
+def evaluate(
+    texture: Texture, val: Tensor, shown: tuple[Tensor, Tensor], cfg: TextureConfig, ranks: Ranks
+) -> dict[str, float]:
+    """Loss of people held out, always with the same noise; and of `shown`, slices and their reconstructions, drawn with
+    texture: PSNR, SSIM and power in the upper half of the frequencies."""
     total, quality = torch.zeros(2, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
 
-    def batches(index: Tensor) -> Iterator[tuple[Tensor, Tensor, list[Tensor]]]:
-        """(slices, reconstructions, both [B, 1, S, S], and random numbers) of this rank's share of these."""
-        order = index.split(16)
+    def batches(*tensors: Tensor) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """(rows of the tensors, each [B, 1, S, S], and random numbers) of this rank's share."""
+        order = torch.arange(len(tensors[0])).split(16)
         order = order[ranks.share(len(order))]
-        for rows, (x, y) in zip(order, gather_batches([val.images, val.reconstructions], order, val.device)):
-            g = generator(cfg.seed, 22, int(rows[0]), device=val.device)
-            yield to_float(x), to_float(y), step_randomness(texture, len(x), g)
+        for rows, parts in zip(order, gather_batches(tensors, order, ranks.device)):
+            g = generator(cfg.seed, 22, int(rows[0]), device=ranks.device)
+            yield [to_float(part) for part in parts], step_randomness(texture, len(rows), g)
 
     with eval_mode(texture):
-        for x, y, (t, noise) in batches(torch.arange(len(val.images))):
-            total += torch.tensor([texture(x, t, noise, y)[0].sum().item(), len(x)], dtype=torch.float64)
+        for (x,), (t, noise) in batches(val):
+            total += torch.tensor([texture(x, t, noise)[0].sum().item(), len(x)], dtype=torch.float64)
         # Drawing takes a call of the network for each step, so of some slices only.
-        for x, y, (_, noise) in batches(torch.tensor(evenly_spaced(len(val.images), 64))):
+        for (x, y), (_, noise) in batches(*shown):
             drawn = unit(texture.draw(y, noise))
             values = [f(drawn, unit(x)).sum().item() for f in (psnr, ssim, high_frequencies)]
             quality += torch.tensor([*values, len(x)], dtype=torch.float64)
@@ -118,22 +93,24 @@ def evaluate(texture: Texture, val: Pairs, cfg: TextureConfig, ranks: Ranks) -> 
     return {"loss/val": loss / n} | {name: value / count for name, value in zip(names, means)}
 
 
-def show_texture(texture: Texture, val: Pairs, cfg: TextureConfig, folder: Path, epoch: int, last: bool) -> None:
+def show_texture(
+    texture: Texture, shown: tuple[Tensor, Tensor], cfg: TextureConfig, folder: Path, epoch: int, last: bool
+) -> None:
     """Add a frame to FOLDER/texture.gif: slices of people held out, their reconstructions, and those with texture."""
-    index = torch.tensor(evenly_spaced(len(val.images), 6))
-    x, y = next(gather_batches([val.images, val.reconstructions], [index], val.device))
+    index = torch.tensor(evenly_spaced(len(shown[0]), 6))
+    x, y = (part[index] for part in shown)
+    device = texture.scheduler.timesteps.device
     with eval_mode(texture):
-        _, noise = step_randomness(texture, len(x), generator(cfg.seed, 23, device=val.device))
-        drawn = texture.draw(to_float(y), noise)
-    rows = np.concatenate([to_uint8(to_float(x)), to_uint8(to_float(y)), to_uint8(drawn)])
-    add_gif_frame(folder, "texture", image_grid(rows, columns=len(x)), epoch, last)
+        _, noise = step_randomness(texture, len(x), generator(cfg.seed, 23, device=device))
+        drawn = texture.draw(to_float(y.to(device)), noise)
+    add_gif_frame(folder, "texture", image_grid(np.concatenate([x, y, to_uint8(drawn)]), columns=len(x)), epoch, last)
 
 
 def build_texture(cfg: TextureConfig, image_size: int) -> Texture:
     """The network for images of this size, initialised by the seed. UserError on sizes that do not divide."""
     torch.manual_seed(cfg.seed)
     try:
-        return Texture(image_size, cfg.channels, cfg.blocks, cfg.patch, cfg.num_steps)
+        return Texture(image_size, cfg.channels, cfg.blocks, cfg.patch, cfg.num_steps, cfg.noise)
     except ValueError as e:
         raise UserError(f"{e}: change --channels or --patch") from None
 
@@ -147,10 +124,10 @@ def print_plan(
     texture = texture.to(memory_format=torch.channels_last).to(device)
     texture.amp_dtype, scaler, side = dtype, make_scaler(dtype, device), texture.config["image_size"]
     black = torch.zeros(n, side, side, dtype=torch.uint8, device=device)
-    tensors = [black, black, *step_randomness(texture, n, generator(0, device=device))]
+    tensors = [black, *step_randomness(texture, n, generator(0, device=device))]
     call, optimizer = partial(backward, texture, scaler), make_optimizer(texture.parameters(), cfg)
     seconds = rehearse(cfg, plan, [texture], [texture.unet], call, tensors, optimizer, scaler)
-    network, x = UNet(**texture.unet.config).to(device), torch.zeros(1, 2, side, side, device=device)
+    network, x = UNet(**texture.unet.config).to(device), torch.zeros(1, 1, side, side, device=device)
     cost = training_cost(network, x, torch.zeros(1, dtype=torch.int64, device=device), amp_dtype=dtype)
     print(f"train on  {splits['train'].summary()}\nvalidate  {splits['val'].summary()}")
     print(describe_cost("texture", *cost, plan.batch, cfg.epochs, plan.steps, device, dtype, seconds))
@@ -158,9 +135,9 @@ def print_plan(
 
 
 def main(cfg: TextureConfig) -> None:
-    # The VAE decides what is to be drawn and which people are held out.
+    # The VAE decides the size of images, and which people are held out.
     stop, device = StopSignal(), pick_device(cfg.device)
-    vae, vae_meta, vae_file = load_vae_of_run(Path(cfg.checkpoints) / cfg.run, device)
+    vae, vae_meta, _ = load_vae_of_run(Path(cfg.checkpoints) / cfg.run, device)
     splits, fingerprint = load_splits_by_rules(cfg.data, cfg.cache, vae_meta, vae.config["image_size"])
     train, val, plan = splits["train"], splits["val"], Plan.of(cfg, len(splits["train"]))
     texture = build_texture(cfg, vae.config["image_size"])
@@ -179,30 +156,26 @@ def main(cfg: TextureConfig) -> None:
 
         # Resume, or begin.
         run.track(1, model=texture, ema=ema, optimizer=optimizer, schedule=schedule, scaler=scaler)
-        run.extra = {"vae": vae.image_hash()}
-        state = run.resume(fingerprint, f"slices than {cfg.data} now holds")
-        if state and state["vae"] != vae.image_hash():
-            raise UserError(f"{folder} was started on the images of another VAE than {vae_file}: use --fresh")
+        run.resume(fingerprint, f"slices than {cfg.data} now holds")
         if run.finished:
             return
 
-        # Reconstruct all slices once. A residual of size 1 is what the network is to generate.
-        pairs = Pairs(vae, train, cfg.batch_size, ranks, cfg, "reconstructing training slices")
-        val_pairs = Pairs(vae, val, cfg.batch_size, ranks, cfg, "reconstructing validation slices")
-        for module in (texture, ema.module):
-            module.scale.fill_(max(pairs.residual, 1e-4))  # a VAE that reconstructs everything leaves nothing to draw
+        # The VAE has no part in the training. Its reconstructions of people held out are what texture is tried on.
+        shown = reconstruct(vae, val, 64, device)
+        images, val_images = (to_device_if_it_fits(data.images, device) for data in (train, val))
 
         # A step of n images whose result is thrown away: it shows what fits the memory and what can be compiled.
         network = ranks.wrap_ddp(texture)
         call = partial(backward, network, scaler)
 
         def trial(n: int) -> None:
-            x, y = (t[:1].expand(n, -1, -1).to(device) for t in (pairs.images, pairs.reconstructions))
-            call(1.0, x, y, *step_randomness(texture, n, generator(0, device=device)))
+            call(
+                1.0, images[:1].expand(n, -1, -1).to(device), *step_randomness(texture, n, generator(0, device=device))
+            )
             texture.zero_grad()
 
         meta = {
-            "kind": "texture", "model": texture.config, "vae": vae.image_hash(), "data": train.summary(),
+            "kind": "texture", "model": texture.config, "data": train.summary(),
             "held_out": carved_people(splits), "split": split_rules(vae_meta), **phantom_drawing(cfg.data),
         }  # fmt: skip
         run.begin(meta, texture, [texture.unet], [network], trial)
@@ -210,14 +183,14 @@ def main(cfg: TextureConfig) -> None:
             call, [texture], optimizer, scaler, cfg.grad_clip, ranks, plan.batch, run.micro, [network]
         )  # fmt: skip
         order = shuffled_batches(len(train), plan.batch, run.step, cfg.seed, 24)
-        batches = gather_batches([pairs.images, pairs.reconstructions], (index[run.rows] for index in order), device)
+        batches = gather_batches([images], (index[run.rows] for index in order), device)
 
         for epoch in run.epochs():
             for step in run.steps(epoch):
-                x, y = next(batches)
+                (x,) = next(batches)
                 # Every step has its own random numbers, by (seed, step), so resuming needs no state of a generator.
                 g = generator(cfg.seed, 25, step, device=device)
-                added, norm = gradients(x, y, *(r[run.rows] for r in step_randomness(texture, plan.batch, g)))
+                added, norm = gradients(x, *(r[run.rows] for r in step_randomness(texture, plan.batch, g)))
                 optimise(texture, optimizer, ema, added)
                 schedule.step()
                 run.took(added, norm)
@@ -226,9 +199,9 @@ def main(cfg: TextureConfig) -> None:
                 continue
 
             # Evaluate the averaged weights, and show what they draw.
-            numbers = {"loss/train": run.means()[0] / plan.batch, **evaluate(ema.module, val_pairs, cfg, ranks)}
+            numbers = {"loss/train": run.means()[0] / plan.batch, **evaluate(ema.module, val_images, shown, cfg, ranks)}
             if ranks.is_main:
-                show_texture(ema.module, val_pairs, cfg, folder, epoch, run.is_last(epoch))
+                show_texture(ema.module, shown, cfg, folder, epoch, run.is_last(epoch))
             run.end_epoch(numbers, ema.module, pictures=["texture.gif"], people=True)
 
         run.save()

@@ -50,50 +50,34 @@ class Decoder(nn.Sequential):
 
 
 class Texture(StableDiffusion):
-    """Draws what an image has and its latent has no room for: a Fast-DDPM at full resolution.
+    """Draws anew what is small in an image: a Fast-DDPM in pixels, at full resolution, for little noise only.
 
-    What it generates is the residual, slice - reconstruction, both float [B, 1, S, S] in [-1, 1], in units of `scale`
-    (its root mean square over the training slices). The reconstruction is its condition, and `num_steps` steps of
-    rectified flow lead from white noise to the residual. A decoder trained by L1 and SSIM answers with the mean of all
-    images that a latent may stand for, which is smooth; this draws one of them. Where the reconstruction is black,
-    there is neither noise nor texture. ValueError on sizes that do not divide.
+    Images are float [B, 1, S, S] in [-1, 1]. A decoder trained by L1 and SSIM answers with the mean of all images that
+    a latent may stand for, which is smooth, and where a latent of the U-Net is a little wrong, folds are rough. Noise
+    of deviation `noise` hides both; taking it away again in `num_steps` steps, as the network learnt on real slices,
+    draws what slices show at that size (Meng et al. 2022, arXiv:2108.01073, section 3; SDXL's refiner does the same to
+    latents, Podell et al. 2023, section 2.5). Larger structures stay. The VAE has no part in the training.
+    ValueError on sizes that do not divide.
     """
-
-    scale: Tensor
 
     def __init__(
         self, image_size: int = 256, channels: Sequence[int] = (32, 64, 128), blocks: int = 1, patch: int = 2,
-        num_steps: int = 6,
+        num_steps: int = 8, noise: float = 0.5,
     ):  # fmt: skip
-        unet = UNet(2, image_size, channels, blocks, (), norm_group=8, patch=patch)
-        super().__init__(unet, NoiseScheduler_Fast_DDPM(num_steps=num_steps, grid="fine"), "flow")
+        unet = UNet(1, image_size, channels, blocks, (), norm_group=8, patch=patch)
+        # A linear schedule that ends at sigma / alpha = noise: its betas add up to -log(alpha_bar) = log(1 + noise^2).
+        beta_end = 2 * math.log1p(noise**2) / 1000 - 1e-4
+        scheduler = NoiseScheduler_Fast_DDPM(beta_end=beta_end, num_steps=num_steps, grid="logsnr")
+        super().__init__(unet, scheduler, "flow")
         self.config: dict[str, Any] = dict(
-            image_size=image_size, channels=list(channels), blocks=blocks, patch=patch, num_steps=num_steps
+            image_size=image_size, channels=list(channels), blocks=blocks, patch=patch, num_steps=num_steps, noise=noise
         )
-        self.register_buffer("scale", torch.ones(()))
-
-    def network(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-        """The raw output of the U-Net, float32, for noisy residuals x at timesteps t [B] of reconstructions y."""
-        assert y is not None
-        return super().network(torch.cat([x, y], dim=1), t, None)[:, :1]  # as many channels come out as go in
-
-    def forward(self, z: Tensor, t: Tensor, noise: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Squared error of the velocity, averaged per image, float32 [B], and the estimate of z, for slices z of
-        reconstructions y, both [B, 1, S, S], at timesteps t [B]."""
-        assert y is not None
-        brain = not_black(y)
-        return super().forward(brain * (z - y) / self.scale, t, brain * noise, y)
 
     def draw(self, image: Tensor, noise: Tensor) -> Tensor:
-        """Reconstructions and white noise, both [B, 1, S, S] -> the images that they become, in [-1, 1]."""
-        brain = not_black(image)
-        residual = sample(self.denoiser(image), brain * noise, self.scheduler)
-        return (image + self.scale * brain * residual).clamp(-1, 1)
-
-
-def not_black(x: Tensor) -> Tensor:
-    """1 where images in [-1, 1] round to a grey level above 0, else 0."""
-    return (x >= -1 + 1 / 255).to(x.dtype)
+        """Images and white noise, both [B, 1, S, S] -> the images that they become, in [-1, 1]."""
+        last = torch.full((len(image),), self.scheduler.fast_timesteps[-1], device=image.device)
+        x = self.scheduler.add_noise(image, noise, last)
+        return sample(self.denoiser(), x, self.scheduler).clamp(-1, 1)
 
 
 class VAE(nn.Module):
@@ -230,10 +214,6 @@ class VAE(nn.Module):
     def latent_hash(self) -> str:
         """12 hex digits of the encoder's weights, to which a diffusion belongs. The decoder may be trained further."""
         return hash_of(self.encoder)
-
-    def image_hash(self) -> str:
-        """12 hex digits of the encoder's and the decoder's weights, to which a texture belongs."""
-        return hash_of(self.encoder, self.decoder)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -403,12 +383,9 @@ def load_vae_of_run(folder: Path, device: torch.device) -> tuple[VAE, dict, Path
 def load_texture(path: Path, vae: VAE, device: torch.device) -> Texture:
     """The texture of a .safetensors file, ready to draw on what this VAE decodes.
 
-    UserError on a file that is damaged, of another kind, learnt from the images of another VAE, or that this version
-    cannot build.
+    UserError on a file that is damaged, of another kind, for images of another size, or that this version cannot build.
     """
     tensors, meta = load_weights(path, "texture")
-    if meta.get("vae") != vae.image_hash():
-        raise UserError(f"{path} was trained on the images of another VAE: run texture.py --fresh, or remove it")
     try:
         texture = build_network(Texture, meta.get("model"), tensors)
         # Its timesteps are not among the tensors, and were on the meta device, too.
@@ -416,4 +393,6 @@ def load_texture(path: Path, vae: VAE, device: torch.device) -> Texture:
     except ValueError as e:
         raise UserError(f"{path} describes a texture that this version cannot build: {str(e)[:200]}") from None
     load_into(texture, tensors, path)
+    if texture.config["image_size"] != vae.config["image_size"]:
+        raise UserError(f"{path} is of images of another size than the VAE's: run texture.py --fresh, or remove it")
     return texture.to(memory_format=torch.channels_last).to(device).eval().requires_grad_(False)

@@ -75,7 +75,7 @@ def main(cfg: ShipConfig) -> None:
     meta = {**meta, "vae": vae.latent_hash()}
     save_weights(out / "diffusion" / "best.safetensors", model, meta)
     if texture is not None:
-        save_weights(out / "texture" / "best.safetensors", texture, {**texture_meta, "vae": vae.image_hash()})
+        save_weights(out / "texture" / "best.safetensors", texture, texture_meta)
 
     size = sum(p.stat().st_size for p in out.glob("*/best.safetensors")) / 1e6
     counts = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (vae, model, texture) if m is not None]
