@@ -204,7 +204,7 @@ class TrainConfig(SourceConfig, StepsConfig):
 
 @dataclass(frozen=True)
 class TextureConfig(SourceConfig, StepsConfig):
-    """Teach the images of a run the fine texture that its latents have no room for.
+    """Teach a run to draw anew what is small in its images, where decoded latents are smooth and folds rough.
 
     Any time after pre_train.py: latents, reconstructions and U-Net stay as they are, and every image that is generated
     from then on is drawn with texture, image k always the same.

@@ -1,6 +1,6 @@
-"""Teach the images of a run fine texture: python texture.py [demo|small|adni] --data DIR --run NAME. Again: it resumes.
+"""Teach a run to draw what is small in its images: python texture.py [demo|small|adni] --data DIR --run NAME.
 
-The network is `Texture` in vae.py, the bookkeeping of the run in loop.py.
+Called again, it resumes. The network is `Texture` in vae.py, the bookkeeping of the run in loop.py.
 """
 
 from __future__ import annotations

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_TEXTURE, run, run_any, start
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_distil import flags as distil_flags
 from test_pipeline import images, same_weights, where
@@ -27,42 +29,49 @@ def tiny_texture(side: int = 16) -> Texture:
     torch.manual_seed(3)
     texture = Texture(side, (8, 16), num_steps=3).eval().requires_grad_(False)
     torch.nn.init.normal_(texture.unet.out.weight, std=0.1)
-    texture.scale.fill_(0.2)
     return texture
 
 
-def test_the_loss_is_the_error_of_the_flow_of_the_residual():
-    """x_t = alpha r + sigma eps with r = (slice - reconstruction) / scale, and eps - r as the target, in float64."""
-    texture, y = tiny_texture(), (normal(4, 1, 16, 16) / 3).clamp(-0.9, 1)
-    y[:, :, :5] = -1
-    noise, t = normal(4, 1, 16, 16, seed=1), texture.scheduler.timesteps[[0, 1, 2, 2]]
-    x = y + 0.3 * normal(4, 1, 16, 16, seed=2)
-    loss, estimate = texture(x, t, noise, y)
+def test_the_loss_is_the_error_of_v_of_slices():
+    """x_t = alpha x + sigma eps and the target alpha eps - sigma x, in float64."""
+    texture, x, noise = tiny_texture(), normal(4, 1, 16, 16) / 3, normal(4, 1, 16, 16, seed=1)
+    t = texture.scheduler.timesteps[[0, 1, 2, 2]]
+    loss, estimate = texture(x, t, noise)
     abar = texture.scheduler.abar[t.numpy()][:, None, None, None]
-    alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)
-    r, eps = ((x - y) / 0.2).double().numpy(), noise.double().numpy()
-    r[:, :, :5] = eps[:, :, :5] = 0
-    x_t = alpha * r + sigma * eps
-    out = texture.unet(torch.cat([torch.tensor(x_t, dtype=torch.float32), y], 1), t)[:, :1].double().numpy()
-    np.testing.assert_allclose(loss, ((out - (eps - r)) ** 2).mean((1, 2, 3)), rtol=1e-4)
-    np.testing.assert_allclose(estimate, (x_t - sigma * out) / (alpha + sigma), atol=1e-4)
+    alpha, sigma, x, eps = np.sqrt(abar), np.sqrt(1 - abar), x.double().numpy(), noise.double().numpy()
+    x_t = alpha * x + sigma * eps
+    out = texture.unet(torch.tensor(x_t, dtype=torch.float32), t).double().numpy()
+    np.testing.assert_allclose(loss, ((out - (alpha * eps - sigma * x)) ** 2).mean((1, 2, 3)), rtol=1e-4)
+    np.testing.assert_allclose(estimate, alpha * x_t - sigma * out, atol=1e-4)
 
 
-def test_a_network_that_knows_the_residual_draws_it():
-    """Whatever the noise, the flow then ends at the slice itself."""
+@given(st.floats(0.25, 2))
+def test_the_schedule_ends_at_the_noise_that_was_asked_for(noise: float):
+    scheduler = Texture(16, (8,), noise=noise).scheduler
+    abar = scheduler.abar[scheduler.fast_timesteps]
+    np.testing.assert_allclose(np.sqrt((1 - abar) / abar)[[0, -1]], [0.01, noise], rtol=0.01)
+
+
+def test_a_network_that_knows_the_slice_draws_it():
+    """It begins with noise on the image at hand, and whatever that is, it ends at the slice itself."""
     texture, x, y = tiny_texture(), *(normal(2, 1, 16, 16, seed=k).clamp(-3, 3) / 4 for k in (1, 2))
+    noise, seen = normal(2, 1, 16, 16, seed=3), []
 
-    def knows(both: torch.Tensor, t: torch.Tensor, _: None) -> torch.Tensor:
+    def knows(x_t: torch.Tensor, t: torch.Tensor, _: None) -> torch.Tensor:
         alpha, sigma = texture.scheduler.alpha_sigma(t)
-        r = (x - both[:, 1:]) / texture.scale
-        return ((both[:, :1] - alpha * r) / sigma - r).repeat(1, 2, 1, 1)
+        seen.append((x_t, alpha, sigma))
+        return alpha * (x_t - alpha * x) / sigma - sigma * x
 
     texture.unet.forward = knows
-    torch.testing.assert_close(texture.draw(y, normal(2, 1, 16, 16, seed=3)), x, atol=1e-4, rtol=0)
+    torch.testing.assert_close(texture.draw(y, noise), x, atol=1e-4, rtol=0)
+    x_t, alpha, sigma = seen[0]
+    torch.testing.assert_close(x_t, alpha * (y + 0.5 * noise), atol=1e-3, rtol=0)
+    torch.testing.assert_close(sigma / alpha, torch.full_like(alpha, 0.5), atol=1e-3, rtol=0)
+    assert len(seen) == 3
 
 
 def test_texture_is_of_the_image_and_off_where_nobody_asks_for_it():
-    """Noise by (seed, k) alone; black stays black; the decoder's mean does not depend on it."""
+    """Noise by (seed, k) alone; the decoder's mean does not depend on it."""
     vae, z = tiny_vae(), normal(3, 2, 4, 4)
     plain = vae.decode(z)
     assert vae.texture_noise(5, [0]) is None
@@ -74,10 +83,6 @@ def test_texture_is_of_the_image_and_off_where_nobody_asks_for_it():
     drawn = vae.decode(z, noise)
     assert (drawn - plain).abs().mean() > 1e-3 and drawn.abs().max() <= 1
     torch.testing.assert_close(vae.decode(z[1:2], noise[1:2]), drawn[1:2])
-    image = plain.clone()
-    image[:, :, ::2] = -1
-    drawn = vae.texture.draw(image, noise)
-    assert (drawn[:, :, ::2] == -1).all() and not torch.equal(drawn[:, :, 1::2], image[:, :, 1::2])
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +101,8 @@ def test_texture_is_learnt_and_all_else_stays(textured: Path, trained: Path, tmp
     folder = textured / "tiny" / "texture"
     log = read_jsonl(folder / "metrics.jsonl")
     assert [row["epoch"] for row in log] == [*range(1, 7)]
-    # A network that answers 0 has a loss of more than 2: that of the noise and of the residual.
-    assert log[-1]["loss/val"] < log[0]["loss/val"] < 2.5 and log[-1]["loss/train"] < 0.8 * log[0]["loss/train"]
+    # Most of the loss is noise that nobody could see under so little of it: about 1 at the cleanest timesteps.
+    assert log[-1]["loss/val"] < log[0]["loss/val"] and log[-1]["loss/train"] < 0.9 * log[0]["loss/train"]
     # At first what is drawn is mostly noise.
     name = "high frequencies, dB/val"
     assert abs(log[-1][name]) < abs(log[0][name]) and log[0]["PSNR/val"] < log[-1]["PSNR/val"]
@@ -159,18 +164,15 @@ def test_what_cannot_be_done_is_said(textured: Path, phantoms: Path, tmp_path: P
     assert "other settings (num_steps 4 -> 5)" in refused(
         "texture.py", *where(home, phantoms), *flags, "--num-steps", "5"
     )
-    # A decoder that was trained further decodes to other images.
-    file = home / "tiny" / "vae" / "best.safetensors"
-    _, vae, _, _ = load_run(home / "tiny", "best", torch.device("cpu"))
-    vae.texture = None
-    next(vae.decoder.parameters()).data += 1e-3
-    save_weights(file, vae, read_meta(file))
-    words = ["--checkpoints", home, "--run", "tiny", "--out", tmp_path / "out"]
-    assert "trained on the images of another VAE: run texture.py --fresh" in refused("predict.py", *words)
-    assert "was started on the images of another VAE" in refused("texture.py", *where(home, phantoms), *flags)
-    # A damaged file
+    # Texture of images of another size
     own = home / "tiny" / "texture" / "best.safetensors"
-    own.write_bytes(own.read_bytes()[:-7])
+    texture, kept = load_run(home / "tiny", "best", torch.device("cpu"))[1].texture, own.read_bytes()
+    meta = read_meta(own)
+    save_weights(own, texture, {**meta, "model": {**meta["model"], "image_size": 16}})
+    words = ["--checkpoints", home, "--run", "tiny", "--out", tmp_path / "out"]
+    assert "is of images of another size than the VAE's" in refused("predict.py", *words)
+    # A damaged file
+    own.write_bytes(kept[:-7])
     assert "is not a safetensors file of this project" in refused("predict.py", *words)
 
 
