@@ -35,7 +35,7 @@ from metrics import high_frequencies, psnr, ssim, unit
 from modules import CosineAnnealingWarmupScheduler, UNet
 from pictures import add_gif_frame, image_grid, to_uint8
 from utils import UserError, evenly_spaced, generator, run_script
-from vae import VAE, Texture, load_vae_of_run
+from vae import BANDS, VAE, Texture, load_vae_of_run
 
 
 def backward(
@@ -127,7 +127,7 @@ def print_plan(
     tensors = [black, *step_randomness(texture, n, generator(0, device=device))]
     call, optimizer = partial(backward, texture, scaler), make_optimizer(texture.parameters(), cfg)
     seconds = rehearse(cfg, plan, [texture], [texture.unet], call, tensors, optimizer, scaler)
-    network, x = UNet(**texture.unet.config).to(device), torch.zeros(1, 1, side, side, device=device)
+    network, x = UNet(**texture.unet.config).to(device), torch.zeros(1, 1 + len(BANDS), side, side, device=device)
     cost = training_cost(network, x, torch.zeros(1, dtype=torch.int64, device=device), amp_dtype=dtype)
     print(f"train on  {splits['train'].summary()}\nvalidate  {splits['val'].summary()}")
     print(describe_cost("texture", *cost, plan.batch, cfg.epochs, plan.steps, device, dtype, seconds))

@@ -49,6 +49,21 @@ class Decoder(nn.Sequential):
         return super().forward(x)
 
 
+BANDS = (1, 3, 9)
+
+
+def bands(x: Tensor) -> Tensor:
+    """What each smoothing of images [B, 1, S, S] takes away, [B, bands, S, S]: by means of 3 x 3 pixels, 1 apart, then
+    of these 3 apart, and 9 (an a trous wavelet transform)."""
+    parts = []
+    for apart in BANDS:
+        kernel = torch.full((1, 1, 3, 3), 1 / 9, device=x.device)
+        smooth = F.conv2d(F.pad(x, [apart] * 4, mode="replicate"), kernel, dilation=apart)
+        parts.append(x - smooth)
+        x = smooth
+    return torch.cat(parts, dim=1)
+
+
 class Texture(StableDiffusion):
     """Draws anew what is small in an image: a Fast-DDPM in pixels, at full resolution, for little noise only.
 
@@ -64,15 +79,25 @@ class Texture(StableDiffusion):
         self, image_size: int = 256, channels: Sequence[int] = (32, 64, 128), blocks: int = 1, patch: int = 2,
         num_steps: int = 8, noise: float = 0.5,
     ):  # fmt: skip
-        unet = UNet(1, image_size, channels, blocks, (), norm_group=8, patch=patch)
+        unet = UNet(1 + len(BANDS), image_size, channels, blocks, (), norm_group=8, patch=patch)
         # A linear schedule that ends at sigma / alpha = noise: its betas add up to -log(alpha_bar) = log(1 + noise^2).
         beta_end = 2 * math.log1p(noise**2) / 1000 - 1e-4
         scheduler = NoiseScheduler_Fast_DDPM(beta_end=beta_end, num_steps=num_steps, grid="logsnr")
-        # With v, an output of 0 hands x_t on, which under little noise is nearly right; flow's would have to repeat it.
+        # With v, an answer of 0 hands x_t on, which under little noise is nearly right; flow's would have to repeat it.
         super().__init__(unet, scheduler, "v")
         self.config: dict[str, Any] = dict(
             image_size=image_size, channels=list(channels), blocks=blocks, patch=patch, num_steps=num_steps, noise=noise
         )
+
+    def network(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        """v for noisy slices x [B, 1, S, S]: an image, and the bands of x, each times an image of gains.
+
+        Where a slice is flat, what is to be taken away is x itself, pixel by pixel. To copy that through its channels a
+        U-Net has to learn for long; to say how much of each band is noise, it has not.
+        """
+        noise = bands(x / self.scheduler.alpha_sigma(t)[1]).clamp(-4, 4)
+        v, gains = super().network(torch.cat([x, noise], dim=1), t, None).split([1, len(BANDS)], dim=1)
+        return v + (gains * noise).sum(1, keepdim=True)
 
     def draw(self, image: Tensor, noise: Tensor) -> Tensor:
         """Images and white noise, both [B, 1, S, S] -> the images that they become, in [-1, 1]."""

@@ -33,14 +33,22 @@ def tiny_texture(side: int = 16) -> Texture:
 
 
 def test_the_loss_is_the_error_of_v_of_slices():
-    """x_t = alpha x + sigma eps and the target alpha eps - sigma x, in float64."""
+    """x_t = alpha x + sigma eps and the target alpha eps - sigma x, in float64, bands and gains, too."""
     texture, x, noise = tiny_texture(), normal(4, 1, 16, 16) / 3, normal(4, 1, 16, 16, seed=1)
     t = texture.scheduler.timesteps[[0, 1, 2, 2]]
     loss, estimate = texture(x, t, noise)
     abar = texture.scheduler.abar[t.numpy()][:, None, None, None]
     alpha, sigma, x, eps = np.sqrt(abar), np.sqrt(1 - abar), x.double().numpy(), noise.double().numpy()
     x_t = alpha * x + sigma * eps
-    out = texture.unet(torch.tensor(x_t, dtype=torch.float32), t).double().numpy()
+    rows, noise_bands = x_t / sigma, []
+    for d in (1, 3, 9):
+        around = np.pad(rows, [(0, 0), (0, 0), (d, d), (d, d)], mode="edge")
+        smooth = sum(around[:, :, i : i + 16, j : j + 16] for i in (0, d, 2 * d) for j in (0, d, 2 * d)) / 9
+        noise_bands.append((rows - smooth).clip(-4, 4))
+        rows = smooth
+    parts = texture.unet(torch.tensor(np.concatenate([x_t, *noise_bands], axis=1), dtype=torch.float32), t)
+    v, *gains = parts.double().numpy().transpose(1, 0, 2, 3)[:, :, None]
+    out = v + sum(g * b for g, b in zip(gains, noise_bands))
     np.testing.assert_allclose(loss, ((out - (alpha * eps - sigma * x)) ** 2).mean((1, 2, 3)), rtol=1e-4)
     np.testing.assert_allclose(estimate, alpha * x_t - sigma * out, atol=1e-4)
 
@@ -57,10 +65,11 @@ def test_a_network_that_knows_the_slice_draws_it():
     texture, x, y = tiny_texture(), *(normal(2, 1, 16, 16, seed=k).clamp(-3, 3) / 4 for k in (1, 2))
     noise, seen = normal(2, 1, 16, 16, seed=3), []
 
-    def knows(x_t: torch.Tensor, t: torch.Tensor, _: None) -> torch.Tensor:
+    def knows(both: torch.Tensor, t: torch.Tensor, _: None) -> torch.Tensor:
         alpha, sigma = texture.scheduler.alpha_sigma(t)
+        x_t = both[:, :1]
         seen.append((x_t, alpha, sigma))
-        return alpha * (x_t - alpha * x) / sigma - sigma * x
+        return torch.cat([alpha * (x_t - alpha * x) / sigma - sigma * x, torch.zeros(2, 3, 16, 16)], dim=1)
 
     texture.unet.forward = knows
     torch.testing.assert_close(texture.draw(y, noise), x, atol=1e-4, rtol=0)
