@@ -35,7 +35,7 @@ from metrics import high_frequencies, psnr, ssim, unit
 from modules import CosineAnnealingWarmupScheduler, UNet
 from pictures import add_gif_frame, image_grid, to_uint8
 from utils import UserError, evenly_spaced, generator, run_script
-from vae import BANDS, VAE, Texture, load_vae_of_run
+from vae import BANDS, VAE, Texture, background, load_vae_of_run
 
 
 def backward(
@@ -106,11 +106,15 @@ def show_texture(
     add_gif_frame(folder, "texture", image_grid(np.concatenate([x, y, to_uint8(drawn)]), columns=len(x)), epoch, last)
 
 
-def build_texture(cfg: TextureConfig, image_size: int) -> Texture:
-    """The network for images of this size, initialised by the seed. UserError on sizes that do not divide."""
+def build_texture(cfg: TextureConfig, slices: Tensor) -> Texture:
+    """The network for slices like these, uint8 [N, S, S], initialised by the seed. UserError if sizes do not divide."""
+    # Is there nothing around the brain? A scanner's air is not 0 everywhere.
+    some = slices[torch.tensor(evenly_spaced(len(slices), 64))]
+    bright = some[:, None] > 0
+    black = (bright & background(to_float(some))).sum() < 0.01 * bright.sum()
     torch.manual_seed(cfg.seed)
     try:
-        return Texture(image_size, cfg.channels, cfg.blocks, cfg.patch, cfg.num_steps, cfg.noise)
+        return Texture(slices.shape[-1], cfg.channels, cfg.blocks, cfg.patch, cfg.num_steps, cfg.noise, bool(black))
     except ValueError as e:
         raise UserError(f"{e}: change --channels or --patch") from None
 
@@ -140,7 +144,7 @@ def main(cfg: TextureConfig) -> None:
     vae, vae_meta, _ = load_vae_of_run(Path(cfg.checkpoints) / cfg.run, device)
     splits, fingerprint = load_splits_by_rules(cfg.data, cfg.cache, vae_meta, vae.config["image_size"])
     train, val, plan = splits["train"], splits["val"], Plan.of(cfg, len(splits["train"]))
-    texture = build_texture(cfg, vae.config["image_size"])
+    texture = build_texture(cfg, train.images)
     if cfg.dry_run:
         return print_plan(cfg, texture, splits, plan, device)
 

@@ -64,6 +64,14 @@ def bands(x: Tensor) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
+def background(x: Tensor) -> Tensor:
+    """Where images [B, 1, S, S] in [-1, 1] are about black: under 12 of 255 grey levels in the mean of 5 x 5 pixels.
+
+    Decoded latents are up to that bright where slices of prepared brains hold 0.
+    """
+    return F.avg_pool2d(x, 5, 1, 2, count_include_pad=False) < 2 * 12 / 255 - 1
+
+
 class Texture(StableDiffusion):
     """Draws anew what is small in an image: a Fast-DDPM in pixels, at full resolution, for little noise only.
 
@@ -72,12 +80,13 @@ class Texture(StableDiffusion):
     of deviation `noise` hides both; taking it away again in `num_steps` steps, as the network learnt on real slices,
     draws what slices show at that size (Meng et al. 2022, arXiv:2108.01073, section 3; SDXL's refiner does the same to
     latents, Podell et al. 2023, section 2.5). Larger structures stay. The VAE has no part in the training.
+    `black` says that there is nothing around the brain; the background is then made black.
     ValueError on sizes that do not divide.
     """
 
     def __init__(
         self, image_size: int = 256, channels: Sequence[int] = (32, 64, 128), blocks: int = 1, patch: int = 2,
-        num_steps: int = 8, noise: float = 0.5,
+        num_steps: int = 8, noise: float = 0.5, black: bool = True,
     ):  # fmt: skip
         unet = UNet(1 + len(BANDS), image_size, channels, blocks, (), norm_group=8, patch=patch)
         # A linear schedule that ends at sigma / alpha = noise: its betas add up to -log(alpha_bar) = log(1 + noise^2).
@@ -86,8 +95,9 @@ class Texture(StableDiffusion):
         # With v, an answer of 0 hands x_t on, which under little noise is nearly right; flow's would have to repeat it.
         super().__init__(unet, scheduler, "v")
         self.config: dict[str, Any] = dict(
-            image_size=image_size, channels=list(channels), blocks=blocks, patch=patch, num_steps=num_steps, noise=noise
-        )
+            image_size=image_size, channels=list(channels), blocks=blocks, patch=patch, num_steps=num_steps, noise=noise,
+            black=black,
+        )  # fmt: skip
 
     def network(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """v for noisy slices x [B, 1, S, S]: an image, and the bands of x, each times an image of gains.
@@ -103,7 +113,8 @@ class Texture(StableDiffusion):
         """Images and white noise, both [B, 1, S, S] -> the images that they become, in [-1, 1]."""
         last = torch.full((len(image),), self.scheduler.fast_timesteps[-1], device=image.device)
         x = self.scheduler.add_noise(image, noise, last)
-        return sample(self.denoiser(), x, self.scheduler).clamp(-1, 1)
+        drawn = sample(self.denoiser(), x, self.scheduler).clamp(-1, 1)
+        return drawn.masked_fill(background(image), -1) if self.config["black"] else drawn
 
 
 class VAE(nn.Module):

@@ -1,28 +1,35 @@
-"""Ours, MONAI's and diffusers' latent diffusion on the same slices for the same minutes, scored by the same judge.
+"""Ours, MONAI's and diffusers' latent diffusion on the same slices against the clock, scored by the same judge.
 
-python benchmarks/peers.py --data DIR: rows to docs/results/quality-peers.json, 16 images of each beside them, and all
-images as PNG under CHECKPOINTS/peers/NAME, so that evaluate.py --images can look at them, too. Needs
-.venv-bench (make bench-env). Ours runs first, by its own scripts; what it took, start of Python included, the peers may
-take. Rows that are there are not measured again.
+python benchmarks/peers.py --data DIR: rows to docs/results/quality-peers.json, 16 images of each beside them, and the
+curves as quality-peers.png. Needs .venv-bench (make bench-env). Ours runs first, by its own scripts: the seconds of its
+VAE, start of Python included, the peers may take, too; then each trains its U-Net until --minutes are over. Every five
+minutes the weights are kept, and afterwards images are drawn from each. Rows that are there are not measured again, and
+--only MONAI is a process for one of the three.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from quality import Judge, Table, draw, script  # before the project's own: it puts them on the path
+from quality import ROOT, Judge, Table, draw, script  # before the project's own: it puts them on the path
 from torch import Tensor, nn
 
 from config import DataConfig
-from dataset import load_splits
+from dataset import ADNIDataset, load_splits
 from device import autocast, describe_hardware, pick_amp_dtype, pick_device
 from evaluate import images_of
 from evidence import Images
@@ -32,10 +39,12 @@ from sampling import ImageSampler, load_run
 from utils import git_commit
 from weights import write_atomic
 
-SIDE = 64  # small enough for all three to get somewhere in minutes on a CPU
+SIDE = 128
 OUR_VAE = ["--image-size", SIDE, "--downsample", 4, "--latent-channels", 4, "--channels", 128, "--blocks", 2]
 OUR_VAE += ["--no-attention"]
-OUR_UNET = ["--channels", 64, 128, "--ema-decay", "0.998"]
+OUR_BATCH = 16
+OUR_UNET = ["--channels", 64, 128, "--attention", 16, "--batch-size", OUR_BATCH, "--ema-decay", "0.998"]
+OUR_UNET += ["--epochs", 10000, "--sample-every", 10000]  # until it is interrupted
 
 
 @dataclass(frozen=True)
@@ -48,11 +57,15 @@ class PeersConfig:
     """Folder for decoded slices."""
     checkpoints: str = "checkpoints/study"
     """Folder for the runs."""
+    only: tuple[Literal["ours", "MONAI", "diffusers"], ...] = ("ours", "MONAI", "diffusers")
+    """Which of them; the peers need the rows of ours."""
     vae_epochs: int = 4
     """Epochs of our VAE."""
-    unet_epochs: int = 12
-    """Epochs of our U-Net."""
-    num_images: int = 320
+    minutes: float = 60
+    """What each may take, VAE and U-Net together."""
+    every: float = 5
+    """Minutes between weights that are scored."""
+    num_images: int = 160
     """Images of each set in a score."""
     device: str = "auto"
     """auto, cuda or cpu."""
@@ -101,7 +114,7 @@ class Peer:
                 latent_channels=4, norm_num_groups=8,
             )  # fmt: skip
             self.unet = UNet2DModel(
-                sample_size=16, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(40, 144),
+                sample_size=SIDE // 4, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(40, 144),
                 down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
                 attention_head_dim=16, norm_num_groups=8,
             )  # fmt: skip
@@ -156,12 +169,12 @@ class Peer:
             seen += len(x)
         return seen
 
-    def train_unet(self, latents: Callable[[], Tensor], seconds: float, lr: float) -> int:
-        """Images seen in that time; the averaged weights, where the peer averages, are what is left."""
-        optimizer, seen, start = torch.optim.AdamW(self.unet.parameters(), lr), 0, time.time()
+    def train_unet(self, latents: Callable[[], Tensor], marks: list[float], lr: float) -> list[tuple[int, dict]]:
+        """(images seen, weights) after so many seconds each; averaged weights, where the peer averages."""
+        optimizer, seen, start, kept = torch.optim.AdamW(self.unet.parameters(), lr), 0, time.time(), []
         # With a warm-up, as diffusers' own has: a plain 0.999 would still hold the first, random weights after minutes.
         ema = EMA(self.unet, self.ema_decay) if self.ema_decay else None
-        while time.time() - start < seconds:
+        while len(kept) < len(marks):
             z = latents()
             noise, t = torch.randn_like(z), torch.randint(0, 1000, (len(z),), device=z.device)
             x_t = self.scheduler.add_noise(original_samples=z, noise=noise, timesteps=t)
@@ -173,9 +186,9 @@ class Peer:
             if ema:
                 ema.update(self.unet, torch.tensor(1.0))
             seen += len(z)
-        if ema:
-            self.unet.load_state_dict(ema.module.state_dict())
-        return seen
+            if time.time() - start >= marks[len(kept)]:
+                kept.append((seen, deepcopy((ema.module if ema else self.unet).state_dict())))
+        return kept
 
     @torch.no_grad()
     def draw(self, n: int, steps: int, solver: str, scale: float) -> tuple[Images, float]:
@@ -183,9 +196,9 @@ class Peer:
         self.unet.eval(), self.vae.eval()
         scheduler, pixels, start = self.solvers[solver], [], time.time()
         g = torch.Generator().manual_seed(0)
-        for k in torch.arange(n).split(64):
+        for k in torch.arange(n).split(32):
             scheduler.set_timesteps(steps)
-            x = torch.randn(len(k), 4, 16, 16, generator=g).to(self.device)
+            x = torch.randn(len(k), 4, SIDE // 4, SIDE // 4, generator=g).to(self.device)
             for t in scheduler.timesteps:
                 out = self.denoise(x, torch.full((len(k),), int(t), device=self.device))
                 done = scheduler.step(out, t, x)
@@ -210,18 +223,97 @@ def theirs(images: Images, judge: Judge) -> dict[str, float]:
     }
 
 
-def ours(cfg: PeersConfig, home: Path, slices: int, device: torch.device, put: Callable) -> None:
-    """Train ours by its scripts and score it; its seconds are what the peers may take."""
-    where = ["--data", cfg.data, "--cache", cfg.cache, "--checkpoints", home, "--run", "peer-ours"]
+def ours(cfg: PeersConfig, home: Path, device: torch.device, put: Callable) -> None:
+    """Train ours by its scripts, until the minutes are over, and score the weights of every five minutes."""
+    run, kept = home / "peer-ours", home / "peer-ours" / "kept"
+    where = ["--data", cfg.data, "--cache", cfg.cache, "--checkpoints", home, "--run", run.name]
     where += ["--wandb", "disabled", "--device", cfg.device]
-    seconds = [script("pre_train.py", "small", *where, *OUR_VAE, "--epochs", cfg.vae_epochs)]
-    few = ["--epochs", cfg.unet_epochs, "--sample-every", cfg.unet_epochs]
-    seconds.append(script("train.py", "small", *where, *OUR_UNET, *few))
-    model, vae, _, _ = load_run(home / "peer-ours", "best", device)
+    if not (run / "seconds").exists():
+        seconds = script("pre_train.py", "small", *where, *OUR_VAE, "--epochs", cfg.vae_epochs)
+        write_atomic(run / "seconds", str(round(seconds)).encode())
+    vae_seconds = int((run / "seconds").read_text())
+    if not kept.exists():
+        # last.pt is written every half minute, so what is kept is up to that much older than it may be.
+        kept.mkdir()
+        command = [sys.executable, "train.py", "small", *where, *OUR_UNET, "--fresh", "--save-minutes", 0.5]
+        start, last = time.time(), run / "diffusion" / "last.pt"
+        training = subprocess.Popen([*map(str, command)], cwd=ROOT, stdout=subprocess.DEVNULL)
+        for mark in marks_after(cfg, vae_seconds):
+            time.sleep(max(0.0, start + mark - time.time()))
+            if last.exists():
+                shutil.copy(last, kept / f"{round((mark + vae_seconds) / 60)}.pt")
+        training.send_signal(signal.SIGTERM)
+        training.wait()
+    model, vae, _, _ = load_run(run, "best", device)
     model.amp_dtype = vae.amp_dtype = pick_amp_dtype("auto", device)
-    images, _, speed = draw(ImageSampler(model, vae, 64), cfg.num_images)
-    seen = [cfg.vae_epochs * slices, cfg.unet_epochs * slices]
-    put("ours-10", images, seconds=[round(s) for s in seconds], seen=seen, images_per_s=round(speed, 2))
+    for file in sorted(kept.glob("*.pt"), key=lambda p: int(p.stem)):
+        state = torch.load(file, weights_only=True)
+        model.load_state_dict({k.removeprefix("module."): v for k, v in state["ema"].items() if k != "n_averaged"})
+        images, _, speed = draw(ImageSampler(model, vae, 32), cfg.num_images)
+        facts = {"minutes": int(file.stem), "vae_seconds": vae_seconds, "seen": state["step"] * OUR_BATCH}
+        put(f"ours-10-{file.stem}", images, **facts, images_per_s=round(speed, 2))
+
+
+def marks_after(cfg: PeersConfig, vae_seconds: int) -> list[float]:
+    """Seconds of the U-Net's training at whose end weights are kept."""
+    every, end = 60 * cfg.every, 60 * cfg.minutes
+    return [mark - vae_seconds for mark in np.arange(every, end + 1, every) if mark - vae_seconds > every / 2]
+
+
+def theirs_against_the_clock(
+    cfg: PeersConfig, name: str, train: ADNIDataset, val: ADNIDataset, vae_seconds: int, device: torch.device,
+    put: Callable,
+) -> None:  # fmt: skip
+    """The same for a peer: its VAE for as many seconds as ours took, its U-Net for the rest."""
+    torch.manual_seed(0)
+    peer = Peer(name, device)
+
+    def batches(size: int = 8) -> Iterator[Tensor]:
+        while True:
+            x = train.batch(torch.randint(len(train), (size,)), device)
+            yield torch.where(torch.rand(size, 1, 1, 1, device=device) < 0.5, x.flip(3), x)
+
+    peer.train_vae(batches(), vae_seconds, 6e-4)
+    with torch.no_grad():
+        rec = [(peer.decode(peer.posterior(x)[0]).float(), x) for x in val.batches(32, device)]
+        error = torch.cat([((a.clamp(-1, 1) - b) / 2).square().mean((1, 2, 3)) for a, b in rec])
+        mirrored = [[peer.posterior(v) for v in (x, x.flip(3))] for x in train.batches(32, device)]
+    # Latents are encoded once, as ours are, and their scale is that of the first 256 slices.
+    moments = [torch.cat([torch.cat([m[i][j] for m in mirrored]) for i in (0, 1)]).float() for j in (0, 1)]
+    scale = 1 / (moments[0][:256] + moments[1][:256] * torch.randn_like(moments[1][:256])).std().item()
+
+    def latents() -> Tensor:
+        i = torch.randint(len(moments[0]), (OUR_BATCH,), device=device)
+        return scale * (moments[0][i] + moments[1][i] * torch.randn_like(moments[1][i]))
+
+    marks = marks_after(cfg, vae_seconds)
+    psnr = round(-10 * error.log10().mean().item(), 2)
+    for mark, (seen, weights) in zip(marks, peer.train_unet(latents, marks, 7e-4)):
+        peer.unet.load_state_dict(weights)
+        minutes = round((mark + vae_seconds) / 60)
+        for steps, solver in ((10, next(iter(peer.solvers))), (50, "DDIM")):
+            images, speed = peer.draw(cfg.num_images, steps, solver, scale)
+            facts = {"minutes": minutes, "vae_seconds": vae_seconds, "seen": seen, "solver": solver, "PSNR": psnr}
+            put(f"{name}-{steps}-{minutes}", images, **facts, images_per_s=round(speed, 2))
+
+
+def curves(rows: list[dict], path: Path) -> None:
+    """Fréchet distance against minutes in both features, a line for each project and sampler."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((9, 3.6), layout="constrained")
+    for ax, kind, title in zip(figure.subplots(1, 2), ("vgg", "ae"), ("random VGG-16", "autoencoder")):
+        for name in dict.fromkeys(r["name"].rpartition("-")[0] for r in rows if "minutes" in r):
+            line = [r for r in rows if r["name"].startswith(name + "-") and "minutes" in r]
+            who, steps = name.split("-")
+            ax.plot(
+                [r["minutes"] for r in line], [r[f"frechet_{kind}"] for r in line], marker="o", markersize=3,
+                label=f"{who}, {steps} steps",
+            )  # fmt: skip
+        ax.axhline(rows[0][f"frechet_{kind}"], color="black", linestyle=":", label="people held out")
+        ax.set(xlabel="minutes of training, one core", ylabel="Fréchet distance", yscale="log", title=title)
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
 
 
 def main(cfg: PeersConfig) -> None:
@@ -238,50 +330,19 @@ def main(cfg: PeersConfig) -> None:
         table.add({"name": "floor", **judge.floor(), **theirs(judge.held_out, judge), **stamp})
 
     def put(name: str, images: Images, **facts: object) -> None:
-        for k, image in enumerate(images.pixels.numpy()):
-            write_atomic(home / "peers" / name / f"{k:05d}_0.png", png_bytes(image))
-        grid = png_bytes(image_grid(images.pixels[:16].numpy(), columns=8))
-        write_atomic(Path(cfg.out) / "quality-peers" / f"{name}.png", grid)
-        table.add({"name": name, **facts, **judge.score(images), **theirs(images, judge), **stamp})
+        if not table.has(name):
+            grid = png_bytes(image_grid(images.pixels[:16].numpy(), columns=8))
+            write_atomic(Path(cfg.out) / "quality-peers" / f"{name}.png", grid)
+            numbers = {**judge.score(images, two_sample=False), **theirs(images, judge)}
+            table.add({"name": name, **facts, **numbers, **stamp})
 
-    if not table.has("ours-10"):
-        ours(cfg, home, len(train), device, put)
-    seconds = next(r["seconds"] for r in table.rows() if r["name"] == "ours-10")
-    for name in ("MONAI", "diffusers"):
-        if table.has(f"{name}-50"):
-            continue
-        torch.manual_seed(0)
-        peer = Peer(name, device)
-
-        def batches(size: int = 8) -> Iterator[Tensor]:
-            while True:
-                x = train.batch(torch.randint(len(train), (size,)), device)
-                yield torch.where(torch.rand(size, 1, 1, 1, device=device) < 0.5, x.flip(3), x)
-
-        seen = [peer.train_vae(batches(), seconds[0], 6e-4)]
-        with torch.no_grad():
-            rec = [(peer.decode(peer.posterior(x)[0]).float(), x) for x in val.batches(64, device)]
-            error = torch.cat([((a.clamp(-1, 1) - b) / 2).square().mean((1, 2, 3)) for a, b in rec])
-            mirrored = [[peer.posterior(v) for v in (x, x.flip(3))] for x in train.batches(64, device)]
-        # Latents are encoded once, as ours are, and their scale is that of the first 256 slices.
-        moments = [torch.cat([torch.cat([m[i][j] for m in mirrored]) for i in (0, 1)]).float() for j in (0, 1)]
-        scale = 1 / (moments[0][:256] + moments[1][:256] * torch.randn_like(moments[1][:256])).std().item()
-
-        def latents(moments: list[Tensor] = moments, scale: float = scale) -> Tensor:
-            i = torch.randint(len(moments[0]), (16,), device=device)
-            return scale * (moments[0][i] + moments[1][i] * torch.randn_like(moments[1][i]))
-
-        seen.append(peer.train_unet(latents, seconds[1], 7e-4))
-        for steps, solver in ((10, next(iter(peer.solvers))), (50, "DDIM")):
-            images, speed = peer.draw(cfg.num_images, steps, solver, scale)
-            facts = {"solver": solver, "steps": steps, "seconds": [round(s) for s in seconds], "seen": seen}
-            put(
-                f"{name}-{steps}",
-                images,
-                PSNR=round(-10 * error.log10().mean().item(), 2),
-                images_per_s=round(speed, 2),
-                **facts,
-            )
+    if "ours" in cfg.only:
+        ours(cfg, home, device, put)
+    for name in cfg.only:
+        if name != "ours":
+            vae_seconds = int((home / "peer-ours" / "seconds").read_text())
+            theirs_against_the_clock(cfg, name, train, val, vae_seconds, device, put)
+    curves(table.rows(), Path(cfg.out) / "quality-peers.png")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ from test_distil import flags as distil_flags
 from test_pipeline import images, same_weights, where
 from test_vae import normal, tiny_vae
 
+from config import TextureConfig
 from sampling import load_run
+from texture import build_texture
 from utils import read_jsonl
 from vae import Texture
 from weights import read_meta, save_weights
@@ -80,7 +82,7 @@ def test_a_network_that_knows_the_slice_draws_it():
 
 
 def test_texture_is_of_the_image_and_off_where_nobody_asks_for_it():
-    """Noise by (seed, k) alone; the decoder's mean does not depend on it."""
+    """Noise by (seed, k) alone; the background is black; the decoder's mean does not depend on it."""
     vae, z = tiny_vae(), normal(3, 2, 4, 4)
     plain = vae.decode(z)
     assert vae.texture_noise(5, [0]) is None
@@ -92,6 +94,20 @@ def test_texture_is_of_the_image_and_off_where_nobody_asks_for_it():
     drawn = vae.decode(z, noise)
     assert (drawn - plain).abs().mean() > 1e-3 and drawn.abs().max() <= 1
     torch.testing.assert_close(vae.decode(z[1:2], noise[1:2]), drawn[1:2])
+    # About black around what is bright, as decoders leave it
+    image = torch.full_like(plain, -0.95)
+    image[:, :, 4:12, 4:12] = 0.5
+    drawn = vae.texture.draw(image, noise)
+    assert (drawn[:, :, :2] == -1).all() and not (drawn[:, :, 3:13, 3:13] == -1).all()
+    vae.texture.config["black"] = False
+    assert not (vae.texture.draw(image, noise)[:, :, :2] == -1).all()
+
+
+@pytest.mark.parametrize(("air", "black"), [(0, True), (5, False)])
+def test_the_background_is_that_of_the_slices(air: int, black: bool):
+    slices = torch.poisson(torch.full((8, 16, 16), float(air)), torch.Generator().manual_seed(0)).to(torch.uint8)
+    slices[:, 4:12, 4:12] = 150
+    assert build_texture(TextureConfig(channels=(8,)), slices).config["black"] == black
 
 
 @pytest.fixture(scope="module")
