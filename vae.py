@@ -95,8 +95,8 @@ class Texture(StableDiffusion):
         # With v, an answer of 0 hands x_t on, which under little noise is nearly right; flow's would have to repeat it.
         super().__init__(unet, scheduler, "v")
         self.config: dict[str, Any] = dict(
-            image_size=image_size, channels=list(channels), blocks=blocks, patch=patch, num_steps=num_steps, noise=noise,
-            black=black,
+            image_size=image_size, channels=list(channels), blocks=blocks, patch=patch, num_steps=num_steps,
+            noise=noise, black=black,
         )  # fmt: skip
 
     def network(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
