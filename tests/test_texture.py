@@ -129,8 +129,7 @@ def test_texture_is_learnt_and_all_else_stays(textured: Path, trained: Path, tmp
     # Most of the loss is noise that nobody could see under so little of it: about 1 at the cleanest timesteps.
     assert log[-1]["loss/val"] < log[0]["loss/val"] and log[-1]["loss/train"] < 0.9 * log[0]["loss/train"]
     # At first what is drawn is mostly noise.
-    name = "high frequencies, dB/val"
-    assert abs(log[-1][name]) < abs(log[0][name]) and log[0]["PSNR/val"] < log[-1]["PSNR/val"]
+    assert log[0]["PSNR/val"] < log[-1]["PSNR/val"]
     shown = cv2.imread(str(folder / "texture.png"), 0)
     assert shown.std() > 5
     generate = ["--checkpoints", textured, "--run", "tiny", "--num-images", "6", "--seed", "7"]
