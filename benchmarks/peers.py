@@ -1,10 +1,10 @@
 """Ours, MONAI's and diffusers' latent diffusion on the same slices against the clock, scored by the same judge.
 
-python benchmarks/peers.py --data DIR: rows to docs/results/quality-peers.json, 16 images of each beside them, and the
-curves as quality-peers.png. Needs .venv-bench (make bench-env). Ours runs first, by its own scripts: the seconds of its
-VAE, start of Python included, the peers may take, too; then each trains its U-Net until --minutes are over. Every five
-minutes the weights are kept, and afterwards images are drawn from each. Rows that are there are not measured again, and
---only MONAI is a process for one of the three.
+python benchmarks/peers.py --data DIR: rows to docs/results/quality-peers-128.json, 16 images of each beside them, and
+the curves as quality-peers-128.png. Needs .venv-bench (make bench-env). Ours runs first, by its own scripts: the
+seconds of its VAE, start of Python included, the peers may take, too; then each trains its U-Net until --minutes are
+over. Every five minutes the weights are kept, and afterwards images are drawn from each. Rows that are there are not
+measured again, and --only MONAI is a process for one of the three.
 """
 
 from __future__ import annotations
@@ -321,7 +321,7 @@ def main(cfg: PeersConfig) -> None:
     splits, _ = load_splits(DataConfig(data=cfg.data, cache=cfg.cache), SIDE)
     train, val = splits["train"], splits["val"]
     judge = Judge(images_of(train, []), images_of(val, []), cfg.num_images, device)
-    table = Table(Path(cfg.out) / "quality-peers.json")
+    table = Table(Path(cfg.out) / "quality-peers-128.json")
     stamp = {
         "date": time.strftime("%Y-%m-%d"), "device": describe_hardware(device), "commit": git_commit(),
         "data": Path(cfg.data).name, "side": SIDE, "n": cfg.num_images,
@@ -332,7 +332,7 @@ def main(cfg: PeersConfig) -> None:
     def put(name: str, images: Images, **facts: object) -> None:
         if not table.has(name):
             grid = png_bytes(image_grid(images.pixels[:16].numpy(), columns=8))
-            write_atomic(Path(cfg.out) / "quality-peers" / f"{name}.png", grid)
+            write_atomic(Path(cfg.out) / "quality-peers-128" / f"{name}.png", grid)
             numbers = {**judge.score(images, two_sample=False), **theirs(images, judge)}
             table.add({"name": name, **facts, **numbers, **stamp})
 
@@ -342,7 +342,7 @@ def main(cfg: PeersConfig) -> None:
         if name != "ours":
             vae_seconds = int((home / "peer-ours" / "seconds").read_text())
             theirs_against_the_clock(cfg, name, train, val, vae_seconds, device, put)
-    curves(table.rows(), Path(cfg.out) / "quality-peers.png")
+    curves(table.rows(), Path(cfg.out) / "quality-peers-128.png")
 
 
 if __name__ == "__main__":

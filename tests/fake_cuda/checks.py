@@ -162,7 +162,7 @@ def check_a_step_of_texture_waits_for_nothing(dtype=DTYPES, on_the_host=(False, 
     gradients = Gradients(
         partial(texture.backward, model, scaler), [model], optimizer, scaler, 1.0, Ranks(device), 8, micro
     )
-    tensors = [torch.zeros(64, 32, 32, dtype=torch.uint8, device="cpu" if on_the_host else device)] * 2
+    tensors = [torch.zeros(64, 32, 32, dtype=torch.uint8, device="cpu" if on_the_host else device)]
 
     def inputs(step: int, batch: list[Tensor]) -> list[Tensor]:
         return [*batch, *texture.step_randomness(model, 8, generator(0, step, device=device))]
