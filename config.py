@@ -223,8 +223,8 @@ class TextureConfig(SourceConfig, StepsConfig):
     num_steps: int = 8
     """Steps in which texture is drawn, the timesteps that are trained on."""
     noise: float = 0.5
-    """Deviation of the noise that hides what is to be drawn anew, of images in [-1, 1]. More of it hides larger faults
-    and leaves more to draw."""
+    """Standard deviation of the noise, on images in [-1, 1], that hides what is to be drawn anew. More noise hides
+    larger faults and leaves more to draw."""
     warmup: float = 0.05
     """Share of the steps in which the learning rate rises; after that it falls as a cosine."""
 

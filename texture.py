@@ -173,9 +173,8 @@ def main(cfg: TextureConfig) -> None:
         call = partial(backward, network, scaler)
 
         def trial(n: int) -> None:
-            call(
-                1.0, images[:1].expand(n, -1, -1).to(device), *step_randomness(texture, n, generator(0, device=device))
-            )
+            x = images[:1].expand(n, -1, -1).to(device)
+            call(1.0, x, *step_randomness(texture, n, generator(0, device=device)))
             texture.zero_grad()
 
         meta = {

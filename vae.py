@@ -49,7 +49,7 @@ class Decoder(nn.Sequential):
         return super().forward(x)
 
 
-BANDS = (1, 3, 9)
+BANDS = (1, 3, 9)  # pixels between the three rows and columns of each mean in `bands`
 
 
 def bands(x: Tensor) -> Tensor:

@@ -127,9 +127,11 @@ def test_texture_is_learnt_and_all_else_stays(textured: Path, trained: Path, tmp
     log = read_jsonl(folder / "metrics.jsonl")
     assert [row["epoch"] for row in log] == [*range(1, 7)]
     # Most of the loss is noise that nobody could see under so little of it: about 1 at the cleanest timesteps.
-    assert log[-1]["loss/val"] < log[0]["loss/val"] and log[-1]["loss/train"] < 0.9 * log[0]["loss/train"]
+    # A network that answers 0 has a loss of 1 to 2.
+    assert log[-1]["loss/val"] < log[0]["loss/val"] < 2 and log[-1]["loss/train"] < 0.9 * log[0]["loss/train"]
     # At first what is drawn is mostly noise.
-    assert log[0]["PSNR/val"] < log[-1]["PSNR/val"]
+    assert log[0]["PSNR/val"] < log[-1]["PSNR/val"] and log[0]["SSIM/val"] < log[-1]["SSIM/val"]
+    assert all(abs(row["high frequencies, dB/val"]) < 10 for row in log)
     shown = cv2.imread(str(folder / "texture.png"), 0)
     assert shown.std() > 5
     generate = ["--checkpoints", textured, "--run", "tiny", "--num-images", "6", "--seed", "7"]
