@@ -110,7 +110,7 @@ class Run:
         self.group = place_of(self.model.attributes, GROUP)
         self.has_classes = self.group is not None
         self.free = self.model.scheduler.config["grid"] == "full"  # any number of steps, either solver
-        self.default_steps = len(self.model.scheduler.fast_timesteps)
+        self.default_steps = len(self.how(None, None)["timesteps"])
         trained_on = str(self.meta.get("config", {}).get("data"))
         self.phantom = bool(phantom_drawing(trained_on))
         self.detector: CopyDetector | None = None
@@ -130,23 +130,23 @@ class Run:
         except Exception as e:  # the page goes on without it
             self.why_none = f"Nothing is compared with the training slices: {e}"
 
-    def how(self, steps: int, solver: Any) -> dict[str, Any]:
+    def how(self, steps: int | None, solver: Any) -> dict[str, Any]:
         """timesteps, solver and eta for `sample`."""
         base = PredictConfig(run=self.name)
         return plan_sampling(replace(base, num_steps=steps, solver=solver) if self.free else base, self.model)
 
-    def noise(self, seed: int, indices: list[int]) -> tuple[Tensor, list[torch.Generator]]:
-        """x_T of these images, the same as predict.py's, and the generators that it came from."""
+    def noise(self, seed: int, indices: list[int]) -> tuple[Tensor, Iterator[Tensor]]:
+        """x_T of these images, the same as predict.py's, and the noise of the steps."""
         return start_noise(seed, indices, self.vae.latent_shape)
 
     def steps(
-        self, x: Tensor, noise: list[torch.Generator], y: Tensor, how: dict, guidance: float = 1.0,
+        self, x: Tensor, noise: Iterator[Tensor], y: Tensor, how: dict, guidance: float = 1.0,
         away_from: Tensor | None = None,
     ) -> Iterator[tuple[int, Tensor, Tensor]]:  # fmt: skip
         """(t, x_t, x0) after every step from this x_T under conditions y [B, A], as `sample_steps` yields them."""
         away_from = None if away_from is None else away_from.to(self.device)
         denoise = self.model.denoiser(y.to(self.device), guidance, away_from)
-        return sample_steps(denoise, x.to(self.device), self.model.scheduler, generator=noise, **how)
+        return sample_steps(denoise, x.to(self.device), self.model.scheduler, noise=noise, **how)
 
     @torch.no_grad()
     def images(self, latents: Tensor, seed: int, indices: Sequence[int]) -> np.ndarray:
@@ -313,7 +313,8 @@ class Studio:
         run, how, guidance = self.asked(name, steps, solver, guidance)
         a, b = (self.number(s, "Seed", 0, MAX_SEED) for s in (seed_a, seed_b))
         place = self.number(place, "Place", 0, 1, float)
-        (x_a, noise), (x_b, _) = run.noise(a, [0]), run.noise(b, [0])
+        (x_a, more_a), (x_b, more_b) = run.noise(a, [0]), run.noise(b, [0])
+        noise = (slerp(*pair, place) for pair in zip(more_a, more_b))
         y_a, y_b = (self.conditions(run, class_name, s, asked=asked) for s in (a, b))
         numbers = torch.tensor([not attribute.values for attribute in run.model.attributes], dtype=torch.bool)
         y = torch.where(numbers, torch.lerp(y_a, y_b, place), y_a if place < 0.5 else y_b)
@@ -487,7 +488,7 @@ def settings_part(cfg: AppConfig, studio: Studio, first: Run) -> dict[str, Any]:
         controls = [attribute_control(attribute, owner == first.name) for owner, attribute in studio.controls]
     with gr.Accordion("How it is generated", open=False), gr.Row():
         steps = gr.Slider(
-            *run_steps(cfg, first), step=1, label="Steps", interactive=first.free, info="Ten suffice"
+            *run_steps(cfg, first), step=1, label="Steps", interactive=first.free, info="Twenty suffice"
         )  # fmt: skip
         solver = gr.Radio(list(get_args(Solver)), value="dpm++2m", label="Sampler", interactive=first.free)
         guidance = gr.Slider(

@@ -214,17 +214,17 @@ class TextureConfig(SourceConfig, StepsConfig):
     """Passes over the training set."""
     lr: float = 1e-3
     """Peak learning rate of AdamW."""
-    channels: tuple[int, ...] = (32, 64, 128)
+    channels: tuple[int, ...] = (32, 64, 96, 128)
     """Channels at each resolution level."""
     blocks: int = 1
     """Residual blocks per level."""
     patch: int = 2
     """Pixels along each side that are folded into channels. 2 makes the network four times cheaper."""
-    num_steps: int = 8
+    num_steps: int = 10
     """Steps in which texture is drawn, the timesteps that are trained on."""
-    noise: float = 0.5
+    noise: float = 1.0
     """Standard deviation of the noise, on images in [-1, 1], that hides what is to be drawn anew. More noise hides
-    larger faults and leaves more to draw."""
+    larger faults and leaves more to draw; it should be less where images have fewer pixels than 256x256."""
     warmup: float = 0.05
     """Share of the steps in which the learning rate rises; after that it falls as a cosine."""
 
@@ -297,7 +297,8 @@ class PredictConfig(SourceConfig, MachineConfig):
     """Sampler: dpm++2m (default of fast sampling), ddim (default of normal sampling; on --grid flow Euler's method for
     rectified flow), or heun, with two network calls a step."""
     eta: float | None = None
-    """Noise that ddim adds at each step: 0 is deterministic, 1 is ancestral DDPM (the default of normal sampling)."""
+    """New noise that dpm++2m or ddim adds at each step: 0 is deterministic, 1 is as much as an SDE's or ancestral
+    DDPM's (the default of normal sampling)."""
     guidance: float = 1.0
     """Classifier-free guidance weight; 1 is none, larger follows the class more."""
     weights: Literal["best", "final"] = "best"
@@ -359,8 +360,12 @@ class EvaluateConfig(DataConfig, MachineConfig):
     without a subfolder for each class."""
     num_images: int = 1000
     """How many images to generate; classes are as frequent as in the training data."""
+    num_steps: int | None = None
+    """Number of steps to generate in, solver and eta as predict.py takes them. Default: what the weights take."""
     solver: Solver | None = None
-    """Sampler to generate with: dpm++2m, ddim or heun, in the weights' own steps. Default: what the weights take."""
+    """Sampler to generate with: dpm++2m, ddim or heun."""
+    eta: float | None = None
+    """New noise that the sampler adds at each step, from 0 to 1."""
     guidance: float = 1.0
     """Classifier-free guidance weight for generating; 1 is none."""
     weights: Literal["best", "final"] = "best"
@@ -567,7 +572,7 @@ PRESETS: dict[str, dict[type, dict]] = {
             run="small", channels=(128, 256), blocks=1, attention=(8,), grid="full", epochs=60, lr=7e-4,
             prediction="flow", log_snr=(0.0, 2.0), ema_decay=0.999, sample_every=5,
         ),
-        TextureConfig: dict(run="small", channels=(24, 48, 96), epochs=8, batch_size=8, ema_decay=0.998),
+        TextureConfig: dict(run="small", epochs=13, batch_size=8, ema_decay=0.998),
     },
     # Phantoms at 64²: a CPU, minutes. Latents of 8x8 cells, because that is all a U-Net can learn to fill so soon.
     "demo": {
@@ -583,7 +588,7 @@ PRESETS: dict[str, dict[type, dict]] = {
         ),
         TextureConfig: dict(
             run="demo", data="phantom", channels=(16, 32), epochs=2, batch_size=8, lr=2e-3, ema_decay=0.99,
-            wandb="disabled", precision="fp32",
+            num_steps=8, noise=0.5, wandb="disabled", precision="fp32",
         ),
         PredictConfig: dict(run="demo", data="phantom"),
         EvaluateConfig: dict(run="demo", data="phantom", wandb="disabled"),

@@ -162,14 +162,15 @@ def gather(cfg: EvaluateConfig, ranks: Ranks) -> Evidence:
         chosen = torch.randint(len(train), (cfg.num_images,), generator=generator(cfg.seed, 8))
         # What training slices have, so that conditions are distributed, and go together, as in the data.
         labels, y = train.labels[chosen], train.conditions[chosen]
-        how = plan_sampling(PredictConfig(run=str(run), solver=cfg.solver), model)
+        sampling = PredictConfig(run=str(run), num_steps=cfg.num_steps, solver=cfg.solver, eta=cfg.eta)
+        how = plan_sampling(sampling, model)
         pixels, latents = generate_images(cfg, model, vae, y, how, ranks)
         if len(classes) > 1 and place_of(model.attributes, GROUP) is None:
             labels = torch.full_like(labels, -1)
         source = (
             f"run {run}, {cfg.weights} weights ({file_hash(file)}, epoch {meta.get('epoch')}, code "
-            f"{meta.get('commit')}), {len(how['timesteps'])} steps of {how['solver']}, guidance {cfg.guidance:g}, "
-            f"seed {cfg.seed}"
+            f"{meta.get('commit')}), {len(how['timesteps'])} steps of {how['solver']}, eta {how['eta']:g}, guidance "
+            f"{cfg.guidance:g}, seed {cfg.seed}"
         )
     generated = Images(pixels, labels, np.arange(len(labels)).astype(str), y)
     model_of, vae_of = loaded[:2] if loaded else (None, None)

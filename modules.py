@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -176,10 +177,10 @@ class UNet(nn.Module):
         if channels[0] % 2:
             raise ValueError(f"the first width must be even, not {channels[0]}")
         if resolution % patch:
-            raise ValueError(f"a {resolution}x{resolution} latent cannot be cut into patches of {patch}")
+            raise ValueError(f"{resolution}x{resolution} cannot be cut into patches of {patch}")
         resolution //= patch
         if resolution % 2 ** (len(channels) - 1):
-            raise ValueError(f"a {resolution}x{resolution} latent cannot be halved {len(channels) - 1} times")
+            raise ValueError(f"{resolution}x{resolution} cannot be halved {len(channels) - 1} times")
         self.patch = patch
         emb = 4 * channels[0]
         self.time = nn.Sequential(nn.Linear(channels[0], emb), nn.SiLU(), nn.Linear(emb, emb))
@@ -382,18 +383,18 @@ class NoiseScheduler_Fast_DDPM(nn.Module):
         t_prev: int,
         x: Tensor,
         eta: float = 0.0,
-        generator: Sequence[torch.Generator] | torch.Generator | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor:
         """One DDIM update of x [B, C, H, W] from t to t_prev (Song et al. 2021, eq. 12).
 
-        eta 0 is deterministic, 1 is ancestral DDPM; the noise of eta > 0 comes from `generator`.
+        eta 0 is deterministic, 1 is ancestral DDPM; eta > 0 adds `noise`, standard normal and shaped as x.
         """
         # The estimate of the clean image, then a step back to the noise level of t_prev, with the same noise or new.
         abar_t, abar_p = self.abar[t], self.abar[t_prev] if t_prev >= 0 else 1.0
         x0 = (x - math.sqrt(1 - abar_t) * eps) / math.sqrt(abar_t)
         noise_sd = eta * math.sqrt((1 - abar_p) / (1 - abar_t) * (1 - abar_t / abar_p))  # eq. 16
         x_prev = math.sqrt(abar_p) * x0 + math.sqrt(max(0.0, 1 - abar_p - noise_sd**2)) * eps
-        return x_prev if noise_sd == 0 else x_prev + noise_sd * randn(x.shape, generator).to(x)
+        return x_prev if noise is None else x_prev + noise_sd * noise
 
 
 Denoiser = Callable[[Tensor, int], tuple[Tensor, Tensor]]
@@ -407,16 +408,20 @@ def sample_steps(
     timesteps: Sequence[int] | None = None,
     solver: str | None = None,
     eta: float = 0.0,
-    generator: Sequence[torch.Generator] | torch.Generator | None = None,
+    noise: Iterator[Tensor] | None = None,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """From noise x_T ~ N(0, 1) [B, C, H, W] down the grid to the clean image, one network call a step.
 
     After every step it yields (t, x_t, x0): the timestep that was reached, -1 at the end, the latents there, and the
     estimate of the clean latents that led there. `denoise(x_t, t)` returns the estimates (eps, x0). `timesteps` and
     `solver` default to the scheduler's own. Solver "ddim" is `scheduler.step`; with eta 0 that is also Euler's step of
-    rectified flow. "dpm++2m" is DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2). "heun" is Heun's
-    method for rectified flow, at two network calls a step but the last. Both are deterministic.
+    rectified flow. "dpm++2m" is DPM-Solver++(2M), and with eta 1 SDE-DPM-Solver++(2M) (Lu et al. 2022, arXiv
+    2211.01095, algorithm 2 and section 4.3). "heun" is Heun's method for rectified flow, at two network calls a step
+    but the last; it has no eta. Every step of eta > 0 but the last takes the next tensor of `noise`, as `start_noise`
+    makes them. ValueError on another solver, or where eta has no noise.
     """
+    if eta and noise is None:
+        raise ValueError("eta above 0 adds noise, and there is none")
     solver = solver or scheduler.default_solver
     ts = [int(t) for t in (scheduler.fast_timesteps if timesteps is None else timesteps)][::-1]  # descending
     abar = scheduler.abar
@@ -425,8 +430,9 @@ def sample_steps(
     h_last = 0.0
     for t, t_prev in zip(ts, [*ts[1:], -1]):
         eps, x0 = denoise(x, t)
+        new = next(noise).to(x) if eta and noise is not None and t_prev >= 0 else None
         if solver == "ddim":
-            x = scheduler.step(eps, t, t_prev, x, eta, generator)
+            x = scheduler.step(eps, t, t_prev, x, eta, new)
         elif solver == "heun":
             # Rectified flow (Liu et al. 2023) runs from x0 at s = 0 to eps at s = 1 on a straight line with the slope
             # eps - x0. Divided by alpha + sigma, x_t is the point of that line at s = sigma / (alpha + sigma).
@@ -448,7 +454,11 @@ def sample_steps(
             h = 0.5 * (math.log(abar[t_prev] / (1 - abar[t_prev])) - math.log(abar[t] / (1 - abar[t])))
             ratio = 0.0 if x0_last is None else h / (2 * h_last)
             d = x0 if x0_last is None else (1 + ratio) * x0 - ratio * x0_last
-            x = math.sqrt((1 - abar[t_prev]) / (1 - abar[t])) * x - math.sqrt(abar[t_prev]) * math.expm1(-h) * d
+            # With eta > 0 the step takes away more noise than it has to, and puts as much new noise back.
+            kept = math.sqrt((1 - abar[t_prev]) / (1 - abar[t])) * math.exp(-eta * h)
+            x = kept * x - math.sqrt(abar[t_prev]) * math.expm1(-(1 + eta) * h) * d
+            if new is not None:
+                x = x + math.sqrt((abar[t_prev] - 1) * math.expm1(-2 * eta * h)) * new
             x0_last, h_last = x0, h
         yield t_prev, x, x0
 
@@ -492,13 +502,13 @@ def invert(
     return x, calls
 
 
-def start_noise(seed: int, indices: Sequence[int], shape: Sequence[int]) -> tuple[Tensor, list[torch.Generator]]:
-    """Noise x_T [B, *shape] of images number `indices` of `seed`, on the CPU, and the generator that each came from.
+def start_noise(seed: int, indices: Sequence[int], shape: Sequence[int]) -> tuple[Tensor, Iterator[Tensor]]:
+    """Noise x_T [B, *shape] of images number `indices` of `seed`, on the CPU, and more of it, for the steps of eta > 0.
 
-    Image k depends on (seed, k) alone, whatever the batch. Its generator gives x_T first, then what eta puts back.
+    Image k depends on (seed, k) alone, whatever the batch.
     """
-    generators = [generator(seed, k) for k in indices]
-    return randn((len(indices), *shape), generators), generators
+    generators, shape = [generator(seed, k) for k in indices], (len(indices), *shape)
+    return randn(shape, generators), (randn(shape, generators) for _ in count())
 
 
 def output_map(prediction: str, alpha: Any, sigma: Any) -> tuple[Any, Any, Any, Any]:
@@ -602,9 +612,9 @@ class StableDiffusion(nn.Module):
     ) -> Tensor:
         """Latents [B, *shape] number `indices` of `seed`, as `start_noise` counts them. `how` goes to `sample`."""
         device = self.scheduler.timesteps.device
-        x, generators = start_noise(seed, indices, shape)
+        x, noise = start_noise(seed, indices, shape)
         y = None if y is None else y.to(device)
-        return sample(self.denoiser(y, guidance), x.to(device), self.scheduler, generator=generators, **how)
+        return sample(self.denoiser(y, guidance), x.to(device), self.scheduler, noise=noise, **how)
 
 
 def load_diffusion(path: Path, device: torch.device) -> tuple[StableDiffusion, dict]:

@@ -5,7 +5,7 @@ predict.py, evaluate.py, tsne.py, app.py and distil.py generate with what is her
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from device import Replay, compile_networks, pick_amp_dtype, to_half
 from metrics import CopyDetector, TooFew
 from modules import StableDiffusion, invert, load_diffusion, make_grid, sample, sample_steps, start_noise
 from pictures import to_pixels
-from utils import UserError, generator, progress_bar
+from utils import UserError, progress_bar
 from vae import VAE, load_texture, load_vae
 from weights import file_hash
 
@@ -76,17 +76,19 @@ def plan_sampling(cfg: PredictConfig, model: StableDiffusion) -> dict[str, Any]:
     else:
         # Weights of the full grid know every timestep. Their default is the grid that keeps the spread of the images.
         grid = cfg.grid or ("logsnr" if full else own["grid"])
-        solver, eta = cfg.solver or scheduler.default_solver, cfg.eta or 0.0
+        solver = cfg.solver or scheduler.default_solver
+        # New noise in every step makes good what the steps before got wrong (docs/results.md, "Which sampler").
+        eta = float(full and solver == "dpm++2m") if cfg.eta is None else cfg.eta
     if student and (solver, eta) != ("ddim", 0.0):
         raise UserError(f"run {cfg.run} was distilled and takes its own steps only: leave out --solver and --eta")
-    num_steps = cfg.num_steps or (10 if full else own["num_steps"])
+    num_steps = cfg.num_steps or (20 if full else own["num_steps"])
     if not full and (grid, num_steps) != (own["grid"], own["num_steps"]):
         raise UserError(
             f"run {cfg.run} was trained on {own['num_steps']} {own['grid']} timesteps and can be sampled on no others: "
             "leave out --grid and --num-steps, or train with --grid full"
         )
-    if solver != "ddim" and cfg.eta:
-        raise UserError(f"--eta {cfg.eta} belongs to --solver ddim: {solver} is deterministic")
+    if solver == "heun" and cfg.eta:
+        raise UserError(f"--eta {cfg.eta} belongs to --solver dpm++2m and ddim: {solver} is deterministic")
     try:
         timesteps = make_grid(grid, num_steps, scheduler.abar)
     except ValueError as e:
@@ -98,8 +100,8 @@ class ImageSampler:
     """Generates images by (seed, index) in batches of a fixed size: noise, sampler, decoder; on a GPU as a CUDA graph.
 
     `how` goes to `sample`: timesteps, solver, eta; without it the weights' own defaults count. The noise of eta > 0 is
-    sampled on the CPU, so only eta = 0 is recorded as a graph. The weights of U-Net and decoder become half precision
-    where the networks run in it.
+    drawn on the CPU, for a graph all of it in advance; for hundreds of steps that is too much, and there is no graph.
+    The weights of U-Net and decoder become half precision where the networks run in it.
     """
 
     def __init__(
@@ -110,17 +112,20 @@ class ImageSampler:
         self.replay: Replay | None = None
         x = torch.zeros(batch, *vae.latent_shape, device=self.device)
         y = torch.zeros(batch, len(model.unet.config["conditions"]), device=self.device)
-        texture, noise = vae.texture_noise(0, [0] * batch), [generator(0)] * batch
+        texture, (_, noise) = vae.texture_noise(0, [0] * batch), start_noise(0, [0] * batch, vae.latent_shape)
+        # How often noise is added, which a graph has to be given.
+        self.added = len(how.get("timesteps") or model.scheduler.fast_timesteps) - 1 if how.get("eta") else 0
         to_half(model.unet, model.amp_dtype)
         to_half(vae.decoder, vae.amp_dtype)
         networks = [model.unet, vae.decoder]
         if vae.texture is not None:
             to_half(vae.texture.unet, vae.amp_dtype)
             networks.append(vae.texture.unet)
-        compile_networks(compile, networks, lambda: self._images(x, y, texture, noise), self.device)
-        if self.device.type == "cuda" and not how.get("eta"):
+        compile_networks(compile, networks, lambda: self._images(x, y, noise, texture), self.device)
+        if self.device.type == "cuda" and self.added < 100:
             try:
-                self.replay = Replay(self._images, x, y, *([] if texture is None else [texture]))
+                added = torch.zeros(self.added, *x.shape, device=self.device)
+                self.replay = Replay(self._images, x, y, added, *([] if texture is None else [texture]))
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as e:
@@ -128,10 +133,11 @@ class ImageSampler:
 
     @torch.no_grad()
     def _images(
-        self, x: Tensor, y: Tensor, texture: Tensor | None = None, noise: Sequence[torch.Generator] | None = None
+        self, x: Tensor, y: Tensor, noise: Iterable[Tensor], texture: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """x_T [B, C, h, w], conditions [B, A] and `texture_noise` -> (uint8 [B, S, S], latents [B, C, h, w])."""
-        z = sample(self.model.denoiser(y, self.guidance), x, self.model.scheduler, generator=noise, **self.how)
+        """x_T [B, C, h, w], conditions [B, A], more noise like x_T, and `texture_noise` -> (uint8 [B, S, S], latents
+        [B, C, h, w])."""
+        z = sample(self.model.denoiser(y, self.guidance), x, self.model.scheduler, noise=iter(noise), **self.how)
         return to_pixels(self.vae.decode(z, texture)), z
 
     def __call__(self, seed: int, indices: Sequence[int], y: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,16 +151,20 @@ class ImageSampler:
         x, noise = start_noise(seed, whole, self.vae.latent_shape)
         y, texture = F.pad(y, (0, 0, 0, missing)), self.vae.texture_noise(seed, whole)
         if self.replay is None:
-            pixels, z = self._images(x.to(self.device), y.to(self.device), texture, noise)
+            pixels, z = self._images(x.to(self.device), y.to(self.device), noise, texture)
             return pixels[:n], z[:n]
-        pixels, z = self.replay(x.pin_memory(), y.pin_memory(), *([] if texture is None else [texture]))
+        added = torch.empty(self.added, *x.shape, pin_memory=True)
+        for row, new in zip(added, noise):
+            row.copy_(new)
+        inputs = [x.pin_memory(), y.pin_memory(), added, *([] if texture is None else [texture])]
+        pixels, z = self.replay(*inputs)
         return pixels[:n].clone(), z[:n].clone()
 
     def steps(self, seed: int, indices: Sequence[int], y: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Any number of images step by step: (t, x_t, x0) as `sample_steps` yields them, latents [B, C, h, w]."""
         x, noise = start_noise(seed, indices, self.vae.latent_shape)
         denoise = self.model.denoiser(y.to(self.device), self.guidance)
-        return sample_steps(denoise, x.to(self.device), self.model.scheduler, generator=noise, **self.how)
+        return sample_steps(denoise, x.to(self.device), self.model.scheduler, noise=noise, **self.how)
 
 
 def group_names(model: StableDiffusion, meta: dict[str, Any]) -> list[str]:

@@ -6,7 +6,7 @@ neighbours among other people tell the classes apart.
 
 from __future__ import annotations
 
-from config import TsneConfig, parse
+from config import PredictConfig, TsneConfig, parse
 
 if __name__ == "__main__":
     cfg = parse(TsneConfig)  # before torch is imported, so that --help answers at once
@@ -29,7 +29,7 @@ from modules import load_diffusion
 from pictures import in_font
 from report import refresh_report
 from runlog import RunLog
-from sampling import belongs_to
+from sampling import belongs_to, plan_sampling
 from utils import UserError, progress_bar, run_script
 from vae import load_vae
 from weights import write_atomic
@@ -123,7 +123,9 @@ def main(cfg: TsneConfig) -> None:
                 dict(zip((a.name for a in model.attributes), in_words(model.attributes, r))) for r in rows.tolist()
             ]
             of = colour.encode_all([known.get(name, "") for known in words])
-            z = [model.generate(vae.latent_shape, cfg.seed, k.tolist(), rows[k]) for k in torch.arange(128).split(32)]
+            how = plan_sampling(PredictConfig(run=cfg.run), model)
+            parts = torch.arange(128).split(32)
+            z = [model.generate(vae.latent_shape, cfg.seed, k.tolist(), rows[k], **how) for k in parts]
             generated = torch.cat(z).flatten(1).cpu().numpy()
         else:
             print(f"{unet_file} was trained on the latents of another VAE and is left out: run train.py --fresh")

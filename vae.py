@@ -85,8 +85,8 @@ class Texture(StableDiffusion):
     """
 
     def __init__(
-        self, image_size: int = 256, channels: Sequence[int] = (32, 64, 128), blocks: int = 1, patch: int = 2,
-        num_steps: int = 8, noise: float = 0.5, black: bool = True,
+        self, image_size: int = 256, channels: Sequence[int] = (32, 64, 96, 128), blocks: int = 1, patch: int = 2,
+        num_steps: int = 10, noise: float = 1.0, black: bool = True,
     ):  # fmt: skip
         unet = UNet(1 + len(BANDS), image_size, channels, blocks, (), norm_group=8, patch=patch)
         # A linear schedule that ends at sigma / alpha = noise: its betas add up to -log(alpha_bar) = log(1 + noise^2).

@@ -18,11 +18,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from conditions import draw_rows  # noqa: E402
+from config import PredictConfig  # noqa: E402
 from dataset import load_splits_as_trained  # noqa: E402
 from device import pick_device  # noqa: E402
 from metrics import batches, power_spectrum, psnr, ssim  # noqa: E402
 from pictures import image_grid, png_bytes, to_pixels  # noqa: E402
-from sampling import ImageSampler, load_run  # noqa: E402
+from sampling import ImageSampler, load_run, plan_sampling  # noqa: E402
 from utils import UserError, evenly_spaced, run_script  # noqa: E402
 from weights import write_atomic  # noqa: E402
 
@@ -69,7 +70,8 @@ def main(cfg: SpectrumConfig) -> None:
 
     # Latents of people and of the U-Net, then both as images, without texture and with it.
     z = torch.cat([vae.encode(part)[0] for part in x.split(16)])
-    sampler, made = ImageSampler(model, vae, 16), []
+    how = plan_sampling(PredictConfig(run=cfg.run), model)
+    sampler, made = ImageSampler(model, vae, 16, **how), []
     y = draw_rows(model.attributes, {}, cfg.seed, range(cfg.num_images))
     for k in torch.arange(cfg.num_images).split(16):
         made.append(sampler(cfg.seed, k.tolist(), y[k])[1])

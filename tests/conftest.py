@@ -39,7 +39,7 @@ TINY_UNET = (
     "--ema-decay 0.999 --precision fp32 --compile off --wandb disabled"
 ).split()
 TINY_TEXTURE = (
-    "--channels 8 16 --num-steps 4 --batch-size 4 --lr 5e-3 --ema-decay 0.9 --precision fp32 --compile off "
+    "--channels 8 16 --num-steps 4 --noise 0.5 --batch-size 4 --lr 5e-3 --ema-decay 0.9 --precision fp32 --compile off "
     "--wandb disabled"
 ).split()
 

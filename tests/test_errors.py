@@ -71,7 +71,7 @@ def test_unet_before_its_vae_and_latents_it_cannot_halve(trained: Path, phantoms
     sentence = refused(
         "train.py", *base, "--checkpoints", trained, "--run", "tiny", "--channels", "8", "8", "8", "8", "8"
     )
-    assert "8x8 latent cannot be halved 4 times" in sentence
+    assert "8x8 cannot be halved 4 times" in sentence
 
 
 def test_settings_of_a_started_run_cannot_change_silently(copied: Path, phantoms: Path, tmp_path: Path):
@@ -166,7 +166,7 @@ def test_sampling_that_the_weights_cannot_do(trained: Path, tmp_path: Path):
     assert "trained on 10 (logsnr)" in sentence and "--grid full" in sentence
     assert "no others" in refused(*predict, "--grid", "uniform")
     assert "no others" in refused(*predict, "--num-steps", "20")
-    assert "deterministic" in refused(*predict, "--eta", "1")
+    assert "deterministic" in refused(*predict, "--solver", "heun", "--eta", "1")
     assert not (tmp_path / "out").exists()
 
 

@@ -119,16 +119,17 @@ def test_a_step_as_a_graph_has_the_gradients_of_its_micro_batches(dtype: torch.d
             assert ((a - b).norm() / b.norm()).item() < tolerance
 
 
+@pytest.mark.parametrize("how", [{}, {"solver": "dpm++2m", "eta": 1.0}])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(None, 1e-4), (torch.bfloat16, 1e-2)])
-def test_the_graph_draws_what_the_loop_draws(dtype: torch.dtype | None, tolerance: float):
+def test_the_graph_draws_what_the_loop_draws(dtype: torch.dtype | None, tolerance: float, how: dict):
     model, vae = (m.eval().requires_grad_(False) for m in networks())
     model.amp_dtype = vae.amp_dtype = dtype
-    graph = ImageSampler(model, vae, 8, 1.5)
+    graph = ImageSampler(model, vae, 8, 1.5, **how)
     assert graph.replay is not None
     y = torch.tensor([[0, 0.3], [1, -1], [0, math.nan], [1, 1], [math.nan, 0.5]])
     for first in (0, 100):  # a replay does not remember the one before
         indices = range(first, first + 5)
-        want = model.generate(vae.latent_shape, 3, indices, y, 1.5)
+        want = model.generate(vae.latent_shape, 3, indices, y, 1.5, **how)
         pixels, z = graph(3, indices, y)
         assert ((z - want).norm() / want.norm()).item() < tolerance and pixels.shape == (5, 64, 64)
 

@@ -34,6 +34,7 @@ from modules import (
     randn,
     sample,
     sample_steps,
+    start_noise,
     timestep_embedding,
 )
 from train import step_randomness, training_loss, vary
@@ -210,8 +211,7 @@ def step64(eps, t, t_prev, x, eta, noise):
 def test_step_against_numpy(t, back, eta, seed):
     t_prev = max(-1, t - back)
     x, eps, noise = (normal(2, 1, 3, 3, seed=seed + k) for k in (0, 100, 200))
-    g = torch.Generator().manual_seed(seed + 200)
-    got = NoiseScheduler_Fast_DDPM().step(eps, t, t_prev, x, eta, g)
+    got = NoiseScheduler_Fast_DDPM().step(eps, t, t_prev, x, eta, noise)
     close(got, step64(eps.double().numpy(), t, t_prev, x.double().numpy(), eta, noise.double().numpy()))
 
 
@@ -229,7 +229,7 @@ def test_step_against_diffusers(grid, eta):
     scheduler, ts = NoiseScheduler_Fast_DDPM(grid=grid), GRIDS[grid]
     for t, t_prev in zip(ts, [-1, *ts]):
         x, eps, noise = normal(1, 2, 4, 4, seed=1), normal(1, 2, 4, 4, seed=2), normal(1, 2, 4, 4, seed=3)
-        got = scheduler.step(eps, t, t_prev, x, eta, torch.Generator().manual_seed(3))
+        got = scheduler.step(eps, t, t_prev, x, eta, noise)
         want = diffusers_ddim(t, t_prev).step(eps, t, x, eta=eta, variance_noise=noise).prev_sample
         close(got, want)
 
@@ -311,20 +311,21 @@ def test_ddim_sampler_against_diffusers(grid):
     close(got, x)
 
 
+@pytest.mark.parametrize("eta", [0, 1])
 @pytest.mark.parametrize("grid", GRIDS)
-def test_dpm_sampler_against_diffusers(grid):
-    ts, x = GRIDS[grid], normal(2, 1, 4, 4).double()
-    got = sample(toy, x, NoiseScheduler_Fast_DDPM(grid=grid), solver="dpm++2m")
+def test_dpm_sampler_against_diffusers(grid, eta):
+    ts, x, noise = GRIDS[grid], normal(2, 1, 4, 4).double(), normal(9, 2, 1, 4, 4, seed=5)
+    got = sample(toy, x, NoiseScheduler_Fast_DDPM(grid=grid), solver="dpm++2m", eta=eta, noise=iter(noise))
     dpm = DPMSolverMultistepScheduler(
-        beta_start=1e-4, beta_end=0.02, algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint",
-        final_sigmas_type="zero",
+        beta_start=1e-4, beta_end=0.02, algorithm_type="sde-dpmsolver++" if eta else "dpmsolver++", solver_order=2,
+        solver_type="midpoint", final_sigmas_type="zero",
     )  # fmt: skip
     dpm.set_timesteps(timesteps=ts[::-1])
     sigmas = np.sqrt((1 - ABAR[ts[::-1]]) / ABAR[ts[::-1]])
     np.testing.assert_allclose(dpm.sigmas[:-1], sigmas, rtol=1e-3)
     dpm.sigmas = torch.tensor([*sigmas, 0.0])  # the same numbers without float32's rounding
-    for t in dpm.timesteps:
-        x = dpm.step(toy(x, int(t))[0], t, x).prev_sample
+    for t, new in zip(dpm.timesteps, [*noise, noise[0]]):
+        x = dpm.step(toy(x, int(t))[0], t, x, variance_noise=new).prev_sample
     close(got, x)
 
 
@@ -421,7 +422,8 @@ def test_weights_of_the_full_grid_are_sampled_in_ten_steps_by_default():
     np.testing.assert_allclose(got, TABLE["logsnr", "dpm++2m"], rtol=0.01)
 
 
-def test_ancestral_sampling_keeps_the_spread():
+@pytest.mark.parametrize("solver, steps, eta", [("ddim", 1000, 1), ("dpm++2m", 20, 1), ("dpm++2m", 20, 0.5)])
+def test_new_noise_keeps_the_spread(solver, steps, eta):
     s, scheduler = torch.tensor([0.5, 1.5])[:, None, None, None], NoiseScheduler_Fast_DDPM(grid="full")
 
     def denoise(x, t):
@@ -429,9 +431,8 @@ def test_ancestral_sampling_keeps_the_spread():
         x0 = a * s**2 * x / (a**2 * s**2 + b**2)
         return (x - a * x0) / b, x0
 
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 1, 64, 64, generator=g)
-    x = sample(denoise, x, scheduler, range(1000), solver="ddim", eta=1.0, generator=g)
+    x, noise = start_noise(0, [0, 1], (1, 64, 64))
+    x = sample(denoise, x, scheduler, make_grid("logsnr", steps, ABAR), solver=solver, eta=eta, noise=noise)
     sd = x.flatten(1).std(dim=1) / s.flatten()
     assert ((sd - 1).abs() < 0.05).all()  # 4096 scalars: sd of the estimate is 1.1 %
 

@@ -428,7 +428,10 @@ def test_full_grid_weights_take_normal_and_every_fast_sampling(copied: Path, pha
     assert len(normal) == 1
     predict(copied, tmp_path / "fast", "--num-images", "1")
     record = json.loads((tmp_path / "fast" / "command.json").read_text())
-    assert record["timesteps"] == [0, 5, 22, 73, 202, 410, 603, 757, 886, 999] and record["solver"] == "dpm++2m"
+    assert len(record["timesteps"]) == 20 and (record["solver"], record["eta"]) == ("dpm++2m", 1.0)
+    predict(copied, tmp_path / "ten", "--num-images", "1", "--num-steps", "10", "--eta", "0")
+    record = json.loads((tmp_path / "ten" / "command.json").read_text())
+    assert record["timesteps"] == [0, 5, 22, 73, 202, 410, 603, 757, 886, 999] and record["eta"] == 0
     predict(copied, tmp_path / "heun", "--num-images", "1", "--grid", "flow", "--num-steps", "5", "--solver", "heun")
     record = json.loads((tmp_path / "heun" / "command.json").read_text())
     assert record["timesteps"] == [72, 185, 335, 521, 999] and record["solver"] == "heun"

@@ -200,7 +200,7 @@ def test_without_a_compiler_training_goes_on_and_says_so(trained: Path, phantoms
 # Drawing
 
 
-@pytest.mark.parametrize("how", [{}, {"solver": "ddim", "eta": 1.0}])
+@pytest.mark.parametrize("how", [{}, {"solver": "ddim", "eta": 1.0}, {"solver": "dpm++2m", "eta": 1.0}])
 def test_drawing_is_generating_and_decoding(pair, how: dict):
     model, vae = pair
     drawer, y = ImageSampler(model, vae, 4, 1.5, **how), torch.tensor([[1.0], [0], [1]])

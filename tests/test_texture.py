@@ -29,7 +29,7 @@ from weights import read_meta, save_weights
 def tiny_texture(side: int = 16) -> Texture:
     """A texture that was not trained, but whose output is not 0 either."""
     torch.manual_seed(3)
-    texture = Texture(side, (8, 16), num_steps=3).eval().requires_grad_(False)
+    texture = Texture(side, (8, 16), num_steps=3, noise=0.5).eval().requires_grad_(False)
     torch.nn.init.normal_(texture.unet.out.weight, std=0.1)
     return texture
 

@@ -192,7 +192,7 @@ def check_a_step_of_distil_waits_for_nothing(dtype=DTYPES, on_the_host=(False, T
 def check_the_sampler_is_a_graph_that_waits_for_nothing(
     dtype=DTYPES,
     guidance=(1.0, 2.0),
-    how=({}, {"solver": "ddim"}, {"timesteps": [5, 400, 999], "solver": "dpm++2m", "eta": 0.0}),
+    how=({}, {"solver": "ddim"}, {"timesteps": [5, 400, 999], "solver": "dpm++2m", "eta": 1.0}),
     grid=("logsnr", "full", "student"),
 ):  # fmt: skip
     model, vae = (m.eval().requires_grad_(False) for m in networks(dtype, grid, 4))
