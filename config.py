@@ -224,7 +224,7 @@ class TextureConfig(SourceConfig, StepsConfig):
     """Steps in which texture is drawn, the timesteps that are trained on."""
     noise: float = 1.0
     """Standard deviation of the noise, on images in [-1, 1], that hides what is to be drawn anew. More noise hides
-    larger faults and leaves more to draw; it should be less where images have fewer pixels than 256x256."""
+    larger faults and leaves more to draw. 1 is for 256x256 pixels; half of that hides what is as large in 128x128."""
     warmup: float = 0.05
     """Share of the steps in which the learning rate rises; after that it falls as a cosine."""
 
@@ -572,7 +572,7 @@ PRESETS: dict[str, dict[type, dict]] = {
             run="small", channels=(128, 256), blocks=1, attention=(8,), grid="full", epochs=60, lr=7e-4,
             prediction="flow", log_snr=(0.0, 2.0), ema_decay=0.999, sample_every=5,
         ),
-        TextureConfig: dict(run="small", epochs=13, batch_size=8, ema_decay=0.998),
+        TextureConfig: dict(run="small", epochs=13, batch_size=8, ema_decay=0.998, noise=0.5),
     },
     # Phantoms at 64²: a CPU, minutes. Latents of 8x8 cells, because that is all a U-Net can learn to fill so soon.
     "demo": {
@@ -588,7 +588,7 @@ PRESETS: dict[str, dict[type, dict]] = {
         ),
         TextureConfig: dict(
             run="demo", data="phantom", channels=(16, 32), epochs=2, batch_size=8, lr=2e-3, ema_decay=0.99,
-            num_steps=8, noise=0.5, wandb="disabled", precision="fp32",
+            num_steps=8, noise=0.25, wandb="disabled", precision="fp32",
         ),
         PredictConfig: dict(run="demo", data="phantom"),
         EvaluateConfig: dict(run="demo", data="phantom", wandb="disabled"),

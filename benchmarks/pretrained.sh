@@ -31,7 +31,7 @@ real)
        --evaluate-every 4 --gif-every 4 --compile off --wandb disabled)
   unet=(small --data "$DATA" --run real --attention 16 --dropout 0.1 --augment 6 --condition level age sex --batch-size 64 --lr 1e-3
         "${v[@]}" --epochs 170 --evaluate-every 10 --sample-every 50 --wandb disabled)
-  texture=(small --data "$DATA" --run real --wandb disabled)
+  texture=(small --data "$DATA" --run real --noise 1 --wandb disabled)
   student=(--teacher real --run real-4 --trajectories 4096 --epochs 14 --batch-size 64 --lr 2e-4 --compile off --wandb disabled)
   out=checkpoints/pretrained notes="256x256, brains aligned with MNI152, z from -20 to 50 mm, adults of 19 to 55 years. Structures of a few pixels are drawn, not remembered: the leaves of the cerebellum are less regular than in people." ;;
 phantoms)
