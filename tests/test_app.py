@@ -63,7 +63,7 @@ def test_the_same_images_as_predict_draws(studio: app.Studio, runs: Path, tmp_pa
         flags = ["--class-name", class_name] if class_name else []
         where = ["--checkpoints", runs, "--device", "cpu", "--num-images", "3", "--seed", "7", "--out", tmp_path / name]
         run("predict.py", "--run", name, *where, *flags)
-        _, gallery, words, file = drawn(studio, name, class_name, 3, 7, 10, "dpm++2m", 1)
+        _, gallery, words, file = drawn(studio, name, class_name, 3, 7, 20, "dpm++2m", 1)
         assert len(gallery) == 3 and "3 images in" in words
         with zipfile.ZipFile(file.value if isinstance(file.value, str) else file.value["path"]) as z:
             rows = list(csv.DictReader(io.StringIO(z.read("manifest.csv").decode())))
@@ -98,7 +98,7 @@ def test_values_are_what_predict_takes(studio: app.Studio, runs: Path, tmp_path:
     assert controls == [(name, n) for name in ("knows", "pretrained") for n in ("level", "age", "sex")]
     where = ["--checkpoints", runs, "--device", "cpu", "--num-images", "2", "--seed", "3", "--run", "knows"]
     run("predict.py", *where, "--class-name", "NC", "--set", "age=70", "sex=M", "--out", tmp_path / "out")
-    _, gallery, _, file = drawn(studio, "knows", "NC", 2, 3, 10, "dpm++2m", 1, None, 70.0, "M")
+    _, gallery, _, file = drawn(studio, "knows", "NC", 2, 3, 20, "dpm++2m", 1, None, 70.0, "M")
     assert "age 70, sex M" in gallery[0][1]
     with zipfile.ZipFile(file.value if isinstance(file.value, str) else file.value["path"]) as z:
         rows = list(csv.DictReader(io.StringIO(z.read("manifest.csv").decode())))
@@ -196,10 +196,10 @@ def test_more_than_a_visitor_may_ask_for_is_refused(studio: app.Studio):
 
 
 def test_the_page_offers_as_many_steps_as_can_be_asked_for(studio: app.Studio, runs: Path):
-    cfg = AppConfig(run=("pretrained", "tiny"), checkpoints=str(runs), device="cpu", max_steps=20)
+    cfg = AppConfig(run=("pretrained", "tiny"), checkpoints=str(runs), device="cpu", max_steps=30)
     page = app.build(app.Studio(cfg))
     (steps,) = (c["props"] for c in page.get_config_file()["components"] if c["props"].get("label") == "Steps")
-    assert (steps["minimum"], steps["maximum"], steps["value"]) == (2, 20, 10)
+    assert (steps["minimum"], steps["maximum"], steps["value"]) == (2, 30, 20)
     with pytest.raises(UserError, match="Steps must be a whole number from 2 to 20"):
         list(studio.generate("pretrained", None, 1, 0, 1, "dpm++2m", 1))
     assert len(list(studio.generate("pretrained", None, 1, 0, 2, "dpm++2m", 1))) >= 1
