@@ -22,9 +22,10 @@ from matplotlib.patches import FancyBboxPatch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from conditions import draw_rows  # noqa: E402
+from config import PredictConfig  # noqa: E402
 from device import pick_device, training_cost  # noqa: E402
-from modules import StableDiffusion, make_grid  # noqa: E402
-from sampling import ImageSampler, load_run  # noqa: E402
+from modules import StableDiffusion  # noqa: E402
+from sampling import ImageSampler, load_run, plan_sampling  # noqa: E402
 from utils import read_jsonl  # noqa: E402
 from vae import VAE  # noqa: E402
 from weights import write_atomic  # noqa: E402
@@ -130,15 +131,15 @@ def architecture(model: StableDiffusion, vae: VAE, path: Path) -> None:
 
 
 def normal_and_fast(model: StableDiffusion, vae: VAE, path: Path, n: int = 6) -> None:
-    """The same seeds in ten steps and in a thousand, with the seconds of an image."""
-    rows, full = [], make_grid("full", 1000, model.scheduler.abar).tolist()
-    plans = [("fast", model.scheduler.fast_timesteps, "dpm++2m", 0.0), ("normal", full, "ddim", 1.0)]
-    for kind, timesteps, solver, eta in plans:
-        drawer = ImageSampler(model, vae, n, timesteps=timesteps, solver=solver, eta=eta)
+    """The same seeds in predict.py's two ways of sampling, with the seconds of an image."""
+    rows, plans = [], [PredictConfig(sampling="fast"), PredictConfig(sampling="normal")]
+    for plan in plans:
+        how = plan_sampling(plan, model)
+        drawer = ImageSampler(model, vae, n, **how)
         start = time.time()
         images, _ = drawer(0, range(n), draw_rows(model.attributes, {}, 0, range(n)))
-        images = images.cpu().numpy()
-        rows.append((f"{kind}: {len(timesteps)} steps\n{(time.time() - start) / n:.2f} s an image", images))
+        images, seconds = images.cpu().numpy(), (time.time() - start) / n
+        rows.append((f"{plan.sampling}: {len(how['timesteps'])} steps\n{seconds:.2f} s an image", images))
     figure = Figure(figsize=(1.7 * n + 1.6, 3.6), layout="constrained")
     for i, (words, images) in enumerate(rows):
         for j, image in enumerate(images):
