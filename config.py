@@ -298,7 +298,7 @@ class PredictConfig(SourceConfig, MachineConfig):
     rectified flow), or heun, with two network calls a step."""
     eta: float | None = None
     """New noise that dpm++2m or ddim adds at each step: 0 is deterministic, 1 is as much as an SDE's or ancestral
-    DDPM's (the default of normal sampling)."""
+    DDPM's. Default: 1 for normal sampling, and for dpm++2m with weights trained on `full`; else 0."""
     guidance: float = 1.0
     """Classifier-free guidance weight; 1 is none, larger follows the class more."""
     weights: Literal["best", "final"] = "best"

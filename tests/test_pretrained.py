@@ -94,6 +94,7 @@ def test_every_weight_says_what_it_was_trained_on(folder: Path):
 
 
 def test_all_weights_together_are_small():
+    """100 MiB: with texture they are 100.05 MB."""
     assert sum(p.stat().st_size for p in PRETRAINED.rglob("*.safetensors")) <= 100 * 2**20
 
 
