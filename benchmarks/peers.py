@@ -34,6 +34,7 @@ from device import autocast, describe_hardware, pick_amp_dtype, pick_device
 from evaluate import images_of
 from evidence import Images
 from loop import EMA
+from modules import make_grid
 from pictures import image_grid, png_bytes, to_pixels
 from sampling import ImageSampler, load_run
 from utils import git_commit
@@ -59,7 +60,7 @@ class PeersConfig:
     """Folder for the runs."""
     only: tuple[Literal["ours", "MONAI", "diffusers"], ...] = ("ours", "MONAI", "diffusers")
     """Which of them; the peers need the rows of ours."""
-    vae_epochs: int = 4
+    vae_epochs: int = 2
     """Epochs of our VAE."""
     minutes: float = 60
     """What each may take, VAE and U-Net together."""
@@ -249,9 +250,11 @@ def ours(cfg: PeersConfig, home: Path, device: torch.device, put: Callable) -> N
     for file in sorted(kept.glob("*.pt"), key=lambda p: int(p.stem)):
         state = torch.load(file, weights_only=True)
         model.load_state_dict({k.removeprefix("module."): v for k, v in state["ema"].items() if k != "n_averaged"})
-        images, _, speed = draw(ImageSampler(model, vae, 32), cfg.num_images)
         facts = {"minutes": int(file.stem), "vae_seconds": vae_seconds, "seen": state["step"] * OUR_BATCH}
-        put(f"ours-10-{file.stem}", images, **facts, images_per_s=round(speed, 2))
+        for steps, eta in ((10, 0.0), (20, 1.0)):  # the second is what predict.py takes by default
+            timesteps = make_grid("logsnr", steps, model.scheduler.abar).tolist()
+            images, _, speed = draw(ImageSampler(model, vae, 32, timesteps=timesteps, eta=eta), cfg.num_images)
+            put(f"ours-{steps}-{file.stem}", images, **facts, eta=eta, images_per_s=round(speed, 2))
 
 
 def marks_after(cfg: PeersConfig, vae_seconds: int) -> list[float]:
