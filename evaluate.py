@@ -231,6 +231,8 @@ def main(cfg: EvaluateConfig) -> None:
     start = time.time()
     if cfg.run is None and not cfg.images:
         cfg = replace(cfg, run="adni")
+    if cfg.images and (cfg.num_steps, cfg.eta, cfg.guidance) != (None, None, 1.0):
+        raise UserError("--num-steps, --eta and --guidance are for generating: leave them out, or leave out --images")
     if cfg.inception_weights:
         inception(cfg.inception_weights, pick_device(cfg.device))  # a wrong file is refused before any work
     ranks = Ranks(pick_device(cfg.device))

@@ -5,7 +5,7 @@ The same command again resumes. The network and the samplers are in modules.py, 
 
 from __future__ import annotations
 
-from config import TrainConfig, parse
+from config import PredictConfig, TrainConfig, parse
 
 if __name__ == "__main__":
     cfg = parse(TrainConfig)  # before torch is imported, so that --help answers at once
@@ -50,7 +50,7 @@ from modules import (
     start_noise,
 )
 from pictures import add_gif_frame, image_grid, to_uint8, visualise_denoising_process
-from sampling import typical_latents
+from sampling import plan_sampling, typical_latents
 from utils import UserError, evenly_spaced, generator, progress_bar, run_script
 from vae import VAE, load_vae_of_run
 
@@ -296,9 +296,10 @@ def show_samples(
     mine = range(n)[ranks.share(n)]
     with eval_mode(model, vae):
         if mine:
-            x, _ = start_noise(cfg.seed, mine, vae.latent_shape)
+            x, noise = start_noise(cfg.seed, mine, vae.latent_shape)
             y = draw_rows(model.attributes, {}, cfg.seed, mine).to(device)
-            steps = list(sample_steps(model.denoiser(y), x.to(device), model.scheduler))
+            how = plan_sampling(PredictConfig(run=cfg.run), model)  # predict.py's defaults
+            steps = list(sample_steps(model.denoiser(y), x.to(device), model.scheduler, noise=noise, **how))
             images[mine.start : mine.stop] = vae.decode(steps[-1][1])
         ranks.sum(images)
         if ranks.is_main:

@@ -357,6 +357,7 @@ def test_folders_that_cannot_be_evaluated(data: Path, tmp_path: Path):
     (tmp_path / "empty").mkdir()
     assert "holds no images" in refused("--images", tmp_path / "empty")
     assert "there is no file or folder" in refused("--images", tmp_path / "none")
+    assert "leave out --images" in refused("--images", data / "generated", "--num-steps", "20")
     assert "there are no weights" in refused("--run", "none", "--checkpoints", tmp_path)
     assert "has no test/ folder" in refused("--images", data / "generated", "--held-out", "test")
     (tmp_path / "not.pth").write_bytes(b"no weights")
