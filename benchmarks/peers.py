@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -265,13 +265,11 @@ def marks_after(cfg: PeersConfig, vae_seconds: int) -> list[float]:
     return [mark - vae_seconds for mark in np.arange(every, end + 1, every) if mark - vae_seconds > every / 2]
 
 
-def theirs_against_the_clock(
-    cfg: PeersConfig, name: str, train: ADNIDataset, val: ADNIDataset, vae_seconds: int, device: torch.device,
-    put: Callable,
-) -> None:  # fmt: skip
-    """The same for a peer: its VAE for as many seconds as ours took, its U-Net for the rest."""
-    torch.manual_seed(0)
-    peer = Peer(name, device)
+def train_peer(
+    peer: Peer, train: ADNIDataset, val: ADNIDataset, vae_seconds: int, marks: list[float], device: torch.device
+) -> dict[str, Any]:
+    """Train a peer, its VAE for as many seconds as ours took: {"vae": weights, "unets": (images seen, weights) after so
+    many seconds each, "scale" of the latents, "PSNR" of people held out}."""
 
     def batches(size: int = 8) -> Iterator[Tensor]:
         while True:
@@ -291,15 +289,29 @@ def theirs_against_the_clock(
         i = torch.randint(len(moments[0]), (OUR_BATCH,), device=device)
         return scale * (moments[0][i] + moments[1][i] * torch.randn_like(moments[1][i]))
 
-    marks = marks_after(cfg, vae_seconds)
-    psnr = round(-10 * error.log10().mean().item(), 2)
-    for mark, (seen, weights) in zip(marks, peer.train_unet(latents, marks, 7e-4)):
+    unets, psnr = peer.train_unet(latents, marks, 7e-4), round(-10 * error.log10().mean().item(), 2)
+    return {"vae": peer.vae.state_dict(), "unets": unets, "scale": scale, "PSNR": psnr}
+
+
+def theirs_against_the_clock(
+    cfg: PeersConfig, name: str, home: Path, train: ADNIDataset, val: ADNIDataset, device: torch.device, put: Callable
+) -> None:
+    """Train a peer for as long as ours and score the weights of every five minutes."""
+    torch.manual_seed(0)
+    vae_seconds = int((home / "peer-ours" / "seconds").read_text())
+    peer, kept, marks = Peer(name, device), home / f"peer-{name}.pt", marks_after(cfg, vae_seconds)
+    if not kept.exists():
+        torch.save(train_peer(peer, train, val, vae_seconds, marks, device), kept)
+    trained = torch.load(kept, map_location=device, weights_only=True)
+    peer.vae.load_state_dict(trained["vae"])
+    for mark, (seen, weights) in zip(marks, trained["unets"]):
         peer.unet.load_state_dict(weights)
         minutes = round((mark + vae_seconds) / 60)
-        for steps, solver in ((10, next(iter(peer.solvers))), (50, "DDIM")):
-            images, speed = peer.draw(cfg.num_images, steps, solver, scale)
-            facts = {"minutes": minutes, "vae_seconds": vae_seconds, "seen": seen, "solver": solver, "PSNR": psnr}
-            put(f"{name}-{steps}-{minutes}", images, **facts, images_per_s=round(speed, 2))
+        facts = {"minutes": minutes, "vae_seconds": vae_seconds, "seen": seen, "PSNR": trained["PSNR"]}
+        # Fifty steps take minutes for a set of images, and are drawn every twenty minutes only.
+        for steps, solver in ((10, next(iter(peer.solvers))), (50, "DDIM"))[: 1 + (minutes % 20 == 0)]:
+            images, speed = peer.draw(cfg.num_images, steps, solver, trained["scale"])
+            put(f"{name}-{steps}-{minutes}", images, **facts, solver=solver, images_per_s=round(speed, 2))
 
 
 def curves(rows: list[dict], path: Path) -> None:
@@ -345,8 +357,7 @@ def main(cfg: PeersConfig) -> None:
         ours(cfg, home, device, put)
     for name in cfg.only:
         if name != "ours":
-            vae_seconds = int((home / "peer-ours" / "seconds").read_text())
-            theirs_against_the_clock(cfg, name, train, val, vae_seconds, device, put)
+            theirs_against_the_clock(cfg, name, home, train, val, device, put)
     curves(table.rows(), Path(cfg.out) / "quality-peers-128.png")
 
 
