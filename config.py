@@ -184,9 +184,10 @@ class TrainConfig(SourceConfig, StepsConfig):
     """Share of images whose conditions are hidden in training, which makes classifier-free guidance possible. Of
     several conditions each is also hidden by itself, in the same share of images, so that each may be unknown."""
     grid: Grid = "logsnr"
-    """Timesteps that are trained on and later sampled on. full: all 1000."""
+    """Timesteps to train on. Images are generated in the same ones, except for full, all 1000, whose weights can be
+    sampled in any number of steps (20 by default)."""
     num_steps: int = 10
-    """Timesteps in the grid."""
+    """Timesteps in the grid; full ignores it."""
     log_snr: tuple[float, float] | None = None
     """Draw timesteps where log-SNR is about the first number, normally distributed with the second as its deviation;
     0 2 are the logit-normal times of rectified flow. Not given: all timesteps of the grid alike."""
@@ -204,7 +205,7 @@ class TrainConfig(SourceConfig, StepsConfig):
 
 @dataclass(frozen=True)
 class TextureConfig(SourceConfig, StepsConfig):
-    """Teach a run to draw anew what is small in its images, where decoded latents are smooth and folds rough.
+    """Train a network that draws fine detail anew, which decoded latents show too smooth or too rough.
 
     Any time after pre_train.py: latents, reconstructions and U-Net stay as they are, and every image that is generated
     from then on is drawn with texture, image k always the same.
@@ -223,8 +224,8 @@ class TextureConfig(SourceConfig, StepsConfig):
     num_steps: int = 10
     """Steps in which texture is drawn, the timesteps that are trained on."""
     noise: float = 1.0
-    """Standard deviation of the noise, on images in [-1, 1], that hides what is to be drawn anew. More noise hides
-    larger faults and leaves more to draw. 1 is for 256x256 pixels; half of that hides what is as large in 128x128."""
+    """Standard deviation of the noise that is put on a decoded image, of values in [-1, 1], and then removed. More
+    noise corrects larger faults, and changes more of the image. 1 is for 256x256 pixels, 0.5 for 128x128."""
     warmup: float = 0.05
     """Share of the steps in which the learning rate rises; after that it falls as a cosine."""
 
@@ -288,11 +289,14 @@ class PredictConfig(SourceConfig, MachineConfig):
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile: a minute at the start for faster steps. auto: on a GPU, for 2,000 images or more."""
     sampling: Literal["fast", "normal"] = "fast"
-    """fast: the few steps of the weights' own grid. normal: all 1000, for weights trained on the full grid."""
+    """fast: 20 steps of weights that were trained on the full grid, else the weights' own few. normal: all 1000, for
+    weights that were trained on the full grid."""
     grid: Grid | None = None
-    """Timesteps of fast sampling; only weights trained on `full` can take another grid than their own."""
+    """Timesteps of fast sampling. Default: logsnr, equal steps of log-SNR, for weights trained on `full`; others can
+    take only their own grid."""
     num_steps: int | None = None
-    """Number of steps of fast sampling; only weights trained on `full` can take another number than their own."""
+    """Number of steps of fast sampling. Default: 20 for weights trained on `full`; others can take only their own
+    number."""
     solver: Solver | None = None
     """Sampler: dpm++2m (default of fast sampling), ddim (default of normal sampling; on --grid flow Euler's method for
     rectified flow), or heun, with two network calls a step."""
@@ -361,7 +365,8 @@ class EvaluateConfig(DataConfig, MachineConfig):
     num_images: int = 1000
     """How many images to generate; classes are as frequent as in the training data."""
     num_steps: int | None = None
-    """Number of steps to generate in, solver and eta as predict.py takes them. Default: what the weights take."""
+    """Number of steps to generate in. Default, as in predict.py: 20 for weights trained on the full grid, else the
+    weights' own number."""
     solver: Solver | None = None
     """Sampler to generate with: dpm++2m, ddim or heun."""
     eta: float | None = None

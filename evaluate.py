@@ -68,8 +68,8 @@ The floor is the same CNN on people held out.""",
 is the AUC on generated images of the one trained on real. The floor is train_on_real.""",
     "memorisation": """copy_rate is the share of generated images closer to a training slice, in pixels or in latents,
 than slices of two training people are, in all but a few people; its floor is the same share of people held out: false
-alarms. copy_rate_of_reconstructed is the rate of held-out slices that went through the run's VAE: what unsharpness
-alone explains. Distances are means, in units of the threshold.""",
+alarms. copy_rate_of_reconstructed is the rate of held-out slices that went through the run's VAE, and
+its texture if there is one: what these alone explain. Distances are means, in units of the threshold.""",
     "membership": """AUC, by person, of telling who was trained on by the U-Net's denoising loss, over all of up to ten
 timesteps and at each: 0.5 is what should be, 1 would tell everybody. n counts people.""",
     "latent_spread": "Standard deviation of the latents as they were drawn; training latents have 1.",

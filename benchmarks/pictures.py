@@ -153,6 +153,9 @@ def normal_and_fast(model: StableDiffusion, vae: VAE, path: Path, n: int = 6) ->
 
 def plots(home: Path, out: Path) -> None:
     """Loss, PSNR, SSIM and learning rate of both stages, one picture each."""
+    # Published weights have no log.
+    if not (home / "diffusion" / "metrics.jsonl").exists():
+        return
     stages = {
         "VAE": read_jsonl(home / "vae" / "metrics.jsonl"),
         "U-Net": read_jsonl(home / "diffusion" / "metrics.jsonl"),

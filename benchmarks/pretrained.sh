@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The weights in checkpoints/pretrained/, each by one command, from the repository's folder:
-#   DATA=path/to/registered bash benchmarks/pretrained.sh real      # 256x256: six minutes of one H100
+#   DATA=path/to/registered bash benchmarks/pretrained.sh real      # 256x256: six minutes of one H100, and texture (67 minutes of two CPU cores)
 #   bash benchmarks/pretrained.sh phantoms                          # 128x128: four minutes of one H100
 # where the real slices come from the volumes of ds002748, people 1 to 50 to train on and 51 to 60 held out (people.tsv is
 # its participants.tsv with the columns participant_id, age and sex), by
