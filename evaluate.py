@@ -35,7 +35,7 @@ from pictures import image_grid, png_bytes
 from report import refresh_report
 from runlog import RunLog
 from sampling import ImageSampler, load_run, plan_sampling
-from utils import UserError, generator, git_commit, progress_bar, run_script
+from utils import UserError, derive_seed, git_commit, progress_bar, run_script, stratified
 from vae import VAE
 from weights import file_hash, write_atomic
 
@@ -53,8 +53,10 @@ how alike strangers are.""",
     "spectrum": """Mean distance of the radial power spectra from the training slices' in dB, and the signed
 difference in the upper half of the frequencies: below 0 is too smooth, above it too noisy.""",
     "two_sample": """A CNN tells generated from training slices, on people and samples it was not trained on: 0.5 is
-indistinguishable, 1 is told apart every time. auc_of_reconstructed: the same for held-out slices that went through the
-run's VAE, and texture if there is one; noised: with noise of the residual's spectrum, which must not fool it.""",
+indistinguishable, 1 is told apart every time. The interval is that of these CNNs and this halving of the people; with
+others the value may be outside, as the floor of few people is. auc_of_reconstructed: the same for held-out slices that
+went through the run's VAE, and texture if there is one; noised: with noise of the residual's spectrum, which must not
+fool it.""",
     "anatomy": """Standardised difference (Cohen's d, generated - training) and earth mover's distance (in standard
 deviations of the training slices) of what thresholds measure.""",
     "effects": """How anatomy follows what images were asked to show: coefficients of a linear model on all attributes,
@@ -68,8 +70,8 @@ The floor is the same CNN on people held out.""",
 is the AUC on generated images of the one trained on real. The floor is train_on_real.""",
     "memorisation": """copy_rate is the share of generated images closer to a training slice, in pixels or in latents,
 than slices of two training people are, in all but a few people; its floor is the same share of people held out: false
-alarms. copy_rate_of_reconstructed is the rate of held-out slices that went through the run's VAE, and
-its texture if there is one: what these alone explain. Distances are means, in units of the threshold.""",
+alarms. copy_rate_of_reconstructed is the rate of held-out slices that went through the run's VAE, and its texture if
+there is one: what these alone explain. Distances are means, in units of the threshold.""",
     "membership": """AUC, by person, of telling who was trained on by the U-Net's denoising loss, over all of up to ten
 timesteps and at each: 0.5 is what should be, 1 would tell everybody. n counts people.""",
     "latent_spread": "Standard deviation of the latents as they were drawn; training latents have 1.",
@@ -159,18 +161,21 @@ def gather(cfg: EvaluateConfig, ranks: Ranks) -> Evidence:
         source = f"the folder {Path(cfg.images or '').name}"
     else:
         model, vae, meta, file = loaded
-        chosen = torch.randint(len(train), (cfg.num_images,), generator=generator(cfg.seed, 8))
-        # What training slices have, so that conditions are distributed, and go together, as in the data.
+        # What training slices have, so that conditions are distributed, and go together, as in the data; spread over
+        # all of them, because an accidental surplus of high levels would count as a distance from people.
+        chosen = torch.from_numpy(stratified(len(train), cfg.num_images, derive_seed(cfg.seed, 8)))
         labels, y = train.labels[chosen], train.conditions[chosen]
         sampling = PredictConfig(run=str(run), num_steps=cfg.num_steps, solver=cfg.solver, eta=cfg.eta)
         how = plan_sampling(sampling, model)
         pixels, latents = generate_images(cfg, model, vae, y, how, ranks)
         if len(classes) > 1 and place_of(model.attributes, GROUP) is None:
             labels = torch.full_like(labels, -1)
+        drawn = file_hash(file.parent.parent / "texture" / "best.safetensors") if vae.texture else "none"
+        dtype = str(model.amp_dtype or torch.float32).removeprefix("torch.")
         source = (
             f"run {run}, {cfg.weights} weights ({file_hash(file)}, epoch {meta.get('epoch')}, code "
             f"{meta.get('commit')}), {len(how['timesteps'])} steps of {how['solver']}, eta {how['eta']:g}, guidance "
-            f"{cfg.guidance:g}, seed {cfg.seed}"
+            f"{cfg.guidance:g}, texture {drawn}, {dtype}, seed {cfg.seed}"
         )
     generated = Images(pixels, labels, np.arange(len(labels)).astype(str), y)
     model_of, vae_of = loaded[:2] if loaded else (None, None)

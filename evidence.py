@@ -27,7 +27,7 @@ from conditions import Attribute
 from metrics import TooFew, interval, resample_people, weighted_mean
 from modules import StableDiffusion
 from pictures import to_uint8
-from utils import evenly_spaced, generator, progress_bar
+from utils import evenly_spaced, generator, progress_bar, stratified
 from vae import VAE
 from weights import write_atomic
 
@@ -62,8 +62,8 @@ class Images:
         return Images(self.pixels[rows], self.labels[rows], self.people[rows.numpy()], conditions)
 
     def sample(self, n: int, seed: int) -> Images:
-        """n of them at random in their old order, or all if there are fewer."""
-        return self.take(np.sort(np.random.default_rng(seed).permutation(len(self))[:n]))
+        """n of them in their old order, at random but spread over all of it, or all if there are fewer."""
+        return self.take(stratified(len(self), min(n, len(self)), seed))
 
     def weights(self, cfg: EvaluateConfig, seed: int = 0) -> Tensor:
         """Bootstrap weights over people, float64 [N, 1 + resamples]. Sets that are compared take different seeds."""
@@ -408,11 +408,11 @@ def anatomical(e: Evidence) -> None:
             (xt, wt), (xh, wh), (xg, wg) = ((f[name][r], w[r]) for f, r, w in zip(found, rows, weights))
             n = len(xg)
             e.put(section, f"{name}_d", anatomy.cohens_d(xg, xt, wg, wt), anatomy.cohens_d(xh, xt, wh, wt), n)
-            emd = [
-                [wasserstein_distance(x, xt, w[:, r], wt[:, r]) / xt.std() for r in range(w.shape[1])]
-                for x, w in ((xg, wg), (xh, wh))
-            ]
-            e.put(section, f"{name}_emd", np.array(emd[0]), np.array(emd[1]), n, 0)
+            emd = np.full((2, wt.shape[1]), math.nan)  # stays so where a resample has nobody of this class
+            for i, (x, w) in enumerate(((xg, wg), (xh, wh))):
+                for r in np.flatnonzero(w.any(0) & wt.any(0)):
+                    emd[i, r] = wasserstein_distance(x, xt, w[:, r], wt[:, r]) / xt.std()
+            e.put(section, f"{name}_emd", emd[0], emd[1], n, 0)
 
     # the difference between the classes, within each set
     if len(e.classes) > 1 and (sets[2].labels >= 0).any():
@@ -615,18 +615,19 @@ def copy_rate(e: Evidence, detector: metrics.CopyDetector, found: dict[str, Tens
     """
     from scipy.stats import binomtest
 
-    def quantile(d: Tensor, weight: Tensor) -> float:
-        """The detector's quantile of the distances d [N], each counted `weight` times."""
+    def quantile(d: Tensor, weight: Tensor, share: float) -> float:
+        """A quantile of the distances d [N], each counted `weight` times."""
         order = d.argsort()
-        share = weight[order].cumsum(0) / weight.sum()
-        return d[order][min(int(torch.searchsorted(share, detector.share)), len(d) - 1)].item()
+        shares = weight[order].cumsum(0) / weight.sum()
+        return d[order][min(int(torch.searchsorted(shares, share)), len(d) - 1)].item()
 
     n, w = len(e.generated), resample_people(detector.people, e.cfg.resamples, e.cfg.seed)
     rate = metrics.is_copy(found).double().mean().item()
     # the rate by the threshold of each resample of the training people
-    rates = []
+    rates, first = [], np.unique(detector.people, return_index=True)[1]  # a row of each person
     for r in range(1, w.shape[1]):
-        relative = {space: found[space] / quantile(d, w[:, r]) for space, d in detector.between.items()}
+        share = metrics.below_most(np.repeat(detector.cleared, w[first, r].int().numpy()))
+        relative = {space: found[space] / quantile(d, w[:, r], share) for space, d in detector.between.items()}
         rates.append(metrics.is_copy(relative).double().mean().item())
     # the binomial intervals of the lowest and the highest of these rates
     low, high = (binomtest(round(q * n), n).proportion_ci() for q in np.quantile(rates, [0.025, 0.975]))
@@ -666,6 +667,9 @@ def membership(e: Evidence) -> None:
     ten timesteps and over all of them. 0.5 is what should be. Measures nothing without a run.
     """
     if e.model is None or e.vae is None:
+        return
+    if e.vae.config["image_size"] != e.train.pixels.shape[-1]:
+        e.notes.append("The images have another size than the run's: membership was not measured.")
         return
     timesteps = e.model.scheduler.timesteps
     timesteps = timesteps[evenly_spaced(len(timesteps), 10)]

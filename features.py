@@ -49,7 +49,7 @@ def random_vgg(device: torch.device) -> nn.Module:
     from torchvision.models import vgg16
 
     # Seed inside a fork, so that the caller's random state stays as it was.
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         vgg = vgg16(weights=None, num_classes=DIM)
         grey = nn.Conv2d(1, 3, 1, bias=False)
@@ -132,7 +132,7 @@ def train_autoencoder(images: Tensor, side: int, device: torch.device, steps: in
     Unlike `random_vgg`, its features are specific to these images. images: uint8 [N, S, S]; side: a multiple of 16, at
     most S. Each step takes a batch of 32 images. The global random state is left as it was.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         # Four halvings of the side, then one linear layer to 64 numbers; the decoder is the mirror image.
         widths, rest = (16, 32, 64, 64), side // 16
@@ -165,7 +165,7 @@ def train_predictor(
     32 images; those larger than 128 pixels are shrunk to 128. The global random state is left as it was.
     """
     widths, outputs = (16, 32, 64, 64), [max(1, n) for n in categories]
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         network = nn.Sequential(
             *[_down(a, b) for a, b in zip((1, *widths), widths)], nn.AdaptiveAvgPool2d(2), nn.Flatten(),
@@ -213,7 +213,7 @@ def train_classifier(
     labels int64 [N]. Images larger than 128 pixels are shrunk to 128. The global random state is left as it was.
     """
     widths = (16, 32, 64, 64)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         network = nn.Sequential(
             *[_down(a, b) for a, b in zip((1, *widths), widths)], nn.AdaptiveAvgPool2d(1), nn.Flatten(),
@@ -263,7 +263,7 @@ def train_judge(
 
     Images larger than 256 pixels are shrunk to 256. The global random state is left as it was.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         judge, side = Judge(pick_amp_dtype("auto", device)), min(256, images.shape[-1])
 

@@ -376,6 +376,11 @@ def nearest(x: Tensor, y: Tensor, people: tuple[Tensor, Tensor] | None = None) -
     return torch.cat([b.values for b in best]), torch.cat([b.indices for b in best])
 
 
+def below_most(values: np.ndarray) -> float:
+    """The largest of the values that at least 95 % of them reach."""
+    return np.quantile(values, 0.05, method="lower").item()
+
+
 class CopyDetector:
     """Decides whether an image is a copy of a training slice.
 
@@ -427,10 +432,12 @@ class CopyDetector:
             own = (whose[rows].to(points.device), whose.repeat(len(points) // len(train)).to(points.device))
             distance[name] = nearest(points[rows], points, own)[0].cpu()
         # A slice is below a threshold in one space or the other if its smaller rank is below that of the thresholds,
-        # `share`. The rank that clears 98 % of a person's slices, and of these ranks one that 95 % of people exceed
+        # `share`. The rank that clears 98 % of a person's slices, and of these ranks one that 95 % of people exceed.
         rank = torch.stack([d.argsort().argsort() / (len(rows) - 1) for d in distance.values()]).amin(0).numpy()
-        cleared = [np.quantile(rank[self.people == p], 0.02, method="lower") for p in np.unique(self.people)]
-        self.share = np.quantile(cleared, 0.05, method="lower").item()
+        self.cleared = np.array(
+            [np.quantile(rank[self.people == p], 0.02, method="lower") for p in np.unique(self.people)]
+        )
+        self.share = below_most(self.cleared)
         self.threshold = {name: d.quantile(self.share).clamp(min=1e-9).item() for name, d in distance.items()}
         self.between = {name: d / self.threshold[name] for name, d in distance.items()}
 

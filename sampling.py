@@ -72,7 +72,8 @@ def plan_sampling(cfg: PredictConfig, model: StableDiffusion) -> dict[str, Any]:
             )
         if cfg.grid not in (None, "full") or cfg.num_steps is not None:
             raise UserError("--sampling normal takes all 1000 timesteps: leave out --grid and --num-steps")
-        grid, solver, eta = "full", cfg.solver or "ddim", 1.0 if cfg.eta is None else cfg.eta
+        grid, solver = "full", cfg.solver or "ddim"
+        eta = float(solver != "heun") if cfg.eta is None else cfg.eta
     else:
         # Weights of the full grid know every timestep. Their default is the grid that keeps the spread of the images.
         grid = cfg.grid or ("logsnr" if full else own["grid"])

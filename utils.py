@@ -80,8 +80,11 @@ def job_ranks() -> tuple[int, int, int]:
 def derive_seed(*numbers: object) -> int:
     """A 63-bit seed from (seed, purpose, index ...), so that different numbers give independent random streams.
 
-    Purposes in use: pre_train.py 1 and 2; train.py 3 to 7 and 9; evaluate.py 8; evidence.py 9 and 10; distil.py 11 to
-    15 and 17; conditions.py 16. They never change, or runs could not be resumed.
+    PyTorch's generator on a CPU takes 32 bits of it: of n streams about n^2 / 2^33 pairs are the same. Image k begins
+    with the stream (seed, k), so a new purpose needs a third number.
+    Purposes in use: pre_train.py 1 and 2; train.py 3 to 7, 9 and 19; evaluate.py 8; evidence.py 9, 10, 20 and 21;
+    distil.py 11 to 15 and 17; conditions.py 16; vae.py 18; texture.py 22 to 25. They never change, or runs could not
+    be resumed.
     """
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "big") >> 1
 
@@ -160,6 +163,17 @@ def is_folder_name(name: object) -> bool:
 def evenly_spaced(n: int, most: int) -> list[int]:
     """At most `most` of the indices 0 to n - 1, evenly spaced, both ends included."""
     return np.unique(np.linspace(0, n - 1, min(most, n)).round().astype(int)).tolist()
+
+
+def stratified(n: int, count: int, seed: int) -> np.ndarray:
+    """`count` of the indices 0 to n - 1, ascending: one at random of each of `count` equal parts.
+
+    Where the order means something, as people and levels in a list of slices, so few are spread as the whole is. If
+    `count` exceeds n, each index comes about equally often.
+    """
+    edges = np.arange(count + 1) * n // count
+    size = np.maximum(np.diff(edges), 1)
+    return edges[:-1] + (np.random.default_rng(seed).random(count) * size).astype(int)
 
 
 def git_commit() -> str:

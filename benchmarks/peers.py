@@ -9,6 +9,7 @@ measured again, and --only MONAI is a process for one of the three.
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import signal
@@ -236,17 +237,24 @@ def ours(cfg: PeersConfig, home: Path, device: torch.device, put: Callable) -> N
         write_atomic(run / "seconds", str(round(seconds)).encode())
     vae_seconds = int((run / "seconds").read_text())
     if not kept.exists():
-        # last.pt is written every half minute, so what is kept is up to that much older than it may be.
-        kept.mkdir()
+        # last.pt is written every half minute, so what is kept is up to that much older than it may be. The folder gets
+        # its name once it is whole.
+        begun = kept.with_name("kept-begun")
+        shutil.rmtree(begun, ignore_errors=True)
+        begun.mkdir()
         command = [sys.executable, "train.py", "small", *where, *OUR_UNET, "--fresh", "--save-minutes", 0.5]
         start, last = time.time(), run / "diffusion" / "last.pt"
         training = subprocess.Popen([*map(str, command)], cwd=ROOT, stdout=subprocess.DEVNULL)
-        for mark in marks_after(cfg, vae_seconds):
-            time.sleep(max(0.0, start + mark - time.time()))
-            if last.exists():
-                shutil.copy(last, kept / f"{round((mark + vae_seconds) / 60)}.pt")
-        training.send_signal(signal.SIGTERM)
-        training.wait()
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the training never outlives this process
+        try:
+            for mark in marks_after(cfg, vae_seconds):
+                time.sleep(max(0.0, start + mark - time.time()))
+                if last.exists():
+                    shutil.copy(last, begun / f"{round((mark + vae_seconds) / 60)}.pt")
+        finally:
+            training.send_signal(signal.SIGTERM)
+            training.wait()
+        begun.rename(kept)
     model, vae, _, _ = load_run(run, "best", device)
     model.amp_dtype = vae.amp_dtype = pick_amp_dtype("auto", device)
     for file in sorted(kept.glob("*.pt"), key=lambda p: int(p.stem)):
@@ -301,7 +309,9 @@ def theirs_against_the_clock(
     vae_seconds = int((home / "peer-ours" / "seconds").read_text())
     peer, kept, marks = Peer(name, device), home / f"peer-{name}.pt", marks_after(cfg, vae_seconds)
     if not kept.exists():
-        torch.save(train_peer(peer, train, val, vae_seconds, marks, device), kept)
+        buffer = io.BytesIO()
+        torch.save(train_peer(peer, train, val, vae_seconds, marks, device), buffer)
+        write_atomic(kept, buffer.getvalue())
     trained = torch.load(kept, map_location=device, weights_only=True)
     peer.vae.load_state_dict(trained["vae"])
     for mark, (seen, weights) in zip(marks, trained["unets"]):

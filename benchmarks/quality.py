@@ -110,7 +110,8 @@ class Judge:
 
     def score(self, images: Images, two_sample: bool = True) -> dict[str, float]:
         """Every number of a set; up to n of its images are looked at."""
-        images, row = images.sample(self.n, 2), {}
+        images = images.sample(self.n, 2)
+        row: dict[str, float] = {"scored": len(images)}  # distances grow a little where these are fewer than n
         one = torch.ones(len(images), 1, dtype=torch.float64)
         for kind, real in self.real.items():
             fake, w = self.embed(kind, images.pixels), torch.ones(len(real), 1, dtype=torch.float64)
@@ -265,8 +266,9 @@ def study_vae(q: Quality) -> None:
         images, p, s = reconstructed(vae, q.val, q.device)
         row = {"name": name, "PSNR": round(p, 2), "SSIM": round(s, 4), "latent": vae.latent_shape}
         z = torch.randn(64, *vae.latent_shape, device=q.device)
-        start = time.time()
         vae.decode(z)
+        start = time.time()
+        vae.decode(z).sum().item()  # waits for a GPU
         row |= {"decoded_per_s": round(64 / (time.time() - start), 1), "seconds": round(seconds)}
         row |= {f"reconstruction_{k}": v for k, v in q.judge.score(images).items()}
         q.unet(run, file, 2 * epochs, "--channels", 64, 128, "--attention", 8, "--no-flip")

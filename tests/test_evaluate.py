@@ -198,6 +198,17 @@ def test_anatomy_sees_shifted_ventricles_by_class(look, sets):
     assert pale["anatomy"]["contrast_d"]["value"] < -2 and pale["anatomy"]["contrast_emd"]["value"] > 2
 
 
+def test_anatomy_by_class_survives_a_resample_without_anybody_of_a_class(look, sets):
+    held_out = sets[1]
+    by_class = [np.unique(held_out.people[held_out.labels.numpy() == c])[:3] for c in (0, 1)]
+    few = held_out.take(np.flatnonzero(np.isin(held_out.people, np.concatenate(by_class))))
+    weights = metrics.resample_people(few.people, 40, EvaluateConfig().seed + 1)
+    assert any((weights[few.labels == c].sum(0) == 0).any() for c in (0, 1))  # so that this test says something
+    found = look(evidence.anatomical, sets[2], held_out=few)
+    for name in CLASSES:
+        assert found[f"anatomy_{name}"]["brain_area_emd"]["floor"] > 0
+
+
 @pytest.mark.full
 def test_class_fidelity_sees_swapped_labels(look, sets):
     made = people(0, 200, 160, slices=1)
@@ -247,6 +258,12 @@ def test_membership_tells_who_was_learnt_by_heart_and_nobody_else(sets, tmp_path
         e = Evidence(train, held_out, sets[2], CLASSES, cfg, torch.device("cpu"), tmp_path, model.eval(), vae)
         evidence.membership(e)
         return e.report["membership"]
+
+    # Images of a folder may have another size than the run's.
+    small = Images(train.pixels[:, ::2, ::2], train.labels, train.people)
+    e = Evidence(small, small, small, CLASSES, EvaluateConfig(), torch.device("cpu"), tmp_path, model.eval(), vae)
+    evidence.membership(e)
+    assert not e.report and "another size" in e.notes[0]
 
     before = found()
     assert len(before) == 11 and before["auc"]["n"] == 12 and before["auc"]["floor"] == 0.5

@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 
 import phantom
 from cluster import Ranks
-from config import DataConfig, TrainConfig
+from config import DataConfig, PredictConfig, TrainConfig
 from dataset import SPLIT_RULES, carved_people, load_splits, load_splits_as_trained, read_images
 from pictures import image_grid
-from sampling import copy_detector
+from sampling import copy_detector, load_run, plan_sampling
 from train import Latents
 from utils import UserError, read_jsonl
 from vae import VAE, load_vae
@@ -426,6 +426,8 @@ def test_full_grid_weights_take_normal_and_every_fast_sampling(copied: Path, pha
     record = json.loads((tmp_path / "normal" / "command.json").read_text())
     assert len(record["timesteps"]) == 1000 and (record["solver"], record["eta"]) == ("ddim", 1.0)
     assert len(normal) == 1
+    model = load_run(copied / "tiny", "best", torch.device("cpu"))[0]
+    assert plan_sampling(PredictConfig(sampling="normal", solver="heun"), model)["eta"] == 0  # it adds no noise
     predict(copied, tmp_path / "fast", "--num-images", "1")
     record = json.loads((tmp_path / "fast" / "command.json").read_text())
     assert len(record["timesteps"]) == 20 and (record["solver"], record["eta"]) == ("dpm++2m", 1.0)

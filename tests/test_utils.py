@@ -132,6 +132,16 @@ def test_precision():
         assert layer(x).dtype == torch.bfloat16
 
 
+@given(st.integers(1, 400), st.integers(1, 400), st.integers(0, 2**63))
+def test_a_stratified_choice_is_spread_over_all_of_it(n: int, count: int, seed: int):
+    chosen = utils.stratified(n, count, seed)
+    assert len(chosen) == count and 0 <= chosen[0] and chosen[-1] < n and (np.diff(chosen) >= (count <= n)).all()
+    # Up to any place there are as many as its share, give or take one.
+    for place in (n // 3, n // 2, n):
+        assert abs((chosen < place).sum() - place * count / n) <= max(1, count / n) + 1e-9
+    assert np.array_equal(chosen, utils.stratified(n, count, seed))
+
+
 def test_seeds_are_the_same_every_time_and_positive():
     assert utils.derive_seed(3, 1, 4) == utils.derive_seed(3, 1, 4)
     g, h = utils.generator(3, 1, 4), utils.generator(3, 1, 4)
