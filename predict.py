@@ -301,9 +301,10 @@ def finish_folder(request: Request, rows: dict[int, list], sampler: ImageSampler
     """Write the pictures and the datasheet of a folder that is full, and show the pictures in wandb."""
     cfg, out, side = request.cfg, request.out, sampler.vae.config["image_size"]
     with lock(out):
-        # The denoising pictures are of the first images, of whichever attempt was kept.
+        # The denoising pictures are of the first two images, of whichever attempt was kept. Their many decoded latents
+        # take a CPU as long as a dozen more images.
         if not (out / "denoising.gif").exists():
-            first = range(min(4, cfg.num_images))
+            first = range(min(2, cfg.num_images))
             indices = [rows[k][3] for k in first]
             steps = sampler.steps(cfg.seed, indices, request.conditions[first])
             visualise_denoising_process(list(steps), sampler.vae.decode, out)  # texture would double their time
