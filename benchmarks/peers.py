@@ -261,7 +261,8 @@ def ours(cfg: PeersConfig, home: Path, device: torch.device, put: Callable) -> N
         state = torch.load(file, weights_only=True)
         model.load_state_dict({k.removeprefix("module."): v for k, v in state["ema"].items() if k != "n_averaged"})
         facts = {"minutes": int(file.stem), "vae_seconds": vae_seconds, "seen": state["step"] * OUR_BATCH}
-        for steps, eta in ((10, 0.0), (20, 1.0)):  # the second is what predict.py takes by default
+        # The second is what predict.py takes by default; sets of many steps are drawn every twenty minutes only.
+        for steps, eta in ((10, 0.0), (20, 1.0))[: 1 + (int(file.stem) % 20 == 0)]:
             timesteps = make_grid("logsnr", steps, model.scheduler.abar).tolist()
             images, _, speed = draw(ImageSampler(model, vae, 32, timesteps=timesteps, eta=eta), cfg.num_images)
             put(f"ours-{steps}-{file.stem}", images, **facts, eta=eta, images_per_s=round(speed, 2))
@@ -318,7 +319,6 @@ def theirs_against_the_clock(
         peer.unet.load_state_dict(weights)
         minutes = round((mark + vae_seconds) / 60)
         facts = {"minutes": minutes, "vae_seconds": vae_seconds, "seen": seen, "PSNR": trained["PSNR"]}
-        # Fifty steps take minutes for a set of images, and are drawn every twenty minutes only.
         for steps, solver in ((10, next(iter(peer.solvers))), (50, "DDIM"))[: 1 + (minutes % 20 == 0)]:
             images, speed = peer.draw(cfg.num_images, steps, solver, trained["scale"])
             put(f"{name}-{steps}-{minutes}", images, **facts, solver=solver, images_per_s=round(speed, 2))
