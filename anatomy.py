@@ -126,14 +126,15 @@ def cohens_d(
 ) -> float | np.ndarray:
     """Cohen's d, (mean a - mean b) / pooled standard deviation, of samples a [N] and b [M].
 
-    A float, or with bootstrap weights [N, R] and [M, R] one number per resample, float64 [R].
+    A float, or with bootstrap weights [N, R] and [M, R] one number per resample, float64 [R], NaN for a resample
+    without anybody of a sample.
     """
     moments = []
     for values, weights in ((a, wa), (b, wb)):
         x = np.asarray(values, dtype=np.float64)[:, None]
         w = np.ones((len(x), 1)) if weights is None else np.asarray(weights)
         n = w.sum(0)
-        mean = (w * x).sum(0) / n
+        mean = (w * x).sum(0) / np.where(n > 0, n, np.nan)
         moments.append((n, mean, (w * (x - mean) ** 2).sum(0)))
     (na, mean_a, squares_a), (nb, mean_b, squares_b) = moments
     d = (mean_a - mean_b) / np.sqrt((squares_a + squares_b) / (na + nb - 2))
