@@ -136,13 +136,52 @@ def load_state(path: Path) -> dict | None:
 # Weights: safetensors with a header
 
 
-def save_weights(path: Path, module: nn.Module, meta: Mapping[str, Any]) -> None:
-    """Write weights and buffers as safetensors, with `meta` (kind, config, classes, ...) as JSON in the header."""
+SCALE = ".scale"  # what the scales of an eight-bit tensor are called after it
+
+
+def save_weights(path: Path, module: nn.Module, meta: Mapping[str, Any], bits: int = 16) -> None:
+    """Write weights and buffers as safetensors, with `meta` (kind, config, classes, ...) as JSON in the header.
+
+    With 16 `bits` tensors are written in the types that they have. With 8 matrices and convolutions become int8, as
+    `to_eight_bits` says.
+    """
     from safetensors.torch import save
 
     tensors = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+    if bits == 8:
+        tensors = to_eight_bits(tensors)
     text = json.dumps({"format": FORMAT, **meta})
     write_atomic(path, save(tensors, metadata={"meta": text, "digest": weights_digest(text, tensors)}))
+
+
+def to_eight_bits(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Round every matrix and convolution to int8, row by row: a row's largest number becomes 127.
+
+    The scales of tensor NAME are float32 [rows] under NAME.scale; vectors stay as they are. Of weights that are
+    normally distributed the error is about 1 %.
+    """
+    found = {}
+    for name, v in tensors.items():
+        if v.dim() < 2 or not v.is_floating_point():
+            found[name] = v
+            continue
+        rows = v.float().flatten(1)
+        scale = (rows.abs().amax(1) / 127).clamp(min=1e-30)
+        found[name] = (rows / scale[:, None]).round().to(torch.int8).view(v.shape)
+        found[name + SCALE] = scale
+    return found
+
+
+def from_eight_bits(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `to_eight_bits` rounded, as float32, and the other tensors. ValueError where a scale does not fit."""
+    found = dict(tensors)
+    for name, v in tensors.items():
+        if v.dtype == torch.int8 and name + SCALE in tensors:
+            scale = found.pop(name + SCALE)
+            if v.dim() < 2 or scale.shape != v.shape[:1]:
+                raise ValueError(f"{name} has {tuple(v.shape)} numbers and {tuple(scale.shape)} scales")
+            found[name] = (v.flatten(1) * scale[:, None].float()).view(v.shape)
+    return found
 
 
 def read_meta(path: Path) -> dict:
@@ -195,6 +234,10 @@ def load_weights(path: Path, kind: str) -> tuple[dict[str, Tensor], dict]:
     classes = meta.get("classes", [])
     if not isinstance(classes, list) or not all(map(is_folder_name, classes)) or len({*classes}) < len(classes):
         raise UserError(f"{path} names classes that cannot be folders: use a file that training wrote")
+    try:
+        tensors = from_eight_bits(tensors)
+    except ValueError as e:
+        raise UserError(f"{path} cannot be read ({e}): copy it again, or take it from a backup") from None
     # Copies, because the file is memory-mapped and may be changed later.
     tensors = {k: v.to(torch.float32 if v.is_floating_point() else v.dtype, copy=True) for k, v in tensors.items()}
     for name, v in tensors.items():

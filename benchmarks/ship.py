@@ -1,7 +1,8 @@
 """Make a run into weights to be published: python benchmarks/ship.py --run NAME --out checkpoints/pretrained ...
 
-Writes the best weights of all stages in half precision and README.md, the model card: what it was trained on, how, and
-every number of the run's report (evaluate.py comes first). People's slices are not in any of it.
+Writes the best weights of all stages in half precision, or with --bits 8 in half of that, and README.md, the model
+card: what it was trained on, how, and every number of the run's report (evaluate.py comes first). People's slices are
+not in any of it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -45,6 +47,8 @@ class ShipConfig:
     """Limits of these weights beyond those of all."""
     weights: str = "best"
     """best or final weights of the U-Net."""
+    bits: Literal[8, 16] = 16
+    """Bits of a weight of U-Net and texture; the VAE's keep 16, because a run's latents must stay the same."""
     checkpoints: str = "checkpoints"
     """Folder of all runs."""
 
@@ -73,9 +77,9 @@ def main(cfg: ShipConfig) -> None:
         m["config"] |= {"data": Path(m["config"].get("data", "")).name, "cache": "cache", "checkpoints": "checkpoints"}
     save_weights(out / "vae" / "best.safetensors", vae, vae_meta)
     meta = {**meta, "vae": vae.latent_hash()}
-    save_weights(out / "diffusion" / "best.safetensors", model, meta)
+    save_weights(out / "diffusion" / "best.safetensors", model, meta, cfg.bits)
     if texture is not None:
-        save_weights(out / "texture" / "best.safetensors", texture, texture_meta)
+        save_weights(out / "texture" / "best.safetensors", texture, texture_meta, cfg.bits)
 
     size = sum(p.stat().st_size for p in out.glob("*/best.safetensors")) / 1e6
     counts = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (vae, model, texture) if m is not None]
@@ -107,7 +111,8 @@ def main(cfg: ShipConfig) -> None:
         f"| conditioned on | {'; '.join(map(str, model.attributes)) or 'nothing'} |",
         f"| hardware | {meta['hardware']} |",
         f"| code | {meta['commit']} |",
-        f"| files | safetensors, half precision, {size:.1f} MB |", "",
+        f"| files | safetensors, {'half precision' if cfg.bits == 16 else 'VAE half precision, the rest 8 bits'}, "
+        f"{size:.1f} MB |", "",
         *(["Made by", "", *(f"    {c}" for c in cfg.commands), ""] if cfg.commands else []),
         "## Numbers", "",
         "`python evaluate.py` on images of these weights. The floor is the "

@@ -142,6 +142,32 @@ def test_a_stratified_choice_is_spread_over_all_of_it(n: int, count: int, seed: 
     assert np.array_equal(chosen, utils.stratified(n, count, seed))
 
 
+def test_eight_bits_a_weight_lose_one_percent_and_nothing_else(tmp_path: Path):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(8, 32, 3), nn.GroupNorm(4, 32), nn.Linear(32, 64))
+    with torch.no_grad():
+        net[2].weight[3] = 0  # a row of zeros has no scale of its own
+        net[0].weight[5] *= 1e4
+    net.register_buffer("steps", torch.arange(12).view(3, 4))
+    path = tmp_path / "w.safetensors"
+    weights.save_weights(path, net, dict(kind="vae"), bits=8)
+    found, _ = weights.load_weights(path, "vae")
+    assert found.keys() == net.state_dict().keys() and path.stat().st_size < 8000 < 4 * len(net[0].weight.flatten())
+    for name, v in net.state_dict().items():
+        assert found[name].dtype == v.dtype and found[name].shape == v.shape
+        if name in ("0.weight", "2.weight"):
+            row = v.flatten(1).abs().amax(1).view(-1, *[1] * (v.dim() - 1))
+            assert ((found[name] - v).abs() <= row / 254 * 1.001).all() and not torch.equal(found[name], v)
+        else:
+            assert torch.equal(found[name], v)
+    # Scales that do not belong to their tensor
+    tensors = {"a": torch.ones(3, 4, dtype=torch.int8), "a.scale": torch.full((3,), 2.0), "b.scale": torch.ones(3)}
+    found = weights.from_eight_bits(tensors)
+    assert found.keys() == {"a", "b.scale"} and (found["a"] == 2).all()
+    with pytest.raises(ValueError, match="4,. scales"):
+        weights.from_eight_bits(tensors | {"a.scale": torch.ones(4)})
+
+
 def test_seeds_are_the_same_every_time_and_positive():
     assert utils.derive_seed(3, 1, 4) == utils.derive_seed(3, 1, 4)
     g, h = utils.generator(3, 1, 4), utils.generator(3, 1, 4)
