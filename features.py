@@ -6,7 +6,8 @@ networks are small so that an evaluation is cheap enough to run after every trai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,14 @@ def embed(network: nn.Module, images: Tensor, side: int, device: torch.device, p
 # Feature extractors that need no training
 
 
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Inside, the global random state of CPU and device begins with this seed; afterwards it is what it was."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
 def random_vgg(device: torch.device) -> nn.Module:
     """VGG-16 with random weights from a fixed seed: grey [B, 1, s, s] in [-1, 1] -> features [B, 64].
 
@@ -49,8 +58,7 @@ def random_vgg(device: torch.device) -> nn.Module:
     from torchvision.models import vgg16
 
     # Seed inside a fork, so that the caller's random state stays as it was.
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
+    with seeded(0, device):
         vgg = vgg16(weights=None, num_classes=DIM)
         grey = nn.Conv2d(1, 3, 1, bias=False)
     # VGG expects three channels with about the spread of whitened photographs, about twice that of ours.
@@ -132,8 +140,7 @@ def train_autoencoder(images: Tensor, side: int, device: torch.device, steps: in
     Unlike `random_vgg`, its features are specific to these images. images: uint8 [N, S, S]; side: a multiple of 16, at
     most S. Each step takes a batch of 32 images. The global random state is left as it was.
     """
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
+    with seeded(0, device):
         # Four halvings of the side, then one linear layer to 64 numbers; the decoder is the mirror image.
         widths, rest = (16, 32, 64, 64), side // 16
         encoder = nn.Sequential(
@@ -165,8 +172,7 @@ def train_predictor(
     32 images; those larger than 128 pixels are shrunk to 128. The global random state is left as it was.
     """
     widths, outputs = (16, 32, 64, 64), [max(1, n) for n in categories]
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with seeded(seed, device):
         network = nn.Sequential(
             *[_down(a, b) for a, b in zip((1, *widths), widths)], nn.AdaptiveAvgPool2d(2), nn.Flatten(),
             nn.Linear(4 * widths[-1], 128), nn.ReLU(), nn.Dropout(0.2), nn.Linear(128, sum(outputs)),
@@ -213,8 +219,7 @@ def train_classifier(
     labels int64 [N]. Images larger than 128 pixels are shrunk to 128. The global random state is left as it was.
     """
     widths = (16, 32, 64, 64)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with seeded(seed, device):
         network = nn.Sequential(
             *[_down(a, b) for a, b in zip((1, *widths), widths)], nn.AdaptiveAvgPool2d(1), nn.Flatten(),
             nn.Dropout(0.2), nn.Linear(widths[-1], classes),
@@ -263,8 +268,7 @@ def train_judge(
 
     Images larger than 256 pixels are shrunk to 256. The global random state is left as it was.
     """
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with seeded(seed, device):
         judge, side = Judge(pick_amp_dtype("auto", device)), min(256, images.shape[-1])
 
         def loss(x: Tensor, index: Tensor) -> Tensor:

@@ -45,9 +45,11 @@ phantoms)
 *) echo "real or phantoms, not $what" >&2; exit 2 ;;
 esac
 
+made="bash benchmarks/pretrained.sh $what"
+if [[ $what == real ]]; then made="DATA=path/to/registered $made"; fi
 publish() { # RUN OUT
   step $PY evaluate.py --run "$1" --data "$DATA" --no-training-pictures --wandb disabled
-  step $PY benchmarks/ship.py --run "$1" --out "$2" --data "$DS" --notes "$notes" --commands "bash benchmarks/pretrained.sh $what"
+  step $PY benchmarks/ship.py --run "$1" --out "$2" --data "$DS" --notes "$notes" --commands "$made"
 }
 step $PY pre_train.py "${vae[@]}"
 step $PY train.py "${unet[@]}"
