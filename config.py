@@ -235,17 +235,20 @@ class DistilConfig(StepsConfig):
     """Teach a network to generate in 1 to 4 steps what a run trained with --grid full generates in many.
 
     The student has the teacher's VAE, texture and architecture, and starts from the teacher's weights. Every script can
-    use the student's run as any other.
+    use the student's run as any other. With --part texture its texture, too, is drawn in fewer steps.
     """
 
     run: str = "student"
     """Name of the student's run."""
     teacher: str = "pretrained"
     """Run to learn from: CHECKPOINTS/TEACHER/, trained with --grid full."""
+    part: Literal["unet", "texture"] = "unet"
+    """What to learn from it. texture comes after the U-Net, with the same --run: it is learnt on that run's images."""
     num_steps: int = 4
-    """Steps in which the student generates an image."""
+    """Steps in which the student generates an image; of a texture of ten steps 3 or 1."""
     teacher_steps: int = 16
-    """Steps of the teacher's trajectories (DPM-Solver++(2M), equal in log-SNR), a multiple of --num-steps."""
+    """Steps of the teacher's trajectories (DPM-Solver++(2M), equal in log-SNR), a multiple of --num-steps. A texture
+    takes its own."""
     trajectories: int = 4096
     """Trajectories to learn from. An epoch visits each of them once."""
     epochs: int = 20

@@ -2,7 +2,8 @@
 
 The same command again resumes. The student learns to go the teacher's way from noise to image in fewer, longer steps:
 progressive distillation (Salimans & Ho 2022, arXiv 2202.00512), with whole trajectories of the teacher instead of
-halved steps (Luhman & Luhman 2021). The bookkeeping of the run is in loop.py.
+halved steps (Luhman & Luhman 2021). What is distilled is the U-Net or, with --part texture, the texture. The
+bookkeeping of the run is in loop.py.
 """
 
 from __future__ import annotations
@@ -13,18 +14,23 @@ if __name__ == "__main__":
     cfg = parse(DistilConfig)  # before torch is imported, so that --help answers at once
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cluster import Ranks, StopSignal
-from conditions import draw_rows, to_header
+from conditions import Attribute, draw_rows, to_header
+from config import PredictConfig
 from dataset import split_rules
 from device import allocate_rows, eval_mode, gather_batches, pick_amp_dtype, pick_device, shuffled_batches, to_half
 from device import to_device_if_it_fits as to_device
 from loop import EMA, Gradients, Plan, Run, make_optimizer, make_scaler, optimise, rehearse
+from metrics import high_frequencies, unit
 from modules import (
     CosineAnnealingWarmupScheduler,
     NoiseScheduler_Fast_DDPM,
@@ -37,10 +43,114 @@ from modules import (
     start_noise,
 )
 from pictures import add_gif_frame, image_grid, to_uint8
-from sampling import load_run
+from sampling import load_run, plan_sampling
 from utils import UserError, derive_seed, generator, progress_bar, run_script
-from vae import VAE
-from weights import file_hash, write_atomic
+from vae import Texture, load_texture
+from weights import file_hash, read_meta, write_atomic
+
+
+@dataclass
+class Task:
+    """What is distilled: a U-Net in latents, or a texture in images."""
+
+    stage: str  # "diffusion" or "texture", the folder of the student's run
+    teacher: StableDiffusion
+    model: StableDiffusion  # the student, which begins with the teacher's weights
+    grid: list[int]  # the timesteps that the teacher takes, ascending; the student's are among them
+    shape: tuple[int, ...]  # of what is denoised: latents [C, h, w] or images [1, S, S]
+    begin: Callable[[int, list[int], Tensor], Tensor]  # (seed, k, conditions [B, A]) -> x_T [B, *shape]
+    show: Callable[[Tensor, list[int]], Tensor]  # (where trajectories k end, k) -> images [B, 1, S, S] in [-1, 1]
+    attributes: Sequence[Attribute]  # what the columns of conditions mean
+    source: Path  # file of the teacher's weights
+    made_by: str  # whose weights trajectories are made with, in words, and their hashes
+    fingerprint: str
+    meta: dict[str, Any]  # header of the student's weights
+    batch: int  # trajectories that are made at a time
+    held_out: int  # trajectories to validate on
+    copies: dict[Path, bytes] = field(default_factory=dict)  # what else the student's run takes from the teacher's
+
+
+def unet_task(cfg: DistilConfig, device: torch.device) -> Task:
+    """A student of the teacher's U-Net, in a run that takes the teacher's VAE and texture."""
+    home = Path(cfg.checkpoints) / cfg.teacher
+    teacher, vae, header, source = load_run(home, "best", device)
+    if teacher.scheduler.config["grid"] != "full":
+        raise UserError(f"run {cfg.teacher} knows only its own few timesteps: a teacher is trained with --grid full")
+    grid = teacher_grid(cfg.teacher_steps, cfg.num_steps)
+    vae_file, vae_bytes = vae_of_teacher(cfg)
+    copies = {vae_file: vae_bytes}
+    texture, own = (Path(cfg.checkpoints) / run / "texture" / "best.safetensors" for run in (cfg.teacher, cfg.run))
+    if texture.exists() and not own.with_name("last.pt").exists():  # unless the student has one that was distilled
+        copies[own] = texture.read_bytes()
+    scheduler = NoiseScheduler_Fast_DDPM(num_steps=cfg.num_steps, grid="student")
+    model = StableDiffusion(UNet(**teacher.unet.config), scheduler, header["prediction"], attributes=teacher.attributes)
+    model.load_state_dict(teacher.state_dict())
+    teacher.amp_dtype = model.amp_dtype = vae.amp_dtype = pick_amp_dtype(cfg.precision, device)
+    inherited = ("kind", "prediction", "classes", "vae", "data", "held_out", "phantoms", "typical")
+    meta = {k: header[k] for k in inherited if k in header} | {
+        "model": model.unet.config, "scheduler": scheduler.config, "split": split_rules(header),
+        "attributes": to_header(teacher.attributes),
+    }  # fmt: skip
+
+    def begin(seed: int, k: list[int], y: Tensor) -> Tensor:
+        return start_noise(seed, k, vae.latent_shape)[0].to(device)
+
+    def show(z: Tensor, k: list[int]) -> Tensor:
+        return vae.decode(z, vae.texture_noise(0, k))
+
+    return Task(
+        "diffusion", teacher, model, grid, vae.latent_shape, begin, show, teacher.attributes, source,
+        "the teacher", file_hash(source), meta, batch=64 if device.type == "cpu" else 256, held_out=256, copies=copies,
+    )  # fmt: skip
+
+
+def texture_task(cfg: DistilConfig, device: torch.device) -> Task:
+    """A student of the teacher's texture, which learns on images of the run that it is for."""
+    home, own = (Path(cfg.checkpoints) / run for run in (cfg.teacher, cfg.run))
+    source = home / "texture" / "best.safetensors"
+    if home.resolve() == own.resolve():
+        raise UserError(f"--run {cfg.run} is the teacher: give the student another --run")
+    if not source.exists():
+        raise UserError(f"run {cfg.teacher} has no texture ({source}): train it first with python texture.py")
+    if not (own / "diffusion" / "best.safetensors").exists():
+        raise UserError(
+            f"run {cfg.run} has no U-Net, whose images texture is learnt on: distil it first, without --part texture"
+        )
+    unet, vae, _, unet_file = load_run(own, "best", device)
+    teacher, header = load_texture(source, vae, device), read_meta(source)
+    if teacher.scheduler.config["grid"] == "student":
+        raise UserError(f"the texture of run {cfg.teacher} was distilled itself: take its teacher's")
+    # The student goes from one of the teacher's timesteps to another, in steps of as many each.
+    grid, strides = teacher.scheduler.fast_timesteps, len(teacher.scheduler.timesteps) - 1
+    if strides % cfg.num_steps:
+        fit = ", ".join(str(n) for n in range(1, strides + 1) if strides % n == 0)
+        raise UserError(f"--num-steps {cfg.num_steps} does not fit the {strides + 1} steps of this texture: take {fit}")
+    model = Texture(**{**teacher.config, "num_steps": cfg.num_steps, "grid": "student"})
+    model.load_state_dict(teacher.state_dict())
+    vae.texture, how = model, plan_sampling(PredictConfig(run=cfg.run), unet)
+    teacher.amp_dtype = model.amp_dtype = vae.amp_dtype = unet.amp_dtype = pick_amp_dtype(cfg.precision, device)
+    to_half(unet.unet, unet.amp_dtype)
+    to_half(vae.decoder, vae.amp_dtype)
+    inherited = ("kind", "data", "held_out", "phantoms")
+    meta = {k: header[k] for k in inherited if k in header} | {
+        "model": model.config, "split": split_rules(header), "unet": file_hash(unet_file),
+    }  # fmt: skip
+
+    def begin(seed: int, k: list[int], y: Tensor) -> Tensor:
+        image = vae.decode(unet.generate(vae.latent_shape, seed, k, y, **how))
+        noise = vae.texture_noise(seed, k)
+        assert noise is not None
+        return teacher.cover(image, noise)
+
+    def show(x: Tensor, k: list[int]) -> Tensor:
+        return x.clamp(-1, 1)
+
+    side = vae.config["image_size"]
+    return Task(
+        "texture", teacher, model, grid, (1, side, side), begin, show, unet.attributes, source,
+        f"the teacher, or of the U-Net of run {cfg.run},", f"{file_hash(source)} {meta['unet']}", meta,
+        batch=16, held_out=64,
+    )  # fmt: skip
 
 
 def teacher_grid(teacher_steps: int, num_steps: int) -> list[int]:
@@ -70,32 +180,28 @@ def teacher_grid(teacher_steps: int, num_steps: int) -> list[int]:
 class Trajectories:
     """What the teacher makes of noise k of a seed, at the timesteps where the student stops.
 
-    Public: `states` float16 [N, num_steps + 1, C, h, w], from x_T to the clean latents, and `conditions` float32
+    Public: `states` float16 [N, num_steps + 1, *shape], from x_T to the clean end, and `conditions` float32
     [N, A], drawn as they were in the teacher's training, a tenth of them unknown; both on the device if they fit.
     """
 
-    def __init__(
-        self, teacher: StableDiffusion, shape: tuple[int, ...], n: int, seed: int, cfg: DistilConfig, ranks: Ranks,
-        what: str,
-    ):  # fmt: skip
-        grid, every = teacher_grid(cfg.teacher_steps, cfg.num_steps), cfg.teacher_steps // cfg.num_steps
-        self.conditions = draw_rows(teacher.attributes, {}, seed, range(n))
+    def __init__(self, task: Task, n: int, seed: int, cache: str, ranks: Ranks, what: str):
+        self.conditions = draw_rows(task.attributes, {}, seed, range(n))
         self.conditions[9::10] = math.nan  # so that the student can be guided, too
-        if len(teacher.attributes) > 1:  # and so that each of them may be left open
+        if len(task.attributes) > 1:  # and so that each of them may be left open
             hide = torch.rand(self.conditions.shape, generator=generator(seed, 17)) < 0.1
             self.conditions[hide] = math.nan
-        self.states = allocate_rows((n, cfg.num_steps + 1, *shape), torch.float16, Path(cfg.cache))
-        batch = 64 if ranks.device.type == "cpu" else 256
-        bounds, bar = ranks.row_bounds(n, batch), progress_bar(n, what=what)
-        with eval_mode(teacher), bar:
-            for index in torch.arange(bounds[ranks.rank], bounds[ranks.rank + 1]).split(batch):
+        stops = {*task.model.scheduler.fast_timesteps, -1}
+        self.states = allocate_rows((n, len(stops), *task.shape), torch.float16, Path(cache))
+        bounds, bar = ranks.row_bounds(n, task.batch), progress_bar(n, what=what)
+        with eval_mode(task.teacher), bar:
+            for index in torch.arange(bounds[ranks.rank], bounds[ranks.rank + 1]).split(task.batch):
                 if not len(index):  # a rank may have no share
                     continue
-                x, _ = start_noise(seed, index.tolist(), shape)
-                denoise = teacher.denoiser(self.conditions[index].to(ranks.device))
-                steps = sample_steps(denoise, x.to(ranks.device), teacher.scheduler, grid)
-                stops = [x_t.cpu() for i, (_, x_t, _) in enumerate(steps, 1) if i % every == 0]
-                self.states[index] = torch.stack([x, *stops], dim=1).half()
+                y = self.conditions[index].to(ranks.device)
+                x = task.begin(seed, index.tolist(), y)
+                steps = sample_steps(task.teacher.denoiser(y), x, task.teacher.scheduler, task.grid)
+                states = [x, *(x_t for t, x_t, _ in steps if t in stops)]
+                self.states[index] = torch.stack([x_t.cpu() for x_t in states], dim=1).half()
                 bar.update(len(index) * ranks.size)
         ranks.all_gather_rows(self.states, bounds)
         self.states, self.device = to_device(self.states, ranks.device), ranks.device
@@ -144,10 +250,10 @@ def backward(
     return loss.detach().sum()
 
 
-def evaluate(model: StableDiffusion, data: Trajectories, ranks: Ranks) -> dict[str, float]:
-    """Loss on trajectories never trained on, and how far the student's own images are from the teacher's."""
-    student, steps, total = Student(model), len(model.scheduler.timesteps), torch.zeros(3, dtype=torch.float64)
-    order = torch.arange(len(data.states)).split(64)
+def evaluate(task: Task, model: StableDiffusion, data: Trajectories, ranks: Ranks) -> dict[str, float]:
+    """Loss on trajectories never trained on, and how far what the student makes is from what the teacher makes."""
+    student, steps, total = Student(model), len(model.scheduler.timesteps), torch.zeros(4, dtype=torch.float64)
+    order = torch.arange(len(data.states)).split(task.batch)
     order = order[ranks.share(len(order))]
     with eval_mode(model):
         for index, (states, y) in zip(order, gather_batches([data.states, data.conditions], order, data.device)):
@@ -155,21 +261,26 @@ def evaluate(model: StableDiffusion, data: Trajectories, ranks: Ranks) -> dict[s
             for entry in range(steps):
                 entries = torch.full((len(index),), entry, device=data.device)
                 total[0] += student(states, y, entries).sum().item() / steps
-            x0 = sample(model.denoiser(y), states[:, 0].float(), model.scheduler)
-            total[1] += (x0 - states[:, -1].float()).square().mean((1, 2, 3)).sum().item()
+            x0, target = sample(model.denoiser(y), states[:, 0].float(), model.scheduler), states[:, -1].float()
+            total[1] += (x0 - target).square().mean((1, 2, 3)).sum().item()
             total[2] += len(index)
-    loss, square, n = ranks.sum(total)
-    return {"loss/val": (loss / n).item(), "distance to the teacher (RMS of latents)": (square / n).sqrt().item()}
+            if task.stage == "texture":
+                total[3] += high_frequencies(unit(x0.clamp(-1, 1)), unit(target.clamp(-1, 1))).sum().item()
+    loss, square, n, power = ranks.sum(total)
+    what, numbers = ("images" if task.stage == "texture" else "latents"), {"loss/val": (loss / n).item()}
+    numbers[f"distance to the teacher (RMS of {what})"] = (square / n).sqrt().item()
+    if task.stage == "texture":  # power in the upper half of the frequencies, of which a mean of images has too little
+        numbers["high frequencies against the teacher, dB/val"] = (power / n).item()
+    return numbers
 
 
-def show_samples(model: StableDiffusion, vae: VAE, data: Trajectories, folder: Path, epoch: int, last: bool) -> None:
+def show_samples(task: Task, model: StableDiffusion, data: Trajectories, folder: Path, epoch: int, last: bool) -> None:
     """Add a frame to FOLDER/samples.gif: the teacher's images above, the student's of the same noise below."""
     # Eight trajectories of the validation set, always the same
     states, y = next(gather_batches([data.states, data.conditions], [torch.arange(8)], data.device))
-    with eval_mode(model, vae):
-        z = sample(model.denoiser(y), states[:, 0].float(), model.scheduler)
-        texture = vae.texture_noise(0, [*range(8)] * 2)
-        images = to_uint8(vae.decode(torch.cat([states[:, -1].float(), z]), texture))
+    with eval_mode(model):
+        x = sample(model.denoiser(y), states[:, 0].float(), model.scheduler)
+        images = to_uint8(task.show(torch.cat([states[:, -1].float(), x]), [*range(8)] * 2))
     add_gif_frame(folder, "samples", image_grid(images, columns=8), epoch, last)
 
 
@@ -188,19 +299,16 @@ def vae_of_teacher(cfg: DistilConfig) -> tuple[Path, bytes]:
     return own, data
 
 
-def print_plan(
-    cfg: DistilConfig, model: StableDiffusion, vae: VAE, teacher_file: Path, plan: Plan, device: torch.device
-) -> None:
+def print_plan(cfg: DistilConfig, task: Task, plan: Plan, device: torch.device) -> None:
     """Say what a run would do: teacher, steps, time, and where it writes."""
-    # A few steps on latents that are all zero. On a CPU a few images say as much as a batch.
-    n, dtype = plan.batch if device.type == "cuda" else min(plan.batch, 4), pick_amp_dtype(cfg.precision, device)
-    model = model.to(memory_format=torch.channels_last).to(device)
-    model.amp_dtype, scaler = dtype, make_scaler(dtype, device)
-    states = torch.zeros(n, cfg.num_steps + 1, *vae.latent_shape, device=device)
-    y, entries = torch.zeros(n, len(model.attributes), device=device), torch.zeros(n, dtype=torch.int64, device=device)
+    # A few steps on states that are all zero. On a CPU a few images say as much as a batch.
+    n, model = plan.batch if device.type == "cuda" else min(plan.batch, 4), task.model
+    model, scaler = model.to(memory_format=torch.channels_last).to(device), make_scaler(model.amp_dtype, device)
+    states = torch.zeros(n, cfg.num_steps + 1, *task.shape, device=device)
+    y, entries = torch.zeros(n, len(task.attributes), device=device), torch.zeros(n, dtype=torch.int64, device=device)
     call, optimizer = partial(backward, Student(model), scaler), make_optimizer(model.parameters(), cfg)
     seconds = rehearse(cfg, plan, [model], [model.unet], call, [states, y, entries], optimizer, scaler)
-    print(f"teacher   {teacher_file}, {cfg.teacher_steps} steps; student {cfg.num_steps} steps")
+    print(f"teacher   {task.source}, {len(task.grid)} steps; student {cfg.num_steps} steps")
     print(f"learns    {cfg.trajectories:,} trajectories, {plan.steps:,} steps of {plan.batch}")
     print(f"time      about {plan.steps * seconds / 60:.0f} min, trajectories and evaluation not counted")
     print(f"writes to {Path(cfg.checkpoints) / cfg.run}")
@@ -209,27 +317,18 @@ def print_plan(
 def main(cfg: DistilConfig) -> None:
     # The teacher, and the student that begins with its weights.
     stop, device = StopSignal(), pick_device(cfg.device)
-    home, plan = Path(cfg.checkpoints) / cfg.teacher, Plan.of(cfg, cfg.trajectories)
-    teacher, vae, header, teacher_file = load_run(home, "best", device)
-    if teacher.scheduler.config["grid"] != "full":
-        raise UserError(f"run {cfg.teacher} knows only its own few timesteps: a teacher is trained with --grid full")
-    teacher_grid(cfg.teacher_steps, cfg.num_steps)
-    vae_file, vae_bytes = vae_of_teacher(cfg)
-    scheduler = NoiseScheduler_Fast_DDPM(num_steps=cfg.num_steps, grid="student")
-    model = StableDiffusion(UNet(**teacher.unet.config), scheduler, header["prediction"], attributes=teacher.attributes)
-    model.load_state_dict(teacher.state_dict())
+    plan = Plan.of(cfg, cfg.trajectories)
+    task = (texture_task if cfg.part == "texture" else unet_task)(cfg, device)
+    teacher, model = task.teacher, task.model
     if cfg.dry_run:
-        return print_plan(cfg, model, vae, teacher_file, plan, device)
+        return print_plan(cfg, task, plan, device)
 
-    with Run(cfg, "diffusion", plan, stop, device) as run:
+    with Run(cfg, task.stage, plan, stop, device) as run:
         # Network, average, optimiser, schedule.
-        ranks, folder, fingerprint = run.ranks, run.folder, file_hash(teacher_file)
-        ranks.run_on_rank0(lambda: write_atomic(vae_file, vae_bytes))
-        if (texture := home / "texture" / "best.safetensors").exists():
-            own_texture = Path(cfg.checkpoints) / cfg.run / "texture" / texture.name
-            ranks.run_on_rank0(lambda: write_atomic(own_texture, texture.read_bytes()))
+        ranks, folder = run.ranks, run.folder
+        for file, data in task.copies.items():
+            ranks.run_on_rank0(partial(write_atomic, file, data))
         model = model.to(memory_format=torch.channels_last).to(device)
-        teacher.amp_dtype = vae.amp_dtype = model.amp_dtype = pick_amp_dtype(cfg.precision, device)
         to_half(teacher.unet, teacher.amp_dtype)  # the student has begun with its weights
         student, ema = Student(model), EMA(model, cfg.ema_decay)
         optimizer = make_optimizer(model.parameters(), cfg)
@@ -238,16 +337,16 @@ def main(cfg: DistilConfig) -> None:
 
         # Resume, or begin.
         run.track(1, model=model, ema=ema, optimizer=optimizer, schedule=schedule, scaler=scaler)
-        run.resume(fingerprint, f"weights of the teacher than {teacher_file} now holds")
+        run.resume(task.fingerprint, f"weights of {task.made_by} than there are now")
         if run.finished:
             return
 
-        # Let the teacher generate all trajectories once.
+        # Let the teacher make all trajectories once.
         def generate(n: int, purpose: int, what: str) -> Trajectories:
-            return Trajectories(teacher, vae.latent_shape, n, derive_seed(cfg.seed, purpose), cfg, ranks, what)
+            return Trajectories(task, n, derive_seed(cfg.seed, purpose), cfg.cache, ranks, what)
 
         train = generate(cfg.trajectories, 11, "generating trajectories")
-        val = generate(256, 12, "generating others to validate on")
+        val = generate(task.held_out, 12, "generating others to validate on")
 
         # A step of n images whose result is thrown away: it shows what fits the memory and what can be compiled.
         network = ranks.wrap_ddp(student)
@@ -262,13 +361,9 @@ def main(cfg: DistilConfig) -> None:
             )
             model.zero_grad()
 
-        inherited = ("kind", "prediction", "classes", "vae", "data", "held_out", "phantoms", "typical")
-        meta = {k: header[k] for k in inherited if k in header} | {
-            "model": model.unet.config, "scheduler": scheduler.config, "split": split_rules(header),
-            "attributes": to_header(teacher.attributes),
-            "teacher": fingerprint,
-        }  # fmt: skip
-        run.begin(meta, model, [model.unet], [network], trial, log_name="distil")
+        meta = {**task.meta, "teacher": file_hash(task.source)}
+        log_name = "distil" if cfg.part == "unet" else "distil-texture"
+        run.begin(meta, model, [model.unet], [network], trial, log_name)
         gradients = Gradients(
             call, [model], optimizer, scaler, cfg.grad_clip, ranks, plan.batch, run.micro, [network]
         )  # fmt: skip
@@ -291,10 +386,10 @@ def main(cfg: DistilConfig) -> None:
                 continue
 
             # Evaluate the averaged weights, and now and then show teacher and student.
-            numbers = {"loss/train": run.means()[0] / plan.batch, **evaluate(ema.module, val, ranks)}
+            numbers = {"loss/train": run.means()[0] / plan.batch, **evaluate(task, ema.module, val, ranks)}
             shown = epoch % 5 == 0 or run.is_last(epoch)
             if shown and ranks.is_main:
-                show_samples(ema.module, vae, val, folder, epoch, run.is_last(epoch))
+                show_samples(task, ema.module, val, folder, epoch, run.is_last(epoch))
             run.end_epoch(numbers, ema.module, pictures=["samples.png"] * shown)
 
         run.save()

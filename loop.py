@@ -1,8 +1,9 @@
-"""What the three trainings share, so that their scripts show the method alone: the bookkeeping of a run.
+"""What the trainings share, so that their scripts show the method alone: the bookkeeping of a run.
 
 Here are the plan of a training (`Plan`), a run that can be stopped and resumed at any step (`Run`), the averaged
 weights (`EMA`), the optimiser step with its watch for gradients that are not finite, and the micro-batch.
-Nothing in this file sees a batch, a forward pass or a loss: those are in pre_train.py, train.py and distil.py.
+Nothing in this file sees a batch, a forward pass or a loss: those are in pre_train.py, train.py, texture.py and
+distil.py.
 """
 
 from __future__ import annotations

@@ -181,14 +181,16 @@ def stage(folder: Path, people: bool) -> str:
     if by_timestep := plot_by_timestep(rows):
         text.append(picture(by_timestep, "Loss by timestep", kind="plot"))
 
-    # pictures over the epochs: the U-Net's show only generated slices, all others those of people, too
+    # pictures over the epochs: U-Net and students show only generated slices, all others those of people, too
     frames = [p for p in sorted(folder.glob("frames/*.png")) if p.stem.isdecimal()]
     shown = {
         "vae": "Slices, their reconstructions, and the error", "diffusion": "The same seeds",
         "texture": "Slices, their reconstructions, and those with texture",
     }  # fmt: skip
-    if frames and (people or folder.name == "diffusion"):
-        text.append(slider(frames, shown[folder.name]))
+    student = "teacher" in meta
+    if frames and (people or student or folder.name == "diffusion"):
+        words = "The same seeds by the teacher, above, and by the student" if student else shown[folder.name]
+        text.append(slider(frames, words))
     if (strip := folder / "denoising.png").exists():
         text.append(picture(strip.read_bytes(), "Denoising: x_t above, the estimate of the clean image below"))
 

@@ -80,23 +80,24 @@ class Texture(StableDiffusion):
     of deviation `noise` hides both; taking it away again in `num_steps` steps, as the network learnt on real slices,
     draws what slices show at that size (Meng et al. 2022, arXiv:2108.01073, section 3; SDXL's refiner does the same to
     latents, Podell et al. 2023, section 2.5). Larger structures stay. The VAE has no part in the training.
-    `black` says that there is nothing around the brain; the background is then made black.
+    `black` says that there is nothing around the brain; the background is then made black. The grid is "student" for a
+    texture that was distilled.
     ValueError on sizes that do not divide.
     """
 
     def __init__(
         self, image_size: int = 256, channels: Sequence[int] = (32, 64, 96, 128), blocks: int = 1, patch: int = 2,
-        num_steps: int = 10, noise: float = 1.0, black: bool = True,
+        num_steps: int = 10, noise: float = 1.0, black: bool = True, grid: str = "logsnr",
     ):  # fmt: skip
         unet = UNet(1 + len(BANDS), image_size, channels, blocks, (), norm_group=8, patch=patch)
         # A linear schedule that ends at sigma / alpha = noise: its betas add up to -log(alpha_bar) = log(1 + noise^2).
         beta_end = 2 * math.log1p(noise**2) / 1000 - 1e-4
-        scheduler = NoiseScheduler_Fast_DDPM(beta_end=beta_end, num_steps=num_steps, grid="logsnr")
+        scheduler = NoiseScheduler_Fast_DDPM(beta_end=beta_end, num_steps=num_steps, grid=grid)
         # With v, an answer of 0 hands x_t on, which under little noise is nearly right; flow's would have to repeat it.
         super().__init__(unet, scheduler, "v")
         self.config: dict[str, Any] = dict(
             image_size=image_size, channels=list(channels), blocks=blocks, patch=patch, num_steps=num_steps,
-            noise=noise, black=black,
+            noise=noise, black=black, grid=grid,
         )  # fmt: skip
 
     def network(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
@@ -109,11 +110,14 @@ class Texture(StableDiffusion):
         v, gains = super().network(torch.cat([x, noise], dim=1), t, None).split([1, len(BANDS)], dim=1)
         return v + (gains * noise).sum(1, keepdim=True)
 
+    def cover(self, image: Tensor, noise: Tensor) -> Tensor:
+        """Images under white noise, both [B, 1, S, S]: where `draw` begins."""
+        last = torch.full((len(image),), self.scheduler.fast_timesteps[-1], device=image.device)
+        return self.scheduler.add_noise(image, noise, last)
+
     def draw(self, image: Tensor, noise: Tensor) -> Tensor:
         """Images and white noise, both [B, 1, S, S] -> the images that they become, in [-1, 1]."""
-        last = torch.full((len(image),), self.scheduler.fast_timesteps[-1], device=image.device)
-        x = self.scheduler.add_noise(image, noise, last)
-        drawn = sample(self.denoiser(), x, self.scheduler).clamp(-1, 1)
+        drawn = sample(self.denoiser(), self.cover(image, noise), self.scheduler).clamp(-1, 1)
         return drawn.masked_fill(background(image), -1) if self.config["black"] else drawn
 
 

@@ -99,15 +99,17 @@ def test_a_student_comes_closer_to_its_teacher_and_is_drawn_from_as_any_run(stud
 
 def test_the_log_measures_the_distance_between_what_both_draw(student: Path):
     from cluster import Ranks
-    from distil import Trajectories
+    from distil import Trajectories, unet_task
     from sampling import load_run
     from utils import derive_seed
 
-    cfg = DistilConfig(num_steps=4, teacher_steps=8, cache=str(student / "cache"))
+    cfg = DistilConfig(
+        run="new", teacher="t", num_steps=4, teacher_steps=8, checkpoints=str(student), precision="fp32"
+    )  # fmt: skip
     of_teacher, vae, _, _ = load_run(student / "t", "best", torch.device("cpu"), "fp32")
     of_student, _, meta, _ = load_run(student / "s", "final", torch.device("cpu"), "fp32")
     seed, ranks = derive_seed(0, 12), Ranks(torch.device("cpu"))
-    drawn = Trajectories(of_teacher, vae.latent_shape, 256, seed, cfg, ranks, "")
+    drawn = Trajectories(unet_task(cfg, torch.device("cpu")), 256, seed, str(student / "cache"), ranks, "")
     grid, y = make_grid("student", 8, ABAR).tolist(), drawn.conditions
     assert torch.equal(y.isnan()[:, 0], torch.arange(256) % 10 == 9)
     assert torch.equal(y.nan_to_num(1)[:, 0], (torch.arange(256) % 2).float())
@@ -184,7 +186,7 @@ def test_a_teacher_that_was_trained_further_ends_its_unfinished_students(teacher
 
 def test_the_vae_computes_in_the_precision_that_was_asked_for(teacher: Path, tmp_path: Path):
     from cluster import Ranks
-    from distil import Trajectories
+    from distil import Trajectories, unet_task
     from pictures import to_uint8
     from sampling import load_run
     from utils import derive_seed
@@ -192,9 +194,13 @@ def test_the_vae_computes_in_the_precision_that_was_asked_for(teacher: Path, tmp
     more = ["--num-steps", "2", "--epochs", "1", "--precision", "bf16"]
     run("distil.py", *flags(teacher, "half", *more))
     shown = cv2.imread(str(teacher / "half" / "diffusion" / "samples.png"), 0)[:32, :32]  # the teacher's first image
-    of_teacher, vae, _, _ = load_run(teacher / "t", "best", torch.device("cpu"), "bf16")
-    cfg = DistilConfig(num_steps=2, teacher_steps=8, cache=str(tmp_path))
-    drawn = Trajectories(of_teacher, vae.latent_shape, 256, derive_seed(0, 12), cfg, Ranks(torch.device("cpu")), "")
+    cfg = DistilConfig(num_steps=2, teacher_steps=8, teacher="t", checkpoints=str(teacher), run="new", precision="bf16")
+    task = unet_task(cfg, torch.device("cpu"))
+    task.teacher.amp_dtype, (_, vae, _, _) = (
+        torch.bfloat16,
+        load_run(teacher / "t", "best", torch.device("cpu"), "bf16"),
+    )
+    drawn = Trajectories(task, 256, derive_seed(0, 12), str(tmp_path), Ranks(torch.device("cpu")), "")
     with torch.no_grad():
         want = to_uint8(vae.decode(drawn.states[:8, -1].float()))[0]
         vae.amp_dtype = None

@@ -13,12 +13,14 @@ import torch
 from conftest import TINY_TEXTURE, run, run_any, start
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from test_distil import flags as distil_flags
 from test_pipeline import images, same_weights, where
 from test_vae import normal, tiny_vae
 
-from config import TextureConfig
+from cluster import Ranks
+from config import DistilConfig, TextureConfig
+from distil import Student, Trajectories, texture_task
+from modules import sample
 from sampling import load_run
 from texture import build_texture
 from utils import read_jsonl
@@ -164,16 +166,85 @@ def test_an_interrupted_training_resumes_to_the_same_weights(textured: Path, pha
     assert "is finished" in run("texture.py", *command).stdout
 
 
-def test_a_student_has_its_teachers_texture(textured: Path, phantoms: Path, tmp_path: Path):
-    home = Path(shutil.copytree(textured, tmp_path / "checkpoints"))
+@pytest.fixture(scope="module")
+def distilled(textured: Path, phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoints folder of run `t`, textured and trained on all timesteps, and of its student `s`."""
+    home = Path(shutil.copytree(textured, tmp_path_factory.mktemp("distilled") / "checkpoints"))
     shutil.rmtree(home / "tiny" / "diffusion")
     full = "--channels 8 --blocks 1 --attention --grid full --epochs 1 --precision fp32 --compile off".split()
     run("train.py", *where(home, phantoms), *full, "--wandb", "disabled", "--sample-every", "9")
     shutil.move(home / "tiny", home / "t")
     run("distil.py", *distil_flags(home, "s"))
-    model, vae, _, _ = load_run(home / "s", "best", torch.device("cpu"))
-    teacher = load_file(home / "t" / "texture" / "best.safetensors")
-    assert all(torch.equal(v, teacher[k].float()) for k, v in vae.texture.state_dict().items())
+    return home
+
+
+def test_a_student_has_its_teachers_texture_until_it_has_one_of_fewer_steps(distilled: Path, tmp_path: Path):
+    home = Path(shutil.copytree(distilled, tmp_path / "checkpoints"))
+    own = home / "s" / "texture" / "best.safetensors"
+    assert own.read_bytes() == (home / "t" / "texture" / "best.safetensors").read_bytes()
+    fewer = [*distil_flags(home, "s"), "--part", "texture", "--num-steps", "1", "--epochs", "8"]
+    run("distil.py", *fewer)
+    log = read_jsonl(own.parent / "metrics.jsonl")
+    name = "distance to the teacher (RMS of images)"
+    assert log[-1]["loss/val"] < 0.9 * log[0]["loss/val"] and log[-1][name] < 0.9 * log[0][name]
+    assert cv2.imread(str(own.parent / "samples.png"), 0).std() > 5
+    texture = load_run(home / "s", "best", torch.device("cpu"))[1].texture
+    assert len(texture.scheduler.fast_timesteps) == 1 and texture.scheduler.default_solver == "ddim"
+    run("predict.py", "--checkpoints", home, "--run", "s", "--num-images", "2", "--out", tmp_path / "out")
+    # Both commands again: the U-Net's does not put the teacher's texture back.
+    kept = own.read_bytes()
+    for command in (distil_flags(home, "s"), fewer):
+        assert "is finished" in run("distil.py", *command).stdout
+    assert own.read_bytes() == kept
+    run("report.py", "--checkpoints", home, "--run", "s")
+
+
+def test_a_textures_trajectories_end_where_it_draws(distilled: Path, tmp_path: Path):
+    """They begin with the images of the student's run under noise, and stop where the student does."""
+    cfg = DistilConfig(
+        run="s", teacher="t", part="texture", num_steps=1, checkpoints=str(distilled), precision="fp32"
+    )  # fmt: skip
+    device = torch.device("cpu")
+    task, (unet, vae, _, _) = texture_task(cfg, device), load_run(distilled / "s", "best", device)
+    made = Trajectories(task, 3, 5, str(tmp_path), Ranks(device), "")
+    z = unet.generate(vae.latent_shape, 5, range(3), made.conditions)  # 4 steps of DDIM
+    image, noise = vae.decode(z), vae.texture_noise(5, range(3))
+    drawn = vae.texture.draw(image, noise)
+    assert made.states.shape == (3, 2, *image.shape[1:])
+    mask = drawn > -1  # the background was made black, and what was darker than black, too
+    torch.testing.assert_close(made.states[:, 1].float().clamp(-1, 1)[mask], drawn[mask], atol=2e-3, rtol=0)
+    torch.testing.assert_close(made.states[:, 0].float(), task.model.cover(image, noise), atol=5e-3, rtol=0)
+    # An answer that is right in every step makes the student draw the same.
+    x_t, x_s = made.states.float().unbind(1)
+    alpha, sigma = task.model.scheduler.alpha_sigma(task.model.scheduler.timesteps)
+    task.model.network = lambda x, t, y: (alpha * x - x_s) / sigma  # type: ignore[method-assign]
+    assert Student(task.model)(made.states, made.conditions, torch.zeros(3, dtype=torch.int64)).max() < 1e-8
+    torch.testing.assert_close(sample(task.model.denoiser(), x_t, task.model.scheduler), x_s, atol=1e-4, rtol=0)
+
+
+def test_the_students_timesteps_are_among_those_of_ten_steps():
+    own = [Texture(16, (8,), num_steps=n, grid="student").scheduler.fast_timesteps for n in (1, 3, 9)]
+    ten = Texture(16, (8,)).scheduler.fast_timesteps
+    assert own == [ten[9:], ten[3::3], ten[1:]]
+
+
+def test_textures_that_cannot_be_distilled(distilled: Path, textured: Path, tmp_path: Path):
+    def refused(home: Path, name: str, *args: str) -> str:
+        done = run_any("distil.py", *distil_flags(home, name), "--part", "texture", "--num-steps", "1", *args)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        return done.stderr
+
+    assert "does not fit the 4 steps of this texture: take 1, 3" in refused(distilled, "s", "--num-steps", "2")
+    assert "is the teacher" in refused(distilled, "t")
+    assert "run new has no U-Net" in refused(distilled, "new")
+    home = Path(shutil.copytree(distilled, tmp_path / "checkpoints"))
+    own = home / "s" / "texture" / "best.safetensors"
+    texture = load_run(home / "s", "best", torch.device("cpu"))[1].texture
+    meta = read_meta(own)
+    save_weights(own, texture, {**meta, "model": {**meta["model"], "num_steps": 1, "grid": "student"}})
+    assert "was distilled itself" in refused(home, "t", "--teacher", "s")
+    shutil.rmtree(home / "t" / "texture")
+    assert "run t has no texture" in refused(home, "s")
 
 
 def test_what_cannot_be_done_is_said(textured: Path, phantoms: Path, tmp_path: Path):
