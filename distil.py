@@ -59,7 +59,7 @@ class Task:
     grid: list[int]  # the timesteps that the teacher takes, ascending; the student's are among them
     shape: tuple[int, ...]  # of what is denoised: latents [C, h, w] or images [1, S, S]
     begin: Callable[[int, list[int], Tensor], Tensor]  # (seed, k, conditions [B, A]) -> x_T [B, *shape]
-    show: Callable[[Tensor, list[int]], Tensor]  # (where trajectories k end, k) -> images [B, 1, S, S] in [-1, 1]
+    to_images: Callable[[Tensor, list[int]], Tensor]  # (where trajectories k end, k) -> images [B, 1, S, S] in [-1, 1]
     attributes: Sequence[Attribute]  # what the columns of conditions mean
     source: Path  # file of the teacher's weights
     made_by: str  # whose weights trajectories are made with, in words, and their hashes
@@ -68,6 +68,45 @@ class Task:
     batch: int  # trajectories that are made at a time
     held_out: int  # trajectories to validate on
     copies: dict[Path, bytes] = field(default_factory=dict)  # what else the student's run takes from the teacher's
+
+
+def teacher_grid(teacher_steps: int, num_steps: int) -> list[int]:
+    """The teacher's timesteps, ascending: every (teacher_steps / num_steps)-th from the noisy end is the student's.
+
+    UserError if the counts do not divide, or if the teacher's steps are so many that near the clean image they are
+    finer than timesteps: those are then moved apart (`make_grid`), and no longer are at the student's timesteps.
+    """
+    if teacher_steps % num_steps:
+        raise UserError(f"--teacher-steps {teacher_steps} is no multiple of --num-steps {num_steps}")
+    # Both grids come from the same rule, so it is enough to compare them.
+    abar = NoiseScheduler_Fast_DDPM().abar
+
+    def meets_student(steps: int) -> bool:
+        own = make_grid("student", steps, abar)[::-1]
+        return bool((own[:: steps // num_steps] == make_grid("student", num_steps, abar)[::-1]).all())
+
+    if not meets_student(teacher_steps):
+        most = max(steps for steps in range(num_steps, teacher_steps, num_steps) if meets_student(steps))
+        raise UserError(
+            f"--teacher-steps {teacher_steps} are too many for --num-steps {num_steps}: they would not stop at the "
+            f"student's timesteps; take {most}"
+        )
+    return make_grid("student", teacher_steps, abar).tolist()
+
+
+def vae_of_teacher(cfg: DistilConfig) -> tuple[Path, bytes]:
+    """The file that the student's run needs as its VAE, and what it must hold: the teacher's VAE.
+
+    UserError if the student's run is the teacher's, or has another VAE already.
+    """
+    theirs, own = (Path(cfg.checkpoints) / run / "vae" / "best.safetensors" for run in (cfg.teacher, cfg.run))
+    if theirs.resolve() == own.resolve():
+        raise UserError(f"--run {cfg.run} is the teacher: give the student another --run")
+    # The student's latents are the teacher's, so another VAE would decode them to something else.
+    data = theirs.read_bytes()
+    if own.exists() and own.read_bytes() != data:
+        raise UserError(f"run {cfg.run} has a VAE of its own ({own}): give the student another --run")
+    return own, data
 
 
 def unet_task(cfg: DistilConfig, device: torch.device) -> Task:
@@ -95,11 +134,11 @@ def unet_task(cfg: DistilConfig, device: torch.device) -> Task:
     def begin(seed: int, k: list[int], y: Tensor) -> Tensor:
         return start_noise(seed, k, vae.latent_shape)[0].to(device)
 
-    def show(z: Tensor, k: list[int]) -> Tensor:
+    def to_images(z: Tensor, k: list[int]) -> Tensor:
         return vae.decode(z, vae.texture_noise(0, k))
 
     return Task(
-        "diffusion", teacher, model, grid, vae.latent_shape, begin, show, teacher.attributes, source,
+        "diffusion", teacher, model, grid, vae.latent_shape, begin, to_images, teacher.attributes, source,
         "the teacher", file_hash(source), meta, batch=64 if device.type == "cpu" else 256, held_out=256, copies=copies,
     )  # fmt: skip
 
@@ -142,39 +181,15 @@ def texture_task(cfg: DistilConfig, device: torch.device) -> Task:
         assert noise is not None
         return teacher.cover(image, noise)
 
-    def show(x: Tensor, k: list[int]) -> Tensor:
+    def to_images(x: Tensor, k: list[int]) -> Tensor:
         return x.clamp(-1, 1)
 
     side = vae.config["image_size"]
     return Task(
-        "texture", teacher, model, grid, (1, side, side), begin, show, unet.attributes, source,
+        "texture", teacher, model, grid, (1, side, side), begin, to_images, unet.attributes, source,
         f"the teacher, or of the U-Net of run {cfg.run},", f"{file_hash(source)} {meta['unet']}", meta,
         batch=16, held_out=64,
     )  # fmt: skip
-
-
-def teacher_grid(teacher_steps: int, num_steps: int) -> list[int]:
-    """The teacher's timesteps, ascending: every (teacher_steps / num_steps)-th from the noisy end is the student's.
-
-    UserError if the counts do not divide, or if the teacher's steps are so many that near the clean image they are
-    finer than timesteps: those are then moved apart (`make_grid`), and no longer are at the student's timesteps.
-    """
-    if teacher_steps % num_steps:
-        raise UserError(f"--teacher-steps {teacher_steps} is no multiple of --num-steps {num_steps}")
-    # Both grids come from the same rule, so it is enough to compare them.
-    abar = NoiseScheduler_Fast_DDPM().abar
-
-    def meets_student(steps: int) -> bool:
-        own = make_grid("student", steps, abar)[::-1]
-        return bool((own[:: steps // num_steps] == make_grid("student", num_steps, abar)[::-1]).all())
-
-    if not meets_student(teacher_steps):
-        most = max(steps for steps in range(num_steps, teacher_steps, num_steps) if meets_student(steps))
-        raise UserError(
-            f"--teacher-steps {teacher_steps} are too many for --num-steps {num_steps}: they would not stop at the "
-            f"student's timesteps; take {most}"
-        )
-    return make_grid("student", teacher_steps, abar).tolist()
 
 
 class Trajectories:
@@ -190,6 +205,7 @@ class Trajectories:
         if len(task.attributes) > 1:  # and so that each of them may be left open
             hide = torch.rand(self.conditions.shape, generator=generator(seed, 17)) < 0.1
             self.conditions[hide] = math.nan
+        # After a step the teacher is at the timestep t: one from which the student steps on, or -1, the clean end.
         stops = {*task.model.scheduler.fast_timesteps, -1}
         self.states = allocate_rows((n, len(stops), *task.shape), torch.float16, Path(cache))
         bounds, bar = ranks.row_bounds(n, task.batch), progress_bar(n, what=what)
@@ -280,23 +296,8 @@ def show_samples(task: Task, model: StableDiffusion, data: Trajectories, folder:
     states, y = next(gather_batches([data.states, data.conditions], [torch.arange(8)], data.device))
     with eval_mode(model):
         x = sample(model.denoiser(y), states[:, 0].float(), model.scheduler)
-        images = to_uint8(task.show(torch.cat([states[:, -1].float(), x]), [*range(8)] * 2))
+        images = to_uint8(task.to_images(torch.cat([states[:, -1].float(), x]), [*range(8)] * 2))
     add_gif_frame(folder, "samples", image_grid(images, columns=8), epoch, last)
-
-
-def vae_of_teacher(cfg: DistilConfig) -> tuple[Path, bytes]:
-    """The file that the student's run needs as its VAE, and what it must hold: the teacher's VAE.
-
-    UserError if the student's run is the teacher's, or has another VAE already.
-    """
-    theirs, own = (Path(cfg.checkpoints) / run / "vae" / "best.safetensors" for run in (cfg.teacher, cfg.run))
-    if theirs.resolve() == own.resolve():
-        raise UserError(f"--run {cfg.run} is the teacher: give the student another --run")
-    # The student's latents are the teacher's, so another VAE would decode them to something else.
-    data = theirs.read_bytes()
-    if own.exists() and own.read_bytes() != data:
-        raise UserError(f"run {cfg.run} has a VAE of its own ({own}): give the student another --run")
-    return own, data
 
 
 def print_plan(cfg: DistilConfig, task: Task, plan: Plan, device: torch.device) -> None:
