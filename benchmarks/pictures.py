@@ -77,8 +77,8 @@ def architecture(model: StableDiffusion, vae: VAE, path: Path) -> None:
     def cost(what: tuple) -> str:
         return f"{what[0] / 1e6:.1f} M parameters, {what[1]:.1f} GFLOP"
 
-    figure = Figure(figsize=(11, 5.6), layout="constrained")
-    ax = figure.add_subplot(xlim=(0, 11), ylim=(0, 5.6))
+    figure = Figure(figsize=(11, 5.6))
+    ax = figure.add_axes((0, 0, 1, 1), xlim=(0, 11.05), ylim=(0, 5.6))
     ax.axis("off")
     ax.text(0.1, 5.35, "Stage one: the VAE", fontsize=10, weight="bold")
     box(ax, 0.1, 4.2, 1.5, 0.8, f"slice\n1 x {side} x {side}", GREY)
@@ -113,18 +113,28 @@ def architecture(model: StableDiffusion, vae: VAE, path: Path) -> None:
         "x_t = α z + σ ε\ntimestep t" + ", conditions y" * model.conditional,
         GREEN,
     )
-    box(ax, 8.4, top - 0.35, 1.6, 0.7, f"{model.prediction} = α ε − σ z" if model.prediction == "v" else "ε", GREEN)
+    output = {"v": "v = α ε − σ z", "eps": "ε", "flow": "ε − z"}[model.prediction]
+    box(ax, 8.4, top - 0.35, 1.6, 0.7, output, GREEN)
     arrow(ax, (1.6, top), (2.1, top))
     arrow(ax, (7.9, top), (8.4, top))
 
+    # The steps by which predict.py goes, of many only the first and the last; then decoder and texture.
     grid = "all 1000 timesteps" if model.scheduler.config["grid"] == "full" else "the same timesteps"
-    steps = len(model.scheduler.fast_timesteps)
-    ax.text(0.1, 0.9, f"Drawing: trained on {grid}, drawn in {steps}", fontsize=10, weight="bold")
-    chain = ["noise", *map(str, sorted(model.scheduler.fast_timesteps, reverse=True)), "z", "decoder", "slice"]
-    w = 10.8 / len(chain)
-    for i, word in enumerate(chain):
-        colour = GREEN if word in ("noise", "z") else BLUE if word == "decoder" else GREY if word == "slice" else ORANGE
-        box(ax, 0.1 + i * w, 0.1, w - 0.18, 0.55, word if not word.isdigit() else f"U-Net\nt = {word}", colour, 7)
+    how = plan_sampling(PredictConfig(), model)
+    steps = [f"U-Net\nt = {t}" for t in how["timesteps"][::-1]]
+    shown = steps if len(steps) <= 7 else [*steps[:4], "…", *steps[-2:]]
+    words = f"Generating: trained on {grid}, sampled in {len(steps)}" + ", new noise in each" * bool(how["eta"])
+    chain = [("noise", GREEN), *((step, ORANGE) for step in shown), ("z", GREEN), ("decoder", BLUE)]
+    if vae.texture is not None:
+        x = torch.zeros(1, vae.texture.unet.config["in_channels"], side, side)
+        number, flops = training_cost(vae.texture.unet, x, torch.zeros(1, dtype=torch.int64))[:2]
+        count = len(vae.texture.scheduler.timesteps)
+        words += f"; texture, {number / 1e6:.1f} M parameters, {count} x {flops:.1f} GFLOP"
+        chain.append((f"texture\n{count} steps", BLUE))
+    ax.text(0.1, 0.9, words, fontsize=10, weight="bold")
+    w = 10.9 / (len(chain) + 1)
+    for i, (word, colour) in enumerate([*chain, ("slice", GREY)]):
+        box(ax, 0.1 + i * w, 0.1, w - 0.18, 0.55, word, colour, 7)
         if i:
             arrow(ax, (0.1 + i * w - 0.18, 0.375), (0.1 + i * w, 0.375))
     save(figure, path)
