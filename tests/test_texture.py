@@ -196,7 +196,9 @@ def test_a_student_has_its_teachers_texture_until_it_has_one_of_fewer_steps(dist
     for command in (distil_flags(home, "s"), fewer):
         assert "is finished" in run("distil.py", *command).stdout
     assert own.read_bytes() == kept
-    run("report.py", "--checkpoints", home, "--run", "s")
+    # Its pictures are of nobody, so they are on the page that may be published, too.
+    run("report.py", "--checkpoints", home, "--run", "s", "--no-training-pictures")
+    assert "The same seeds by the teacher" in (home / "s" / "report-without-people.html").read_text()
 
 
 def test_a_textures_trajectories_end_where_it_draws(distilled: Path, tmp_path: Path):
