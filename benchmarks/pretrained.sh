@@ -33,6 +33,8 @@ real)
         "${v[@]}" --epochs 170 --evaluate-every 10 --sample-every 50 --wandb disabled)
   texture=(small --data "$DATA" --run real --noise 1 --wandb disabled)
   student=(--teacher real --run real-4 --trajectories 4096 --epochs 14 --batch-size 64 --lr 2e-4 --compile off --wandb disabled)
+  few=(--teacher real --run real-4 --part texture --num-steps 3 --trajectories 448 --epochs 8 --batch-size 8 --lr 5e-4
+       --ema-decay 0.99 --evaluate-every 4 --compile off --wandb disabled)
   out=checkpoints/pretrained notes="256x256, brains aligned with MNI152, z from -20 to 50 mm, adults of 19 to 55 years. Structures of a few pixels are drawn, not remembered: the leaves of the cerebellum are less regular than in people." ;;
 phantoms)
   DATA=phantom-1000
@@ -47,9 +49,9 @@ esac
 
 made="bash benchmarks/pretrained.sh $what"
 if [[ $what == real ]]; then made="DATA=path/to/registered $made"; fi
-publish() { # RUN OUT
+publish() { # RUN OUT [FLAGS of ship.py]
   step $PY evaluate.py --run "$1" --data "$DATA" --no-training-pictures --wandb disabled
-  step $PY benchmarks/ship.py --run "$1" --out "$2" --data "$DS" --notes "$notes" --commands "$made"
+  step $PY benchmarks/ship.py --run "$1" --out "$2" --data "$DS" --notes "$notes" --commands "$made" "${@:3}"
 }
 step $PY pre_train.py "${vae[@]}"
 step $PY train.py "${unet[@]}"
@@ -57,6 +59,7 @@ if ((${#texture[@]})); then step $PY texture.py "${texture[@]}"; fi
 publish "$what" $out
 if ((${#student[@]})); then
   step $PY distil.py "${student[@]}"
-  publish real-4 $out/student
-  for part in vae texture; do rm -rf $out/student/$part && ln -s ../$part $out/student/$part; done # its teacher's
+  step $PY distil.py "${few[@]}"
+  publish real-4 $out/student --bits 8
+  rm -rf $out/student/vae && ln -s ../vae $out/student/vae # its teacher's
 fi
