@@ -50,5 +50,6 @@ trap 'touch {tmp_path}/interrupted; exit 75' TERM
     done = subprocess.run(command, cwd=tmp_path / "code", env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     published = ["evaluate.py", "benchmarks/ship.py"]
-    scripts = ["pre_train.py", "pre_train.py", "train.py", "texture.py", *published, "distil.py", *published]
+    students = ["distil.py", "distil.py", *published]  # U-Net, then texture
+    scripts = ["pre_train.py", "pre_train.py", "train.py", "texture.py", *published, *students]
     assert (tmp_path / "calls").read_text().split() == scripts
