@@ -350,9 +350,12 @@ def check_texture_from_start_to_end(more=((), ("--micro-batch", "5"))):
 
 def check_distil_from_start_to_end():
     flags = "--teacher full --run student --trajectories 96 --teacher-steps 8 --num-steps 2".split()
-    with Waits(distil) as waits:
-        distil.main(parse(DistilConfig, [*WHERE, *TINY, *flags]))
-    assert not waits.found, waits.found
+    # The texture of the check above, for the student that was made before
+    texture_flags = "--teacher textured --part texture --run student --trajectories 32 --num-steps 1".split()
+    for more in (flags, texture_flags):
+        with Waits(distil) as waits:
+            distil.main(parse(DistilConfig, [*WHERE, *TINY, *more]))
+        assert not waits.found, waits.found
 
 
 def check_a_dry_run_times_steps_as_a_graph():
