@@ -241,7 +241,7 @@ class DistilConfig(StepsConfig):
     run: str = "student"
     """Name of the student's run."""
     teacher: str = "pretrained"
-    """Run to learn from: CHECKPOINTS/TEACHER/, trained with --grid full."""
+    """Run to learn from: CHECKPOINTS/TEACHER/, trained with --grid full; for --part texture, one with a texture."""
     part: Literal["unet", "texture"] = "unet"
     """What to learn from it. texture comes after the U-Net, with the same --run: it is learnt on that run's images."""
     num_steps: int = 4

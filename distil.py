@@ -97,11 +97,9 @@ def teacher_grid(teacher_steps: int, num_steps: int) -> list[int]:
 def vae_of_teacher(cfg: DistilConfig) -> tuple[Path, bytes]:
     """The file that the student's run needs as its VAE, and what it must hold: the teacher's VAE.
 
-    UserError if the student's run is the teacher's, or has another VAE already.
+    UserError if the student's run has another VAE already.
     """
     theirs, own = (Path(cfg.checkpoints) / run / "vae" / "best.safetensors" for run in (cfg.teacher, cfg.run))
-    if theirs.resolve() == own.resolve():
-        raise UserError(f"--run {cfg.run} is the teacher: give the student another --run")
     # The student's latents are the teacher's, so another VAE would decode them to something else.
     data = theirs.read_bytes()
     if own.exists() and own.read_bytes() != data:
@@ -111,6 +109,7 @@ def vae_of_teacher(cfg: DistilConfig) -> tuple[Path, bytes]:
 
 def unet_task(cfg: DistilConfig, device: torch.device) -> Task:
     """A student of the teacher's U-Net, in a run that takes the teacher's VAE and texture."""
+    # The teacher, and what the student's run takes from it as it is.
     home = Path(cfg.checkpoints) / cfg.teacher
     teacher, vae, header, source = load_run(home, "best", device)
     if teacher.scheduler.config["grid"] != "full":
@@ -121,6 +120,7 @@ def unet_task(cfg: DistilConfig, device: torch.device) -> Task:
     texture, own = (Path(cfg.checkpoints) / run / "texture" / "best.safetensors" for run in (cfg.teacher, cfg.run))
     if texture.exists() and not own.with_name("last.pt").exists():  # unless the student has one that was distilled
         copies[own] = texture.read_bytes()
+    # The student, and what its weights say of themselves.
     scheduler = NoiseScheduler_Fast_DDPM(num_steps=cfg.num_steps, grid="student")
     model = StableDiffusion(UNet(**teacher.unet.config), scheduler, header["prediction"], attributes=teacher.attributes)
     model.load_state_dict(teacher.state_dict())
@@ -147,14 +147,13 @@ def texture_task(cfg: DistilConfig, device: torch.device) -> Task:
     """A student of the teacher's texture, which learns on images of the run that it is for."""
     home, own = (Path(cfg.checkpoints) / run for run in (cfg.teacher, cfg.run))
     source = home / "texture" / "best.safetensors"
-    if home.resolve() == own.resolve():
-        raise UserError(f"--run {cfg.run} is the teacher: give the student another --run")
     if not source.exists():
         raise UserError(f"run {cfg.teacher} has no texture ({source}): train it first with python texture.py")
     if not (own / "diffusion" / "best.safetensors").exists():
         raise UserError(
             f"run {cfg.run} has no U-Net, whose images texture is learnt on: distil it first, without --part texture"
         )
+    # The student's run, which makes the images, and the teacher's texture, which draws on them.
     unet, vae, _, unet_file = load_run(own, "best", device)
     teacher, header = load_texture(source, vae, device), read_meta(source)
     if teacher.scheduler.config["grid"] == "student":
@@ -166,6 +165,7 @@ def texture_task(cfg: DistilConfig, device: torch.device) -> Task:
         raise UserError(f"--num-steps {cfg.num_steps} does not fit the {strides + 1} steps of this texture: take {fit}")
     model = Texture(**{**teacher.config, "num_steps": cfg.num_steps, "grid": "student"})
     model.load_state_dict(teacher.state_dict())
+    # Images are made as predict.py makes them. A texture has to be there, because it says how much noise is drawn.
     vae.texture, how = model, plan_sampling(PredictConfig(run=cfg.run), unet)
     teacher.amp_dtype = model.amp_dtype = vae.amp_dtype = unet.amp_dtype = pick_amp_dtype(cfg.precision, device)
     to_half(unet.unet, unet.amp_dtype)
@@ -319,6 +319,11 @@ def main(cfg: DistilConfig) -> None:
     # The teacher, and the student that begins with its weights.
     stop, device = StopSignal(), pick_device(cfg.device)
     plan = Plan.of(cfg, cfg.trajectories)
+    # The folder to be written to may be the teacher's by its name, or by a link.
+    stage = "texture" if cfg.part == "texture" else "diffusion"
+    theirs, own = (Path(cfg.checkpoints) / name / stage for name in (cfg.teacher, cfg.run))
+    if theirs.resolve() == own.resolve():
+        raise UserError(f"--run {cfg.run} is the teacher, or {own} a link to the teacher's: give it another --run")
     task = (texture_task if cfg.part == "texture" else unet_task)(cfg, device)
     teacher, model = task.teacher, task.model
     if cfg.dry_run:

@@ -33,7 +33,7 @@ real)
         "${v[@]}" --epochs 170 --evaluate-every 10 --sample-every 50 --wandb disabled)
   texture=(small --data "$DATA" --run real --noise 1 --wandb disabled)
   student=(--teacher real --run real-4 --trajectories 4096 --epochs 14 --batch-size 64 --lr 2e-4 --compile off --wandb disabled)
-  few=(--teacher real --run real-4 --part texture --num-steps 3 --trajectories 448 --epochs 8 --batch-size 8 --lr 5e-4
+  student_texture=(--teacher real --run real-4 --part texture --num-steps 3 --trajectories 448 --epochs 8 --batch-size 8 --lr 5e-4
        --ema-decay 0.99 --evaluate-every 4 --compile off --wandb disabled)
   out=checkpoints/pretrained notes="256x256, brains aligned with MNI152, z from -20 to 50 mm, adults of 19 to 55 years. Structures of a few pixels are drawn, not remembered: the leaves of the cerebellum are less regular than in people." ;;
 phantoms)
@@ -59,7 +59,7 @@ if ((${#texture[@]})); then step $PY texture.py "${texture[@]}"; fi
 publish "$what" $out
 if ((${#student[@]})); then
   step $PY distil.py "${student[@]}"
-  step $PY distil.py "${few[@]}"
+  step $PY distil.py "${student_texture[@]}"
   publish real-4 $out/student --bits 8
   rm -rf $out/student/vae && ln -s ../vae $out/student/vae # its teacher's
 fi

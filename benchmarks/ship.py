@@ -89,13 +89,12 @@ def main(cfg: ShipConfig) -> None:
     about_texture = []
     if texture is not None:
         took = training(home / "texture", texture_meta["config"]["batch_size"])
-        numbers, student = texture_meta["metrics"], "high frequencies against the teacher, dB/val"
-        power, of = numbers.get("high frequencies, dB/val"), "on people never trained on"
-        if power is None:
-            power, of = numbers[student], "distilled; against its teacher's"
+        name, against = "high frequencies, dB/val", "on people never trained on"
+        if "teacher" in texture_meta:
+            name, against = "high frequencies against the teacher, dB/val", "distilled, and against its teacher"
         about_texture.append(
-            f"| texture | {counts[2]:.1f} M parameters, {texture.config['num_steps']} steps; {took}; {of} "
-            f"{power:.1f} dB in the upper half of the frequencies |"
+            f"| texture | {counts[2]:.1f} M parameters, {texture.config['num_steps']} steps; {took}; {against} "
+            f"{texture_meta['metrics'][name]:.1f} dB in the upper half of the frequencies |"
         )
     report = json.loads((home / "report" / "report.json").read_text())
     lines = [

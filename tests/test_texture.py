@@ -239,6 +239,9 @@ def test_textures_that_cannot_be_distilled(distilled: Path, textured: Path, tmp_
     assert "does not fit the 4 steps of this texture: take 1, 3" in refused(distilled, "s", "--num-steps", "2")
     assert "is the teacher" in refused(distilled, "t")
     assert "run new has no U-Net" in refused(distilled, "new")
+    (distilled / "linked").mkdir()
+    (distilled / "linked" / "texture").symlink_to("../t/texture")
+    assert "a link to the teacher's" in refused(distilled, "linked")
     home = Path(shutil.copytree(distilled, tmp_path / "checkpoints"))
     own = home / "s" / "texture" / "best.safetensors"
     texture = load_run(home / "s", "best", torch.device("cpu"))[1].texture
