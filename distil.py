@@ -197,9 +197,12 @@ class Trajectories:
 
     Public: `states` float16 [N, num_steps + 1, *shape], from x_T to the clean end, and `conditions` float32
     [N, A], drawn as they were in the teacher's training, a tenth of them unknown; both on the device if they fit.
+    After a signal (`stop` is true) they are left unfinished.
     """
 
-    def __init__(self, task: Task, n: int, seed: int, cache: str, ranks: Ranks, what: str):
+    def __init__(
+        self, task: Task, n: int, seed: int, cache: str, ranks: Ranks, what: str, stop: StopSignal | None = None
+    ):
         self.conditions = draw_rows(task.attributes, {}, seed, range(n))
         self.conditions[9::10] = math.nan  # so that the student can be guided, too
         if len(task.attributes) > 1:  # and so that each of them may be left open
@@ -213,6 +216,8 @@ class Trajectories:
             for index in torch.arange(bounds[ranks.rank], bounds[ranks.rank + 1]).split(task.batch):
                 if not len(index):  # a rank may have no share
                     continue
+                if stop:
+                    break
                 y = self.conditions[index].to(ranks.device)
                 x = task.begin(seed, index.tolist(), y)
                 steps = sample_steps(task.teacher.denoiser(y), x, task.teacher.scheduler, task.grid)
@@ -349,7 +354,10 @@ def main(cfg: DistilConfig) -> None:
 
         # Let the teacher make all trajectories once.
         def generate(n: int, purpose: int, what: str) -> Trajectories:
-            return Trajectories(task, n, derive_seed(cfg.seed, purpose), cfg.cache, ranks, what)
+            made = Trajectories(task, n, derive_seed(cfg.seed, purpose), cfg.cache, ranks, what, stop)
+            if ranks.any_rank(stop, 0):
+                run.leave()  # nothing is lost but these: they are made anew
+            return made
 
         train = generate(cfg.trajectories, 11, "generating trajectories")
         val = generate(task.held_out, 12, "generating others to validate on")

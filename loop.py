@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -249,10 +249,15 @@ class Run:
             if leaving or time.time() - self.saved_at > 60 * self.cfg.save_minutes:
                 self.save()
             if leaving:
-                self.bar.close()
-                self._close()
-                leave_early(self.stop, self.step / self.plan.steps_per_epoch)
+                self.leave()
             yield self.step
+
+    def leave(self) -> NoReturn:
+        """After a signal, on all ranks: exit with 130 after Ctrl-C, else with 75. What is kept is saved before."""
+        if self.bar is not None:
+            self.bar.close()
+        self._close()
+        leave_early(self.stop, self.step / self.plan.steps_per_epoch)
 
     def took(self, added: Tensor, norm: Tensor) -> None:
         """Count a step, and add what `Gradients` returned for it to `sums`.

@@ -33,7 +33,7 @@ from device import describe_hardware, pick_amp_dtype, pick_device  # noqa: E402
 from evaluate import images_of  # noqa: E402
 from evidence import Evidence, Images, tell_apart  # noqa: E402
 from metrics import psnr, ssim, unit  # noqa: E402
-from modules import make_grid  # noqa: E402
+from modules import NoiseScheduler_Fast_DDPM, make_grid  # noqa: E402
 from pictures import image_grid, png_bytes, to_uint8  # noqa: E402
 from sampling import ImageSampler, load_run  # noqa: E402
 from utils import git_commit, read_jsonl  # noqa: E402
@@ -384,19 +384,24 @@ DRAWS = {
 
 def study_draws(q: Quality) -> None:
     """Every draw of timesteps, at equal cost, and images of ten network calls; for the first seed also of a hundred."""
+    abar = NoiseScheduler_Fast_DDPM().abar
     for seed in range(3):
         for draw_name in q.mine(list(DRAWS)):
             run = f"draw-{draw_name.replace(', ', '-').replace(' ', '-')}-seed{seed}"
-            flags = [*SMALL_UNET, *DRAWS[draw_name], "--seed", seed]
-            q.unet(run, Path(q.cfg.vae_run) / "vae" / "best.safetensors", q.cfg.epochs or 4, *flags)
-            abar = load_run(Path(q.cfg.checkpoints) / run, "final", q.device)[0].scheduler.abar
             plans = [("logsnr", 10, "dpm++2m")]
             if draw_name == "flow":
                 plans += [("flow", 10, "ddim"), ("flow", 5, "heun")]
             if seed == 0 and "ten" not in draw_name:
                 plans += [("logsnr", 100, "dpm++2m")]
-            for grid, steps, solver in plans:
-                name = f"{draw_name}, seed {seed}/{grid}-{steps}-{solver}"
+            named = {
+                f"{draw_name}, seed {seed}/{grid}-{steps}-{solver}": (grid, steps, solver)
+                for grid, steps, solver in plans
+            }
+            if all(map(q.table.has, named)):
+                continue
+            flags = [*SMALL_UNET, *DRAWS[draw_name], "--seed", seed]
+            q.unet(run, Path(q.cfg.vae_run) / "vae" / "best.safetensors", q.cfg.epochs or 4, *flags)
+            for name, (grid, steps, solver) in named.items():
                 q.generated(name, run, make_grid(grid, steps, abar).tolist(), solver)
 
 

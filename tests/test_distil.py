@@ -135,6 +135,16 @@ def test_a_student_interrupted_resumes_to_the_same_weights(teacher: Path, studen
     assert "is finished" in run("distil.py", *flags(teacher, "again", *more)).stdout
 
 
+def test_a_signal_while_the_teacher_generates_does_not_wait_for_all_of_it(teacher: Path):
+    more = ["--num-steps", "4", "--epochs", "1", "--trajectories", "100000"]  # the later of two flags counts
+    process = start("distil.py", *flags(teacher, "early", *more))
+    wait_for(teacher / "early" / "vae" / "best.safetensors", process)  # copied before the teacher begins
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=1200)
+    assert process.returncode == 75 and "saved at epoch 0.00: the same command goes on" in out
+    assert not (teacher / "early" / "diffusion" / "last.pt").exists()
+
+
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 5, 8, 16])
 def test_the_teacher_stops_at_the_students_timesteps(num_steps: int):
     accepted = []
