@@ -73,7 +73,10 @@ CSS = """
 button[role=tab][aria-selected=true] { color: var(--primary-700) !important }
 .dark button[role=tab][aria-selected=true] { color: var(--primary-300) !important }
 .dark .min_value, .dark .max_value { color: var(--neutral-300) !important }
-.caption-label { max-width: 100% !important; white-space: normal !important; font-size: 0.8rem !important }
+.thumbnail-lg { aspect-ratio: auto !important; height: auto !important; display: block !important }
+.thumbnail-lg > img { aspect-ratio: 1; height: auto !important }
+.caption-label { position: static !important; max-width: 100% !important; white-space: normal !important }
+.caption-label { font-size: 0.8rem !important }
 """
 MAX_SEED = 10**9  # of what a visitor may ask for
 AS_IT_IS = "as it is"  # the class of a slice that is changed
@@ -218,7 +221,7 @@ class Studio:
     def given(self, run: Run, class_name: str | None, asked: Sequence[Any] = ()) -> dict[str, float]:
         """{attribute: code} of what a visitor set: the class, and of the page's controls those of this run.
 
-        `asked` are the values of all controls, in the order of `self.controls`; None and nothing at all are "any".
+        `asked` are the values of all controls, in the order of `self.controls`; None and "" are "any".
         """
         attributes, given = run.model.attributes, {}
         if run.group is not None and class_name != AS_IT_IS:
@@ -502,12 +505,12 @@ def settings_part(cfg: AppConfig, studio: Studio, first: Run) -> dict[str, Any]:
 
 
 def attribute_control(attribute: Attribute, visible: bool) -> gr.Component:
-    """What a visitor sets an attribute with; nothing chosen is "any": drawn as it was in training."""
+    """What a visitor sets an attribute with; "" is "any": drawn as it was in training."""
     gr = import_gradio()
     label = f"{attribute.name}{f' ({attribute.unit})' * bool(attribute.unit)}"
     if attribute.values:
-        choices = [("any", None), *((value, value) for value in attribute.values)]
-        return gr.Radio(choices, value=None, label=label, visible=visible)
+        choices = [("any", ""), *((value, value) for value in attribute.values)]
+        return gr.Radio(choices, value="", label=label, visible=visible)
     low, high = attribute.quantiles[0], attribute.quantiles[-1]
     # No gr.Number: it shows and sends 0 where nothing was put in.
     return gr.Textbox("", label=label, info=f"{low:g} to {high:g}; empty: any", visible=visible, max_lines=1)
@@ -666,7 +669,7 @@ def build(studio: Studio) -> gr.Blocks:
                 gr.update(value=run.classes[0], choices=run.classes),
                 gr.update(value=next(iter(numbers_of(run)), None), choices=numbers_of(run)),
                 gr.update(value=AS_IT_IS, choices=[AS_IT_IS, *run.classes], visible=run.has_classes),
-                *(gr.update(value=None, visible=owner == which) for owner, _ in studio.controls),
+                *(gr.update(value="", visible=owner == which) for owner, _ in studio.controls),
                 gr.update(interactive=False),
                 *[None] * len(outputs),
             ]

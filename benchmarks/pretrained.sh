@@ -35,7 +35,9 @@ real)
   student=(--teacher real --run real-4 --trajectories 4096 --epochs 14 --batch-size 64 --lr 2e-4 --compile off --wandb disabled)
   student_texture=(--teacher real --run real-4 --part texture --num-steps 3 --trajectories 448 --epochs 8 --batch-size 8 --lr 5e-4
        --ema-decay 0.99 --evaluate-every 4 --compile off --wandb disabled)
-  out=checkpoints/pretrained notes="256x256, brains aligned with MNI152, z from -20 to 50 mm, adults of 19 to 55 years. Structures of a few pixels are drawn, not remembered: the leaves of the cerebellum are less regular than in people." ;;
+  student_2=(--teacher real --run real-2 --num-steps 2 --trajectories 2048 --epochs 12 --batch-size 32 --lr 2e-4 --evaluate-every 2
+       --compile off --wandb disabled)
+  out=checkpoints/pretrained bits=16 notes="256x256, brains aligned with MNI152, z from -20 to 50 mm, adults of 19 to 55 years. Structures of a few pixels are drawn, not remembered: the leaves of the cerebellum are less regular than in people." ;;
 phantoms)
   DATA=phantom-1000
   vae=(small --data "$DATA" --run phantoms --batch-size 32 --lr 1e-3 --epochs 12 --gif-every 3 --compile off --wandb disabled)
@@ -43,7 +45,7 @@ phantoms)
         "${v[@]}" --sample-every 15 --compile off --wandb disabled)
   texture=() student=()
   DS="Procedural phantoms of phantom.py (no people and nobody's data: no licence restricts them): AD and NC are borrowed names."
-  out=checkpoints/pretrained/phantoms notes="Classes, ages and sexes are those of drawings and say nothing about a disease or about people. 128x128." ;;
+  out=checkpoints/pretrained/phantoms bits=8 notes="Classes, ages and sexes are those of drawings and say nothing about a disease or about people. 128x128." ;;
 *) echo "real or phantoms, not $what" >&2; exit 2 ;;
 esac
 
@@ -56,10 +58,16 @@ publish() { # RUN OUT [FLAGS of ship.py]
 step $PY pre_train.py "${vae[@]}"
 step $PY train.py "${unet[@]}"
 if ((${#texture[@]})); then step $PY texture.py "${texture[@]}"; fi
-publish "$what" $out
+publish "$what" $out --bits $bits
 if ((${#student[@]})); then
   step $PY distil.py "${student[@]}"
   step $PY distil.py "${student_texture[@]}"
   publish real-4 $out/student --bits 8
   rm -rf $out/student/vae && ln -s ../vae $out/student/vae # its teacher's
+  step $PY distil.py "${student_2[@]}"
+  rm -rf checkpoints/real-2/texture && ln -s ../real-4/texture checkpoints/real-2/texture # three steps draw on its images, too
+  publish real-2 $out/student-2 --bits 8
+  rm -rf $out/student-2/{vae,texture}
+  ln -s ../vae $out/student-2/vae
+  ln -s ../student/texture $out/student-2/texture
 fi

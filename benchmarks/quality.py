@@ -1,6 +1,6 @@
 """Which choices pay: VAE, U-Net, grids and samplers, each trained and scored on the same people (docs/results.md).
 
-python benchmarks/quality.py vae|unet|samplers|draws|variants|students --data DIR. Rows go to
+python benchmarks/quality.py vae|unet|samplers|draws|variants|students|shipped --data DIR. Rows go to
 docs/results/quality-WHAT.json as they are measured; the same command again goes on, and two of them at once share the
 work (--part 0 --parts 2). `tables` prints the rows that are there as Markdown.
 """
@@ -25,18 +25,20 @@ from torch import Tensor
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import anatomy  # noqa: E402
 import features  # noqa: E402
 import metrics  # noqa: E402
-from config import DataConfig, EvaluateConfig  # noqa: E402
+from cluster import Ranks  # noqa: E402
+from config import DataConfig, EvaluateConfig, PredictConfig  # noqa: E402
 from dataset import ADNIDataset, load_splits  # noqa: E402
 from device import describe_hardware, pick_amp_dtype, pick_device  # noqa: E402
-from evaluate import images_of  # noqa: E402
+from evaluate import generate_images, images_of  # noqa: E402
 from evidence import Evidence, Images, tell_apart  # noqa: E402
 from metrics import psnr, ssim, unit  # noqa: E402
 from modules import NoiseScheduler_Fast_DDPM, make_grid  # noqa: E402
 from pictures import image_grid, png_bytes, to_uint8  # noqa: E402
-from sampling import ImageSampler, load_run  # noqa: E402
-from utils import git_commit, read_jsonl  # noqa: E402
+from sampling import ImageSampler, load_run, plan_sampling  # noqa: E402
+from utils import git_commit, read_jsonl, stratified  # noqa: E402
 from vae import VAE, load_vae  # noqa: E402
 from weights import save_weights, write_atomic  # noqa: E402
 
@@ -45,7 +47,9 @@ from weights import save_weights, write_atomic  # noqa: E402
 class QualityConfig:
     """Train and score the variants of one question."""
 
-    what: Annotated[Literal["vae", "unet", "samplers", "draws", "variants", "students", "tables"], tyro.conf.Positional]
+    what: Annotated[
+        Literal["vae", "unet", "samplers", "draws", "variants", "students", "shipped", "tables"], tyro.conf.Positional
+    ]
     """Which question."""
     data: str = os.environ.get("ADNI_ROOT", "data")
     """Folder of slices; people of val/ are the judges."""
@@ -54,11 +58,11 @@ class QualityConfig:
     checkpoints: str = "checkpoints/study"
     """Folder for the variants' runs."""
     vae_run: str = "checkpoints/pretrained"
-    """Run whose VAE the U-Nets of all other questions are trained on."""
+    """Run whose VAE the U-Nets of all other questions are trained on; for `shipped`, the teacher."""
     epochs: int = 0
     """Epochs of each training; 0: what docs/results.md was measured with."""
     num_images: int = 320
-    """Images of each set in a score."""
+    """Images of each set in a score; for `shipped` of the generated set, and of the others as many as are held out."""
     device: str = "auto"
     """auto, cuda or cpu."""
     only: tuple[str, ...] = ()
@@ -173,7 +177,8 @@ class Quality:
         self.cfg, self.device, self.side = cfg, pick_device(cfg.device), side
         splits, _ = load_splits(DataConfig(data=cfg.data, cache=cfg.cache), side)
         self.train, self.val = splits["train"], splits["val"]
-        self.judge = Judge(images_of(self.train, []), images_of(self.val, []), cfg.num_images, self.device)
+        n = len(self.val) if cfg.what == "shipped" else cfg.num_images
+        self.judge = Judge(images_of(self.train, []), images_of(self.val, []), n, self.device)
         self.table = Table(Path(cfg.out) / f"quality-{cfg.what}.json")
         self.stamp = {
             "date": time.strftime("%Y-%m-%d"), "device": describe_hardware(self.device), "commit": git_commit(),
@@ -447,6 +452,30 @@ def study_students(q: Quality) -> None:
         q.generated(f"student, {n} steps", run, grid, "ddim", seconds=round(seconds))
 
 
+SHIPPED = {"teacher": "", "student of 4 steps": "student", "student of 2 steps": "student-2"}  # folders
+
+
+def study_shipped(q: Quality) -> None:
+    """The published weights of real slices, teacher and students: the same images by each, as predict.py draws them."""
+    n, train = q.cfg.num_images, q.judge.train
+    for name in q.mine(list(SHIPPED)):
+        if q.table.has(name):
+            continue
+        model, vae, _, _ = load_run(Path(q.cfg.vae_run) / SHIPPED[name], "best", q.device, "auto")
+        known = images_of(q.train, model.attributes).conditions
+        assert known is not None
+        y, how, start = known[stratified(len(known), n, 0)], plan_sampling(PredictConfig(), model), time.time()
+        pixels, _ = generate_images(EvaluateConfig(), model, vae, y, how, Ranks(q.device))
+        seconds = time.time() - start
+        images = Images(pixels, torch.zeros(n), np.arange(n).astype(str))
+        symmetry = [anatomy.measure(s.pixels.numpy())["symmetry"] for s in (images, train)]
+        row = {"name": name, "steps": len(how["timesteps"]), "images_per_s": round(n / seconds, 2)}
+        row |= {"texture": len(vae.texture.scheduler.timesteps) if vae.texture else 0}
+        row |= {"symmetry_d": round(float(anatomy.cohens_d(*symmetry)), 2)}
+        q.show(name, pixels)
+        q.table.add({**row, **q.judge.score(images), **q.stamp})
+
+
 COLUMNS = {
     "PSNR": "PSNR", "SSIM": "SSIM", "reconstruction_high_frequencies_db": "its high freq., dB", "loss_val": "loss",
     "best_loss_val": "lowest", "best_epoch": "in epoch", "loss_train": "in training",
@@ -454,7 +483,7 @@ COLUMNS = {
     "precision_vgg": "precision", "recall_vgg": "recall", "precision_ae": "precision AE", "recall_ae": "recall AE",
     "high_frequencies_db": "high freq., dB", "two_sample_accuracy": "two-sample", "two_sample_auc": "AUC",
     "MONAI_FID": "MONAI FID", "MONAI_MS_SSIM": "MONAI MS-SSIM", "spread": "spread, min … max", "copy_rate": "copies",
-    "decoded_per_s": "decoded/s", "images_per_s": "images/s",
+    "symmetry_d": "symmetry, d", "decoded_per_s": "decoded/s", "images_per_s": "images/s",
 }  # fmt: skip
 
 
@@ -489,7 +518,7 @@ def main(cfg: QualityConfig) -> None:
     q = Quality(cfg, vae.config["image_size"])
     studies = {
         "unet": study_unet, "samplers": study_samplers, "draws": study_draws, "variants": study_variants,
-        "students": study_students,
+        "students": study_students, "shipped": study_shipped,
     }  # fmt: skip
     studies[cfg.what](q)
 

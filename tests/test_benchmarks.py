@@ -46,10 +46,11 @@ trap 'touch {tmp_path}/interrupted; exit 75' TERM
     env["LIMIT"] = "1000"
     (tmp_path / "code").mkdir()  # where the stand-ins publish nothing, so that there is something to link
     shutil.copytree(ROOT / "benchmarks", tmp_path / "code" / "benchmarks")
-    (tmp_path / "code" / "checkpoints" / "pretrained" / "student" / "vae").mkdir(parents=True)
+    for student in ("pretrained/student", "pretrained/student-2", "real-2"):
+        (tmp_path / "code" / "checkpoints" / student).mkdir(parents=True)
     done = subprocess.run(command, cwd=tmp_path / "code", env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     published = ["evaluate.py", "benchmarks/ship.py"]
-    students = ["distil.py", "distil.py", *published]  # U-Net, then texture
+    students = ["distil.py", "distil.py", *published, "distil.py", *published]  # four steps and texture, then two steps
     scripts = ["pre_train.py", "pre_train.py", "train.py", "texture.py", *published, *students]
     assert (tmp_path / "calls").read_text().split() == scripts

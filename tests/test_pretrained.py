@@ -65,7 +65,7 @@ def test_phantoms_follow_their_class_and_more_so_with_guidance(tmp_path: Path):
     difference = []
     for guidance in ("1", "2.5"):
         out = tmp_path / guidance
-        flags = ["--run", "pretrained/phantoms", "--num-images", "64", "--guidance", guidance, "--out", out]
+        flags = ["--run", "pretrained/phantoms", "--num-images", "32", "--guidance", guidance, "--out", out]
         run("predict.py", *flags)
         by_class = {name: anatomy.measure(x)["ventricle_fraction"] for name, x in images(out).items()}
         assert list(by_class) == ["AD", "NC"]
