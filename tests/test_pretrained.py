@@ -73,7 +73,7 @@ def test_phantoms_follow_their_class_and_more_so_with_guidance(tmp_path: Path):
     assert 0.003 < difference[0] < difference[1]
 
 
-@pytest.mark.parametrize("folder", ["", "phantoms", "student"])
+@pytest.mark.parametrize("folder", ["", "phantoms", "student", "student-2"])
 def test_every_weight_says_what_it_was_trained_on(folder: Path):
     home = PRETRAINED / folder
     if not home.exists():
@@ -108,7 +108,7 @@ def test_the_students_texture_draws_in_three_steps_what_its_teachers_draws_in_te
 
 
 def test_all_weights_together_are_small():
-    """100 MB; they are 91.5 MB."""
+    """100 MB; they are 91.7 MB."""
     assert sum(p.stat().st_size for p in PRETRAINED.rglob("*.safetensors")) <= 100e6
 
 
