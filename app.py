@@ -162,12 +162,9 @@ class Run:
         return self.images(latents, seed, [0] * len(latents))
 
     @torch.no_grad()
-    def strip(self, seen: list[tuple[Tensor, Tensor]]) -> np.ndarray:
-        """One picture of (x_t, x0) at up to ten steps: x_t above, the estimate of the clean image below."""
-        keep = evenly_spaced(len(seen), 10)
-        latents = (torch.cat([seen[i][row] for i in keep]) for row in (0, 1))
-        x_t, x0 = (to_uint8(self.vae.decode(z))[:, None] for z in latents)  # texture would not be seen at this size
-        return denoising_strip(x_t, x0)
+    def look(self, x_t: Tensor, x0: Tensor) -> np.ndarray:
+        """Latents [1, C, h, w] of one step, noisy and estimated, -> both as images, uint8 [2, 1, S, S]."""
+        return to_uint8(self.vae.decode(torch.cat([x_t, x0])))[:, None]  # texture would not be seen at this size
 
 
 class Studio:
@@ -248,16 +245,19 @@ class Studio:
         count = self.number(count, "Images", 1, self.cfg.max_images)
         seed = self.number(seed, "Seed", 0, MAX_SEED)
         y = self.conditions(run, class_name, seed, count, asked)
-        seen: list[tuple[Tensor, Tensor]] = []
         start, total = time.time(), len(how["timesteps"])
 
-        # While the steps are taken, show image 0 as it is so far, four times a second at most.
+        # While the steps are taken, show image 0 at up to ten of them. Decoding takes longer than a step, so only these
+        # are decoded, and each of them once.
         x, noise = run.noise(seed, list(range(count)))
-        shown = 0.0
+        kept, seen, shown = evenly_spaced(total, 10), [], 0.0
         for done, (_, latents, x0) in enumerate(run.steps(x, noise, y, how, guidance), 1):
-            seen.append((latents[:1].clone(), x0[:1].clone()))
-            if done < total and time.time() - shown > 0.25:
-                yield run.strip(seen), gr.skip(), f"Step {done} of {total}", gr.skip()
+            strip = gr.skip()
+            if done - 1 in kept:
+                seen.append(run.look(latents[:1], x0[:1]))
+                strip = denoising_strip(*np.stack(seen, axis=1))
+            if done - 1 in kept or time.time() - shown > 0.25:
+                yield strip, gr.skip(), f"Step {done} of {total}", gr.skip()
                 shown = time.time()
         images = run.images(latents, seed, range(count))
         seconds = time.time() - start
@@ -281,7 +281,7 @@ class Studio:
                 gallery.append((slice_, f"nearest training slice: {near:.2f}{' (a copy?)' * (near < 1)}"))
         words += " Distances: two people hardly ever come below 1." if detector else f" {run.why_none}"
         file = gr.DownloadButton(value=self.archive(run, images, rows, how, guidance), interactive=True)
-        yield run.strip(seen), gallery, words, file
+        yield strip, gallery, words, file
 
     def archive(self, run: Run, images: np.ndarray, rows: list[list], how: dict, guidance: float) -> str:
         """Write a ZIP of the images as PNG with a manifest and a note, without training slices; returns its path."""

@@ -77,6 +77,14 @@ def test_the_same_images_as_predict_draws(studio: app.Studio, runs: Path, tmp_pa
                 assert r["class"] == theirs.parent.name and r["run"] == name
 
 
+def test_ten_steps_are_shown_as_they_are_taken(studio: app.Studio):
+    updates = list(studio.generate("knows", "NC", 2, 3, 20, "dpm++2m", 1, None, 70.0, "M"))
+    strips = [strip for strip, *_ in updates if isinstance(strip, np.ndarray)]
+    assert [s.shape[1] // 32 for s in strips] == [*range(1, 11), 10]  # pictures of 32 pixels side by side
+    assert np.array_equal(strips[-1], strips[-2]) and strips[0].std() > 5
+    assert updates[-2][2] == "Step 20 of 20" and "2 images in" in updates[-1][2]
+
+
 def test_walks_end_where_they_should(studio: app.Studio):
     """Place 0 and 1 are the two seeds' own images, and so are the two classes at 0 and 1."""
     how = (10, "dpm++2m", 1)
