@@ -16,6 +16,7 @@ from safetensors import safe_open
 import anatomy
 import metrics
 from conditions import draw_rows
+from modules import make_grid
 from sampling import load_run
 
 PRETRAINED = ROOT / "checkpoints" / "pretrained"
@@ -95,6 +96,23 @@ def test_every_weight_says_what_it_was_trained_on(folder: Path):
             meta = json.loads(f.metadata()["meta"])
         assert "people" in meta["data"] and meta["commit"] and meta["hardware"]
         assert not any("/" in str(meta["config"][key]) for key in ("data", "cache", "checkpoints"))  # nobody's folders
+
+
+@pytest.mark.parametrize(("folder", "steps"), [("student", 4), ("student-2", 2)])
+def test_students_end_where_their_teacher_does_in_sixteen_steps(folder: str, steps: int):
+    model, vae, _, _ = load_run(PRETRAINED / folder, "best", torch.device("cpu"))
+    teacher = load_run(PRETRAINED, "best", torch.device("cpu"))[0]
+    y = draw_rows(model.attributes, {}, 5, [0, 1])
+    assert len(model.scheduler.timesteps) == steps
+    own = model.generate(vae.latent_shape, 5, [0, 1], y)
+
+    def away(n: int) -> float:
+        """How far the teacher ends from it in n steps (RMS of latents of deviation 1)."""
+        grid = make_grid("student", n, teacher.scheduler.abar).tolist()
+        theirs = teacher.generate(vae.latent_shape, 5, [0, 1], y, timesteps=grid, solver="ddim")
+        return (own - theirs).square().mean().sqrt().item()
+
+    assert away(16) < 0.25 < away(steps), (away(16), away(steps))
 
 
 def test_the_students_texture_draws_in_three_steps_what_its_teachers_draws_in_ten():
