@@ -252,11 +252,11 @@ class Studio:
         x, noise = run.noise(seed, list(range(count)))
         kept, seen, shown = evenly_spaced(total, 10), [], 0.0
         for done, (_, latents, x0) in enumerate(run.steps(x, noise, y, how, guidance), 1):
-            strip = gr.skip()
-            if done - 1 in kept:
+            strip, shows = gr.skip(), done - 1 in kept
+            if shows:
                 seen.append(run.look(latents[:1], x0[:1]))
                 strip = denoising_strip(*np.stack(seen, axis=1))
-            if done - 1 in kept or time.time() - shown > 0.25:
+            if shows or time.time() - shown > 0.25:
                 yield strip, gr.skip(), f"Step {done} of {total}", gr.skip()
                 shown = time.time()
         images = run.images(latents, seed, range(count))
