@@ -252,11 +252,11 @@ class Studio:
         x, noise = run.noise(seed, list(range(count)))
         kept, seen, shown = evenly_spaced(total, 10), [], 0.0
         for done, (_, latents, x0) in enumerate(run.steps(x, noise, y, how, guidance), 1):
-            strip, shows = gr.skip(), done - 1 in kept
-            if shows:
+            strip, pictured = gr.skip(), done - 1 in kept
+            if pictured:
                 seen.append(run.look(latents[:1], x0[:1]))
                 strip = denoising_strip(*np.stack(seen, axis=1))
-            if shows or time.time() - shown > 0.25:
+            if pictured or time.time() - shown > 0.25:
                 yield strip, gr.skip(), f"Step {done} of {total}", gr.skip()
                 shown = time.time()
         images = run.images(latents, seed, range(count))
