@@ -63,7 +63,7 @@ bench-env: .venv-bench/ready
 	$(INSTALL) --python .venv-bench/bin/python -r requirements-bench.lock
 	@touch $@
 
-# Linux, macOS and Python 3.10 to 3.13 in one file each; which index they come from is nobody's business but the user's.
+# Linux, macOS and Python 3.10 to 3.13 in one file each.
 LOCK := $(BIN)/uv pip compile -q --upgrade --universal --python-version 3.10 --no-emit-index-url --no-emit-find-links \
 	--custom-compile-command "make lock"
 

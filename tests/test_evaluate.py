@@ -134,14 +134,6 @@ def test_diversity_sees_one_image_repeated(look, sets):
     assert dull["value"] > 0.999 > real["ci_high"]
 
 
-@pytest.mark.full
-def test_two_sample_test_is_at_chance_on_people_and_sure_of_damage(look, sets):
-    real, soft = (look(evidence.two_sample, s)["two_sample"] for s in (sets[2], blurred(sets[2])))
-    assert 0.25 < real["auc"]["value"] < 0.75 and 0.25 < real["auc"]["floor"] < 0.75
-    assert soft["auc"]["value"] > 0.95 and soft["accuracy"]["value"] > 0.85
-    assert soft["auc"]["ci_low"] > soft["auc"]["floor"]
-
-
 def test_matched_noise_is_distributed_as_what_is_missing(sets):
     """The same spectrum and the same deviation where the image is dark and where it is bright; another sample."""
     real, soft = sets[0], blurred(sets[0])
@@ -156,8 +148,9 @@ def test_matched_noise_is_distributed_as_what_is_missing(sets):
 
 
 @pytest.mark.full
-def test_grain_does_not_fool_the_judge(look, sets, tmp_path: Path):
-    """Reconstructions are told from real slices, and with noise of the same spectrum and strength still are."""
+def test_the_judge_is_at_chance_on_people_sure_of_damage_and_not_fooled_by_grain(look, sets):
+    """Blurred images and reconstructions are told from real slices, and those with noise of the same spectrum and
+    strength still are."""
     from vae import VAE
 
     torch.manual_seed(0)
@@ -168,9 +161,11 @@ def test_grain_does_not_fool_the_judge(look, sets, tmp_path: Path):
         (vae(x[rows], torch.randn(16, *vae.latent_shape))[0] - x[rows]).abs().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    found = look(evidence.two_sample, sets[2], vae=vae.eval())["two_sample"]
+    found = look(evidence.two_sample, blurred(sets[2]), vae=vae.eval())["two_sample"]
+    assert 0.25 < found["auc"]["floor"] < 0.75  # people held out
+    assert found["auc"]["value"] > 0.95 and found["accuracy"]["value"] > 0.85
+    assert found["auc"]["ci_low"] > found["auc"]["floor"]
     assert found["auc_of_reconstructed"]["value"] > 0.95 and found["auc_of_reconstructed_noised"]["value"] > 0.9
-    assert 0.25 < found["auc"]["value"] < 0.75
 
 
 def test_two_sample_test_needs_people_and_images(look, sets):
