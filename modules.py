@@ -305,12 +305,14 @@ class NoiseScheduler_Fast_DDPM(nn.Module):
 
     `timesteps` int64 [S] ascending; `alphas_cumprod` float32 [T], and `abar`, the same in float64 NumPy. A previous
     timestep of -1 stands for the clean image (alpha_bar = 1). Latents are never clamped. `cumulative` float32 [S]: the
-    chance that a timestep drawn for training is this one or an earlier one.
+    chance that a timestep drawn for training is this one or an earlier one. `rarity` float32 [T]: the chance that a
+    timestep would have if all were drawn alike, divided by its own; 1 unless `draw_by` was called.
     """
 
     alphas_cumprod: Tensor
     timesteps: Tensor
     cumulative: Tensor
+    rarity: Tensor
 
     def __init__(
         self,
@@ -333,6 +335,7 @@ class NoiseScheduler_Fast_DDPM(nn.Module):
         own = make_grid(grid, num_steps, self.abar)
         self.register_buffer("timesteps", torch.tensor(own), persistent=False)
         self.register_buffer("cumulative", torch.arange(1, len(own) + 1) / len(own), persistent=False)
+        self.register_buffer("rarity", torch.ones(num_train_timesteps), persistent=False)
         # A list, because reading the buffer would wait for a GPU.
         self.fast_timesteps: list[int] = (make_grid("logsnr", 10, self.abar) if grid == "full" else own).tolist()
 
@@ -350,8 +353,7 @@ class NoiseScheduler_Fast_DDPM(nn.Module):
         """Draw timesteps for training where log-SNR is about `mean`, normally distributed with deviation `sd`.
 
         As EDM draws noise levels (Karras et al. 2022, section 5); 0 and 2 are the logit-normal times of rectified flow
-        (Esser et al. 2024, section 3.1). One draw in ten stays uniform over the grid, because sampling visits each
-        timestep of a grid of ten, however far from the mean.
+        (Esser et al. 2024, section 3.1). ValueError if that is far from all timesteps.
         """
         abar = self.abar[self.timesteps.cpu()]
         logsnr = np.log(abar) - np.log1p(-abar)
@@ -359,8 +361,26 @@ class NoiseScheduler_Fast_DDPM(nn.Module):
         density = np.exp(-0.5 * ((logsnr - mean) / max(sd, 1e-9)) ** 2) * -np.gradient(logsnr)
         if not density.sum() > 0:
             raise ValueError(f"no timestep has a log-SNR near {mean:g}, give or take {sd:g}")
-        chance = 0.9 * density / density.sum() + 0.1 / len(abar)
+        self._draw(density)
+
+    def draw_by(self, weight: Tensor) -> None:
+        """Draw timesteps for training in proportion to the weights of their losses, float32 [S].
+
+        Losses times `rarity` have the same mean as before. Only their variance falls: where the weight is small, a
+        timestep teaches hardly anything, and now it is drawn rarely. This is importance sampling; Nichol & Dhariwal
+        2021 (section 3.3) draw in proportion to measured losses.
+        """
+        chance = self._draw(weight.double().cpu().numpy())
+        self.rarity[self.timesteps] = torch.tensor(1 / (len(chance) * chance)).to(self.rarity)
+
+    def _draw(self, density: np.ndarray) -> np.ndarray:
+        """Draw timesteps in proportion to `density` [S]; returns their chances, float64 [S].
+
+        One draw in ten stays uniform over the grid, because sampling visits each timestep of a grid of ten.
+        """
+        chance = 0.9 * density / density.sum() + 0.1 / len(density)
         self.cumulative.copy_(torch.tensor(chance.cumsum()))
+        return chance
 
     def sample_timesteps(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
         """Random timesteps of the grid, int64 [B], in antithetic pairs (Fast-DDPM): place u comes with place 1 - u."""
@@ -568,13 +588,14 @@ class StableDiffusion(nn.Module):
         return (out - targets[self.prediction]()).square().mean(dim=(1, 2, 3)), (a * x_t + b * out).detach()
 
     def weight(self, t: Tensor) -> Tensor:
-        """Weight of the loss at t, float32 [B]: 1, or Min-SNR with gamma 5 (Hang et al. 2023, section 3.4)."""
+        """Weight of the loss at t, float32 [B]: 1, or Min-SNR with gamma 5 (Hang et al. 2023, section 3.4); times the
+        scheduler's `rarity`."""
         if self.loss_weight == "uniform":
-            return torch.ones(t.shape, device=t.device)
+            return self.scheduler.rarity[t]
         # min(SNR, 5) times the squared error of x0, as a weight of the squared error of the output.
         alpha, sigma = self.scheduler.alpha_sigma(t, ndim=1)
         _, b, _, _ = output_map(self.prediction, alpha, sigma)
-        return (alpha / sigma).square().clamp(max=5) * b**2
+        return (alpha / sigma).square().clamp(max=5) * b**2 * self.scheduler.rarity[t]
 
     def denoiser(self, y: Tensor | None = None, guidance: float = 1.0, away_from: Tensor | None = None) -> Denoiser:
         """Return denoise(x_t, t) -> (eps, x0), float32, for `sample`; y float32 [B, A], None where nothing is known.

@@ -340,6 +340,10 @@ def learn_attributes(cfg: TrainConfig, data: ADNIDataset) -> list[Attribute]:
 def build_model(cfg: TrainConfig, vae: VAE, attributes: Sequence[Attribute]) -> StableDiffusion:
     """The U-Net for the latents of this VAE and its noise schedule, initialised by the seed. UserError on bad sizes."""
     channels, side, _ = vae.latent_shape
+    if cfg.draw_by_weight and cfg.loss_weight == "uniform":
+        raise UserError("--draw-by-weight has no weights to draw by: add --loss-weight min_snr, or leave it out")
+    if cfg.draw_by_weight and cfg.log_snr:
+        raise UserError("--draw-by-weight and --log-snr both say what is drawn: add --log-snr None, or leave it out")
     torch.manual_seed(cfg.seed)
     try:
         unet = UNet(
@@ -351,7 +355,10 @@ def build_model(cfg: TrainConfig, vae: VAE, attributes: Sequence[Attribute]) -> 
             scheduler.concentrate(*cfg.log_snr)
     except ValueError as e:
         raise UserError(f"{e}: change --channels, --grid, --num-steps or --log-snr") from None
-    return StableDiffusion(unet, scheduler, cfg.prediction, cfg.loss_weight, attributes)
+    model = StableDiffusion(unet, scheduler, cfg.prediction, cfg.loss_weight, attributes)
+    if cfg.draw_by_weight:
+        scheduler.draw_by(model.weight(scheduler.timesteps))
+    return model
 
 
 def print_plan(

@@ -184,9 +184,10 @@ def test_a_compiled_backward_is_cut_where_gradients_can_travel(trained: Path, ph
     """Compiled inside DDP; outside of it the backward pass is one piece, and gradients travel at its end only."""
     shutil.copytree(trained / "tiny" / "vae", tmp_path / "tiny" / "vae")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
-    flags = [*where(tmp_path, phantoms), *TINY_UNET, "--channels", "256", "--attention", "0", "--compile", "on", "--epochs", "1"]
+    flags = [*where(tmp_path, phantoms), *TINY_UNET, "--channels", "256", "--attention", "0", "--epochs", "1"]
     job = subprocess.run(
-        [*torchrun, str(ROOT / "train.py"), *map(str, flags)], capture_output=True, text=True, timeout=PATIENCE,
+        [*torchrun, str(ROOT / "train.py"), *map(str, flags), "--compile", "on"],
+        capture_output=True, text=True, timeout=PATIENCE,
         env={**os.environ, "TORCH_LOGS": "ddp_graphs", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")},
     )  # fmt: skip
     assert job.returncode == 0, job.stderr[-3000:]

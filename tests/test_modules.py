@@ -282,6 +282,23 @@ def test_timesteps_are_drawn_where_log_snr_is_asked_for(grid):
         scheduler.concentrate(0.0, 0.0)
 
 
+@pytest.mark.parametrize("grid", ["logsnr", "full"])
+@pytest.mark.parametrize("prediction", ["v", "eps", "flow"])
+def test_timesteps_drawn_by_their_weight_leave_the_mean_loss_as_it_is(grid, prediction):
+    """Over the chances of drawn timesteps the mean is that over all alike; many draws have it, with less variance."""
+    scheduler = NoiseScheduler_Fast_DDPM(grid=grid)
+    model = StableDiffusion(UNet(2, 8, (8,), 1, ()), scheduler, prediction, "min_snr")
+    ts, alike = scheduler.timesteps, model.weight(scheduler.timesteps)
+    loss = 0.3 + torch.rand(len(ts), generator=torch.Generator().manual_seed(0))  # any, by place in the grid
+    scheduler.draw_by(alike)
+    chance = scheduler.cumulative.double().diff(prepend=torch.zeros(1, dtype=torch.float64))
+    assert float((chance * model.weight(ts) * loss).sum()) == pytest.approx(float((alike * loss).mean()), rel=1e-3)
+    place = torch.searchsorted(ts, scheduler.sample_timesteps(200_000, torch.Generator().manual_seed(1)))
+    drawn = (model.weight(ts) * loss)[place]
+    assert float(drawn.mean()) == pytest.approx(float((alike * loss).mean()), rel=0.02)
+    assert drawn.std() < (alike * loss).std()
+
+
 def test_randn_row_comes_from_its_own_generator():
     gens = [torch.Generator().manual_seed(k) for k in range(3)]
     x = randn((3, 2, 4), gens)
