@@ -196,8 +196,8 @@ class TrainConfig(SourceConfig, StepsConfig):
     loss_weight: Literal["uniform", "min_snr"] = "uniform"
     """Weight of a timestep in the loss. uniform: 1. min_snr: Min-SNR with gamma 5, less for the noisiest timesteps."""
     draw_by_weight: bool = False
-    """Draw timesteps in proportion to their weights instead of weighting losses: the mean loss is the same, and the
-    gradient varies less from step to step."""
+    """Draw timesteps in proportion to these weights instead of weighting their losses: the mean loss is the same, and
+    the gradient varies less from step to step."""
     warmup: float = 0.1
     """Share of the steps in which the learning rate rises; after that it falls as a cosine."""
     lookahead: bool = False

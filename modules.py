@@ -304,9 +304,9 @@ class NoiseScheduler_Fast_DDPM(nn.Module):
     """The 1000-step linear-beta schedule, trained and sampled on the same few timesteps (Fast-DDPM, arXiv 2405.14802).
 
     `timesteps` int64 [S] ascending; `alphas_cumprod` float32 [T], and `abar`, the same in float64 NumPy. A previous
-    timestep of -1 stands for the clean image (alpha_bar = 1). Latents are never clamped. `cumulative` float32 [S]: the
-    chance that a timestep drawn for training is this one or an earlier one. `rarity` float32 [T]: the chance that a
-    timestep would have if all were drawn alike, divided by its own; 1 unless `draw_by` was called.
+    timestep of -1 stands for the clean image (alpha_bar = 1). Latents are never clamped. `chance` float64 NumPy [S]:
+    how often each timestep is drawn for training; `cumulative` float32 [S]: how often it or an earlier one is. `rarity`
+    float32 [T]: by what losses are multiplied because of `draw_by`, 1 without it.
     """
 
     alphas_cumprod: Tensor
@@ -334,8 +334,9 @@ class NoiseScheduler_Fast_DDPM(nn.Module):
         self.register_buffer("alphas_cumprod", torch.tensor(self.abar, dtype=torch.float32), persistent=False)
         own = make_grid(grid, num_steps, self.abar)
         self.register_buffer("timesteps", torch.tensor(own), persistent=False)
-        self.register_buffer("cumulative", torch.arange(1, len(own) + 1) / len(own), persistent=False)
+        self.register_buffer("cumulative", torch.zeros(len(own)), persistent=False)
         self.register_buffer("rarity", torch.ones(num_train_timesteps), persistent=False)
+        self._draw(np.full(len(own), 1 / len(own)))
         # A list, because reading the buffer would wait for a GPU.
         self.fast_timesteps: list[int] = (make_grid("logsnr", 10, self.abar) if grid == "full" else own).tolist()
 
@@ -361,26 +362,23 @@ class NoiseScheduler_Fast_DDPM(nn.Module):
         density = np.exp(-0.5 * ((logsnr - mean) / max(sd, 1e-9)) ** 2) * -np.gradient(logsnr)
         if not density.sum() > 0:
             raise ValueError(f"no timestep has a log-SNR near {mean:g}, give or take {sd:g}")
-        self._draw(density)
+        # One draw in ten stays uniform, because sampling visits each timestep of a grid of ten.
+        self._draw(0.9 * density / density.sum() + 0.1 / len(density))
 
     def draw_by(self, weight: Tensor) -> None:
         """Draw timesteps for training in proportion to the weights of their losses, float32 [S].
 
         Losses times `rarity` have the same mean as before. Only their variance falls: where the weight is small, a
         timestep teaches hardly anything, and now it is drawn rarely. This is importance sampling; Nichol & Dhariwal
-        2021 (section 3.3) draw in proportion to measured losses.
+        2021 (section 3.3) draw in proportion to measured losses. One draw in ten stays as it was.
         """
-        chance = self._draw(weight.double().cpu().numpy())
-        self.rarity[self.timesteps] = torch.tensor(1 / (len(chance) * chance)).to(self.rarity)
+        before, w = self.chance, weight.double().cpu().numpy()
+        self._draw(before * (0.9 * w / (before * w).sum() + 0.1))
+        self.rarity[self.timesteps] = torch.tensor(before / self.chance).to(self.rarity)
 
-    def _draw(self, density: np.ndarray) -> np.ndarray:
-        """Draw timesteps in proportion to `density` [S]; returns their chances, float64 [S].
-
-        One draw in ten stays uniform over the grid, because sampling visits each timestep of a grid of ten.
-        """
-        chance = 0.9 * density / density.sum() + 0.1 / len(density)
+    def _draw(self, chance: np.ndarray) -> None:
+        self.chance = chance
         self.cumulative.copy_(torch.tensor(chance.cumsum()))
-        return chance
 
     def sample_timesteps(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
         """Random timesteps of the grid, int64 [B], in antithetic pairs (Fast-DDPM): place u comes with place 1 - u."""

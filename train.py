@@ -340,10 +340,6 @@ def learn_attributes(cfg: TrainConfig, data: ADNIDataset) -> list[Attribute]:
 def build_model(cfg: TrainConfig, vae: VAE, attributes: Sequence[Attribute]) -> StableDiffusion:
     """The U-Net for the latents of this VAE and its noise schedule, initialised by the seed. UserError on bad sizes."""
     channels, side, _ = vae.latent_shape
-    if cfg.draw_by_weight and cfg.loss_weight == "uniform":
-        raise UserError("--draw-by-weight has no weights to draw by: add --loss-weight min_snr, or leave it out")
-    if cfg.draw_by_weight and cfg.log_snr:
-        raise UserError("--draw-by-weight and --log-snr both say what is drawn: add --log-snr None, or leave it out")
     torch.manual_seed(cfg.seed)
     try:
         unet = UNet(

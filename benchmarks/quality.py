@@ -376,13 +376,16 @@ def study_samplers(q: Quality) -> None:
                 q.generated(name, run, timesteps, solver, float(eta), half, trained_on="full")
 
 
-# How timesteps are drawn for training: the ten of sampling or all, alike or where log-SNR is about 0; rectified flow.
+# How timesteps are drawn for training: the ten of sampling or all; alike, where log-SNR is about 0, or by their weight;
+# rectified flow.
 DRAWS = {
     "full": ["--grid", "full"],
     "full, log-SNR": ["--grid", "full", "--log-snr", 0, 3, "--loss-weight", "uniform"],
+    "full, by weight": ["--grid", "full", "--draw-by-weight"],
     "ten": [],
     "ten, uniform weights": ["--loss-weight", "uniform"],
     "ten, log-SNR": ["--log-snr", 0, 3, "--loss-weight", "uniform"],
+    "ten, by weight": ["--draw-by-weight"],
     "flow": ["--grid", "full", "--prediction", "flow", "--log-snr", 0, 2, "--loss-weight", "uniform"],
 }
 
