@@ -551,14 +551,14 @@ class SliceConfig:
 
 # What a preset does not name is what the defaults above are.
 PRESETS: dict[str, dict[type, dict]] = {
-    # 256²: one GPU. What paid in the studies of docs/results.md: cosine and discriminator for the VAE, rectified flow
-    # on all timesteps with logit-normal times for the U-Net. Batch 64 takes 4 GB in half precision. With this decay
+    # 256²: one GPU. What paid in the studies of docs/results.md: cosine and discriminator for the VAE; v on all
+    # timesteps, drawn by their Min-SNR weight, for the U-Net. Batch 64 takes 4 GB in half precision. With this decay
     # the average spans a tenth of the steps so far (EMA in loop.py), which is within what EDM2 (arXiv:2312.02696,
     # section 3) found best.
     "adni": {
         PretrainConfig: dict(epochs=60, lr=6e-4, kl_weight=1e-3, schedule="cosine", adversarial=0.2, flip=True),
         TrainConfig: dict(
-            batch_size=64, lr=3e-4, grid="full", prediction="flow", log_snr=(0.0, 2.0), ema_decay=0.9999
+            batch_size=64, lr=3e-4, grid="full", loss_weight="min_snr", draw_by_weight=True, ema_decay=0.9999
         ),
     },
     # The recipe of the first version, to compare with: squared error and KL divergence, the noise as what is predicted,
@@ -581,7 +581,7 @@ PRESETS: dict[str, dict[type, dict]] = {
         ),
         TrainConfig: dict(
             run="small", channels=(128, 256), blocks=1, attention=(8,), grid="full", epochs=60, lr=7e-4,
-            prediction="flow", log_snr=(0.0, 2.0), ema_decay=0.999, sample_every=5,
+            loss_weight="min_snr", draw_by_weight=True, ema_decay=0.999, sample_every=5,
         ),
         TextureConfig: dict(run="small", epochs=13, batch_size=8, ema_decay=0.998, noise=0.5),
     },

@@ -46,6 +46,7 @@ OUR_VAE = ["--image-size", SIDE, "--downsample", 4, "--latent-channels", 4, "--c
 OUR_VAE += ["--no-attention"]
 OUR_BATCH = 16
 OUR_UNET = ["--channels", 64, 128, "--attention", 16, "--batch-size", OUR_BATCH, "--ema-decay", "0.998"]
+OUR_UNET += ["--prediction", "flow", "--log-snr", 0, 2, "--loss-weight", "uniform"]
 # Until it is interrupted: of so many epochs the learning rate rises for 200 steps and then hardly falls. The peers
 # do not evaluate at all.
 OUR_UNET += ["--epochs", 10000, "--sample-every", 10000, "--evaluate-every", 5, "--warmup", "1e-4"]

@@ -22,7 +22,7 @@ step() { # COMMAND...: what is interrupted by SIGTERM saves, leaves with 75 and 
 PY=${PY:-.venv/bin/python}
 DS="OpenNeuro ds002748 v1.0.5 (licence CC0; Bezmaternykh et al., Neural Plasticity 2021, 8846097), adults with depression and healthy volunteers, not known to have dementia:"
 what=${1:?real or phantoms}
-v=(--prediction v --loss-weight min_snr --log-snr None) # what `small` was then
+alike=(--no-draw-by-weight) # what `small` was then
 
 case $what in
 real)
@@ -30,7 +30,7 @@ real)
        --adversarial 0.5 --adversarial-start 0.6 --batch-size 16 --lr 8e-4 --epochs 16
        --evaluate-every 4 --gif-every 4 --compile off --wandb disabled)
   unet=(small --data "$DATA" --run real --attention 16 --dropout 0.1 --augment 6 --condition level age sex --batch-size 64 --lr 1e-3
-        "${v[@]}" --epochs 170 --evaluate-every 10 --sample-every 50 --wandb disabled)
+        "${alike[@]}" --epochs 170 --evaluate-every 10 --sample-every 50 --wandb disabled)
   texture=(small --data "$DATA" --run real --noise 1 --wandb disabled)
   student=(--teacher real --run real-4 --trajectories 4096 --epochs 14 --batch-size 64 --lr 2e-4 --compile off --wandb disabled)
   student_texture=(--teacher real --run real-4 --part texture --num-steps 3 --trajectories 448 --epochs 8 --batch-size 8 --lr 5e-4
@@ -42,7 +42,7 @@ phantoms)
   DATA=phantom-1000
   vae=(small --data "$DATA" --run phantoms --batch-size 32 --lr 1e-3 --epochs 12 --gif-every 3 --compile off --wandb disabled)
   unet=(small --data "$DATA" --run phantoms --condition level age sex group --batch-size 32 --lr 1e-3 --epochs 60
-        "${v[@]}" --sample-every 15 --compile off --wandb disabled)
+        "${alike[@]}" --sample-every 15 --compile off --wandb disabled)
   texture=() student=()
   DS="Procedural phantoms of phantom.py (no people and nobody's data: no licence restricts them): AD and NC are borrowed names."
   out=checkpoints/pretrained/phantoms bits=8 notes="Classes, ages and sexes are those of drawings and say nothing about a disease or about people. 128x128." ;;

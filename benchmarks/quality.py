@@ -300,8 +300,7 @@ UNETS = {
     "patches of 2": ["--patch", "2", "--channels", "128", "256"],
     "twice as wide": ["--channels", "128", "256"],
 }
-V = ["--prediction", "v", "--loss-weight", "min_snr", "--log-snr", "None"]  # what `small` was until these studies
-SMALL_UNET = ["--channels", 64, 128, "--ema-decay", "0.9985", "--grid", "logsnr", *V]
+SMALL_UNET = ["--channels", 64, 128, "--ema-decay", "0.9985", "--grid", "logsnr", "--no-draw-by-weight"]
 TRAINED_ALREADY = {"base": "full-v-seed0", "eps": "full-eps"}  # by the samplers' question
 
 

@@ -460,7 +460,7 @@ def test_timesteps_drawn_by_their_weight_teach_about_the_same(copied: Path, phan
     train = ["train.py", *where(copied, phantoms), *TINY_UNET, "--grid", "full", "--loss-weight", "min_snr"]
     losses = {}
     for flag in ("--no-draw-by-weight", "--draw-by-weight"):
-        run(*train, "--prediction", "v", "--log-snr", "None", "--epochs", "2", "--fresh", flag)
+        run(*train, "--epochs", "2", "--fresh", flag)
         losses[flag] = read_jsonl(copied / "tiny" / "diffusion" / "metrics.jsonl")[-1]["loss/val"]
     weighted, drawn = losses.values()
     assert weighted != drawn == pytest.approx(weighted, rel=0.1)
@@ -581,7 +581,7 @@ def test_presets_defaults_and_flags():
 
     assert parse(TrainConfig, []) == parse(TrainConfig, ["adni"])
     adni = parse(TrainConfig, ["adni"])
-    assert (adni.batch_size, adni.grid, adni.prediction, adni.log_snr) == (64, "full", "flow", (0, 2))
+    assert (adni.batch_size, adni.grid, adni.prediction, adni.draw_by_weight) == (64, "full", "v", True)
     origin = parse(TrainConfig, ["origin"])
     assert (origin.batch_size, origin.epochs, origin.lr, origin.warmup) == (16, 500, 1e-4, 0.1)
     assert (origin.grid, origin.num_steps, origin.prediction) == ("nonuniform", 10, "eps")
