@@ -581,7 +581,8 @@ def test_presets_defaults_and_flags():
 
     assert parse(TrainConfig, []) == parse(TrainConfig, ["adni"])
     adni = parse(TrainConfig, ["adni"])
-    assert (adni.batch_size, adni.grid, adni.prediction, adni.draw_by_weight) == (64, "full", "v", True)
+    assert (adni.batch_size, adni.grid, adni.prediction, adni.log_snr) == (64, "full", "v", None)
+    assert (adni.loss_weight, adni.draw_by_weight) == ("min_snr", True)
     origin = parse(TrainConfig, ["origin"])
     assert (origin.batch_size, origin.epochs, origin.lr, origin.warmup) == (16, 500, 1e-4, 0.1)
     assert (origin.grid, origin.num_steps, origin.prediction) == ("nonuniform", 10, "eps")
